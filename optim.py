@@ -1,0 +1,1156 @@
+"""
+optim.py: optimizers as  direction x geometry,  in one file that can be read from top to bottom.
+
+    direction   what a gradient is turned into: which way to go, from the history of gradients alone
+    geometry    how a direction becomes a change of a weight: how far, and on which surface
+
+Every optimizer here is one direction followed by one geometry. Learn the rows and the columns and you know them all:
+
+    direction                          | plain      | rotational
+    -----------------------------------+------------+-----------------------
+    sgd      heavy-ball momentum       | SGD        | RotationalSGD
+    adam     L2 inside the gradient    | Adam       | RotationalAdam
+    adamw    decoupled decay           | AdamW      | RotationalAdamW
+    lion     sign of an average        | Lion       | RotationalLion
+    rmsprop  gradient over its RMS     | RMSProp    | RotationalRMSProp
+
+    plain        w <- w - lr * (d + wd * w)     the weight goes where the direction points; decay pulls it to 0
+    rotational   every neuron keeps its length and turns by a controlled average angle; decay only sets that angle
+
+Use it like torch.optim, of which every class here is a true subclass:
+
+    import optim
+    optimizer = optim.RotationalAdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    optimizer = optim.build("rotational_lion", model, lr=1e-3, weight_decay=0.5)      # by name, with sensible groups
+
+Run it for a lesson (half a minute, no network, no GPU):
+
+    python optim.py                    the table, then a random walk that shows where weight decay leads
+    python optim.py --plot walk.png    the same, and a figure (needs matplotlib)
+
+Symbols, in the formulas and in the code:
+
+    w      weight                g      gradient of the MEAN loss over the batch     d    direction
+    lr     learning rate eta     wd     weight decay lambda                          t    step, 1, 2, 3, ...
+    b1,b2  betas                 mu     momentum                                     a    alpha, RMSProp's beta
+    m, v   running averages of g and of g^2                                          h    dict of hyperparameters
+    C      weights in a neuron   sigma  RMS size of one entry of g                   n    kept norm of a neuron
+
+A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 picks it, the other dims belong to it.
+
+Where the seam between the two factors leaks (half of the lesson):
+  1. Decay enters in two places: decoupled (adamw, lion) or inside the gradient (sgd, adam, rmsprop). So a direction
+     takes the decay term as an argument, which the plain geometry fills and the rotational one leaves out.
+  2. The rotational geometry needs one number of the direction, its kappa: see "What one gradient does over all time".
+  3. Biases and gains have no neurons to turn. They use the plain geometry, whatever the optimizer is called.
+
+Papers:
+  [RE]    Kosson, Messmer, Jaggi. Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks.
+          ICML 2024, arXiv:2305.17212
+  [Adam]  Kingma, Ba. Adam: A Method for Stochastic Optimization. ICLR 2015, arXiv:1412.6980
+  [AdamW] Loshchilov, Hutter. Decoupled Weight Decay Regularization. ICLR 2019, arXiv:1711.05101
+  [Lion]  Chen et al. Symbolic Discovery of Optimization Algorithms. NeurIPS 2023, arXiv:2302.06675
+  [RMS]   Tieleman, Hinton. Lecture 6.5, RMSProp. Coursera, 2012
+  [HB]    Polyak. Some methods of speeding up the convergence of iteration methods. 1964
+
+To add a row: write its function, one line in the table of directions, and a class if it deserves a docstring.
+"""
+import argparse
+import difflib
+import functools
+import math
+import sys
+import time
+import types
+from dataclasses import dataclass, field
+from typing import Callable
+
+import torch
+
+# ======================================================================================================================
+# Directions:  direction(g, state, h, decay) -> d
+#
+# Each is the mathematics for ONE tensor. It sees the gradient g, its own running averages (`state`, updated in place)
+# and the hyperparameters h. It sees no weight and no learning rate, and it never changes g. `decay` is the tensor
+# wd * w where the geometry wants the decay to go through the direction, and 0 where it does not.
+#
+# Every running average that starts at 0 is too small at first: after t steps an average with factor b has only seen a
+# total weight of 1 - b^t. Dividing by that removes the bias ([Adam], section 3). h["unbias1"] = 1 - b1^t and the like
+# come ready-made, because they are plain numbers that are best worked out once a step in double precision.
+# ======================================================================================================================
+
+
+def heavy_ball(x, state, h):
+    """Polyak's momentum [HB]:  m <- mu m + x,  returns m. Without momentum there is no buffer, and x is returned.
+
+    Shapes   x, m: the parameter's        State   momentum_buffer = 0 at first, so the first m is x (as in torch)
+    Units    m is a sum, not an average: a constant x builds up to x / (1 - mu). That factor is the direction's `gain`.
+    """
+    if "momentum_buffer" not in state:
+        return x
+    m = state["momentum_buffer"]
+    m.mul_(h["momentum"]).add_(x)                   # m <- mu m + x
+    return m
+
+
+def sgd(g, state, h, decay=0):
+    """Stochastic gradient descent with heavy-ball momentum:  m <- mu m + (g + decay);  d = m.
+
+    Shapes   g, m, d: the parameter's               State   momentum_buffer (only if momentum > 0)
+    Units    d: loss / parameter, so lr has to be in parameter^2 / loss: the one direction that is not scale-free
+    Source   [HB]; equal to torch.optim.SGD
+    """
+    return heavy_ball(g + decay, state, h)
+
+
+def adam_ratio(g_m, g_v, state, h):
+    """Mean over root mean square, the core of Adam ([Adam], algorithm 1); g_m feeds the mean, g_v the mean square.
+
+    Formula  m <- b1 m + (1-b1) g_m
+             v <- b2 v + (1-b2) g_v^2
+             d  = m / (1-b1^t)  /  (sqrt(v) / sqrt(1-b2^t) + eps)
+    Shapes   all: the parameter's                   State   exp_avg = m = 0, exp_avg_sq = v = 0 at first
+    Units    d has none: entries of size about 1, whatever the loss is multiplied by (until eps is felt)
+    """
+    m, v, (b1, b2) = state["exp_avg"], state["exp_avg_sq"], h["betas"]
+    m.lerp_(g_m, 1 - b1)                            # m <- m + (1-b1) (g_m - m)
+    v.mul_(b2).addcmul_(g_v, g_v, value=1 - b2)     # v <- b2 v + (1-b2) g_v^2
+    rms = (v / h["unbias2"]).sqrt()
+    return (m / h["unbias1"]) / (rms + h["eps"])
+
+
+# Three rules that differ in one thing: which of the two averages gets to see the decay.
+
+
+def adamw(g, state, h, decay=0):
+    """Neither average sees the decay; the geometry applies it to the weight directly ("decoupled", [AdamW])."""
+    return adam_ratio(g, g, state, h)
+
+
+def adam(g, state, h, decay=0):
+    """Both see it: L2 regularisation as torch.optim.Adam does it. The decay is divided by the gradient's own RMS, so a
+    weight with large gradients is hardly decayed at all. [RE], section 5.3, blames that for Adam+L2 being worse."""
+    return adam_ratio(g + decay, g + decay, state, h)
+
+
+def adam_turning(g, state, h, decay=0):
+    """Only v sees it: the denominator is that of Adam+L2, but the decay takes no part in the motion itself. This is the
+    form that adam takes under the rotational geometry ([RE], section 5.3): the one direction that has two forms."""
+    return adam_ratio(g, g + decay, state, h)
+
+
+def lion(g, state, h, decay=0):
+    """Evolved sign momentum ([Lion], algorithm 2):  d = sign(b1 m + (1-b1) g);  then  m <- b2 m + (1-b2) g.
+
+    Shapes   g, m, d: the parameter's               State   exp_avg = m = 0 at first
+    Units    d has none: every entry is -1, 0 or 1, so ||d|| = sqrt(number of weights): larger than Adam's by far. Use a
+             learning rate some 3 to 10 times smaller and a decay larger by as much
+    Notice   m is read before it is updated, and with the other beta. Swap the two lines: a different method.
+    Try      set b1 = b2. Which older optimizer is left?
+    """
+    m, (b1, b2) = state["exp_avg"], h["betas"]
+    d = torch.lerp(m, g, 1 - b1).sign()             # sign(b1 m + (1-b1) g)
+    m.lerp_(g, 1 - b2)                              # m <- b2 m + (1-b2) g
+    return d
+
+
+def rmsprop(g, state, h, decay=0):
+    """Gradient over its root mean square [RMS]:  x = g + decay;  v <- a v + (1-a) x^2;  d = x / (sqrt(v) + eps), then
+    heavy ball on d if momentum > 0.
+
+    Shapes   all: the parameter's                   State   square_avg = v = 0 at first; momentum_buffer
+    Units    d has none. There is no bias correction, so early steps are larger: 1/sqrt(1-a) at t = 1
+    Source   equal to torch.optim.RMSprop
+    """
+    v, x = state["square_avg"], g + decay
+    v.mul_(h["alpha"]).addcmul_(x, x, value=1 - h["alpha"])     # v <- a v + (1-a) x^2
+    return heavy_ball(x / (v.sqrt() + h["eps"]), state, h)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What one gradient does over all time: gain, kappa, contribution
+#
+# Feed a direction with independent random gradients (a "random walk": late training looks much like it, [RE] section
+# 3). A gradient that arrives now enters the update k steps later with some weight c_k: heavy ball mu^k, a running
+# average (1-b) b^k. Three numbers describe all that matters:
+#
+#   gain          sum of c_k. Everything that one gradient contributes adds up to  lr * gain * (its contribution).
+#   contribution  RMS size of one entry of that total, per lr * gain: sigma for sgd, 1 where d is divided by an RMS.
+#   kappa         RMS size of ONE update over RMS size of the total:  sqrt(sum c_k^2) / sum c_k.  The updates of one
+#                 gradient all point the same way; the longer they are stretched out in time, the smaller each one is.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def heavy_ball_gain(h):
+    """sum of mu^k  =  1 / (1-mu)."""
+    return 1 / (1 - h["momentum"])
+
+
+def heavy_ball_kappa(h):
+    """sqrt(sum of mu^2k) / sum of mu^k  =  (1-mu) / sqrt(1-mu^2)  =  sqrt((1-mu) / (1+mu))."""
+    return math.sqrt((1 - h["momentum"]) / (1 + h["momentum"]))
+
+
+def average_kappa(h):
+    """sqrt(sum of (1-b)^2 b^2k) / 1  =  sqrt((1-b) / (1+b)), b = b1. (v averages for long: it counts as constant.)"""
+    b1, _ = h["betas"]
+    return math.sqrt((1 - b1) / (1 + b1))
+
+
+def lion_filter_power(h):
+    """S = sum of c_k^2 of the average inside Lion's sign:  c_0 = 1-b1,  c_k = b1 (1-b2) b2^(k-1)  for k >= 1."""
+    b1, b2 = h["betas"]
+    return (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
+
+
+def lion_contribution(h, sigma):
+    """sqrt(2 / (pi S)).  The sign is replaced by the line that fits it best: for a Gaussian x of RMS size s,
+    sign(x) ~ sqrt(2/pi) x/s. Here s = sqrt(S) sigma, and the c_k add up to 1, so sigma cancels."""
+    return math.sqrt(2 / (math.pi * lion_filter_power(h)))
+
+
+def lion_kappa(h):
+    """One update has entries of size 1, so kappa = 1 / contribution = sqrt(pi/2) sqrt(S)."""
+    return 1 / lion_contribution(h, None)
+
+
+def zeros(*names):
+    """`init` of a direction whose averages all start at 0. A heavy-ball buffer is made only where there is momentum."""
+    def init(w, h):
+        return {name: torch.zeros_like(w) for name in names if name != "momentum_buffer" or h["momentum"] > 0}
+    return init
+
+
+def unbias_both(h, t):
+    """1 - b^t for both betas: what bias correction divides by."""
+    b1, b2 = h["betas"]
+    return {"unbias1": 1 - b1**t, "unbias2": 1 - b2**t}
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """One row of the table: the function above, and what the rest of the file has to know about it."""
+    update: Callable                                # (g, state, h, decay) -> d
+    init: Callable                                  # (w, h) -> dict of state tensors, before the first step
+    formula: str                                    # d in one line, for the printed table
+    decoupled: bool                                 # where decay enters: the geometry applies it, or g + wd w
+    defaults: dict                                  # hyperparameters it reads, with torch.optim's defaults
+    scalars: Callable = lambda h, t: {}             # numbers that depend on the step
+    gain: Callable = lambda h: 1.0
+    kappa: Callable = lambda h: 1.0
+    contribution: Callable = lambda h, sigma: 1.0
+    pull: Callable = lambda h, sigma: 1.0           # how strongly wd pulls, relative to decoupled decay
+    turning: Callable | None = None                 # another `update`, fed with the decay, for the rotational geometry
+
+
+ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+
+DIRECTIONS = {
+    "sgd": Direction(
+        sgd, zeros("momentum_buffer"), "m <- mu m + g + wd w;  d = m", False,
+        {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0},
+        gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=lambda h, sigma: sigma),
+    "adam": Direction(
+        adam, zeros("exp_avg", "exp_avg_sq"), "d = mean(g + wd w) / rms(g + wd w)", False,
+        ADAM_DEFAULTS | {"weight_decay": 0.0}, unbias_both,
+        kappa=average_kappa, pull=lambda h, sigma: 1 / sigma,           # the decay, too, is divided by the RMS
+        turning=adam_turning),
+    "adamw": Direction(
+        adamw, zeros("exp_avg", "exp_avg_sq"), "d = mean(g) / rms(g)", True, ADAM_DEFAULTS, unbias_both,
+        kappa=average_kappa),
+    "lion": Direction(
+        lion, zeros("exp_avg"), "d = sign(b1 m + (1-b1) g)", True,
+        {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}, kappa=lion_kappa, contribution=lion_contribution),
+    "rmsprop": Direction(
+        rmsprop, zeros("square_avg", "momentum_buffer"), "d = heavy ball of (g + wd w) / rms(g + wd w)",
+        False, {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0},
+        gain=heavy_ball_gain, kappa=heavy_ball_kappa, pull=lambda h, sigma: 1 / sigma),
+}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Rotational equilibrium: where plain optimizers go by themselves
+#
+# Every update is nearly orthogonal to the weight (in a random walk: by chance; with normalisation layers: exactly), so
+# it makes the weight longer: ||w||^2 grows by ||update||^2. Decay makes it shorter: by 2 lr gain wd ||w||^2 a step. The
+# two balance at one norm, and then an update of known size on a sphere of known radius turns the neuron by a known
+# angle. It depends on lr * wd alone, not on the layer ([RE], table 1).
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def equilibrium(direction, h, C, sigma):
+    """Equilibrium (norm, angle per step) of a neuron under the PLAIN geometry.
+
+    Formula  norm^2 * 2 lr_total wd  =  (lr_total * contribution)^2 * C           growth = decay, a step
+             angle = kappa * lr_total * contribution * sqrt(C) / norm  =  kappa sqrt(2 lr_total wd)
+             with lr_total = lr * gain. For Adam+L2, wd stands for wd / sigma: its angle depends on the gradient's size
+    Args     C: weights in the neuron. sigma: RMS size of a gradient entry (matters for sgd, adam and rmsprop)
+    Returns  norm in the weight's unit, angle in radians; (nan, nan) where nothing decays or nothing moves
+    Source   [RE], section 3.2 and table 1. Lion's sign is linearised there: see lion_walk_norm for the exact value
+    """
+    lr, wd = h["lr"] * direction.gain(h), h["weight_decay"]
+    if not (lr > 0 and wd > 0 and sigma > 0):
+        return math.nan, math.nan
+    wd = wd * direction.pull(h, sigma)
+    norm = math.sqrt(lr / (2 * wd) * C) * direction.contribution(h, sigma)
+    return norm, direction.kappa(h) * math.sqrt(2 * lr * wd)
+
+
+def lion_walk_norm(h, C, lags=3000):
+    """Equilibrium norm of Lion in a Gaussian random walk without the paper's linearised sign.
+
+    Formula  norm^2 = lr C / (2 wd) * sum over lags k of  (2/pi) asin(rho_k) (1 - lr wd)^|k|
+             rho_k: autocorrelation of the average inside the sign; asin turns it into that of the signs (arcsine law)
+    Source   ours; [RE] has the same with asin(x) ~ x, which makes the sum (2/pi) / S
+    """
+    b1, b2 = h["betas"]
+    S, shrink = lion_filter_power(h), 1 - h["lr"] * h["weight_decay"]
+    total = 1.0                                                                   # lag 0: asin(1) * 2/pi = 1
+    for k in range(1, lags):
+        rho = b1 * (1 - b2) * b2 ** (k - 1) * ((1 - b1) + b1 * b2 / (1 + b2)) / S       # sum of c_j c_(j+k), over S
+        total += 2 * (2 / math.pi) * math.asin(rho) * shrink**k                         # lags k and -k
+    return math.sqrt(h["lr"] * C / (2 * h["weight_decay"]) * total)
+
+
+# ======================================================================================================================
+# Geometries:  geometry(direction, w, g, state, h)  moves w in place
+#
+# The only code that changes a weight, and the only reader of lr and wd.
+# ======================================================================================================================
+
+
+def plain(direction, w, g, state, h):
+    """w <- w - lr (d + wd w):  the textbook rule, with the decay where the direction wants it.
+
+    Shapes   w, g: any, equal
+    Units    lr: weight per unit of d. wd: 1 / (lr * steps), since lr * wd is the share of w lost in a step
+    """
+    lr, wd = h["lr"], h["weight_decay"]
+    if direction.decoupled:
+        d = direction.update(g, state, h)
+        if wd:
+            w.mul_(1 - lr * wd)
+    else:
+        d = direction.update(g, state, h, wd * w if wd else 0)
+    w.sub_(lr * d)
+
+
+def neuron_dims(w, h):
+    """The dims over which a neuron's norm is taken: all but the first, or all of them if per_neuron=False."""
+    return tuple(range(1 if h["per_neuron"] else 0, w.dim()))
+
+
+def neuron_norm(w, dims):
+    """Euclidean norms of the neurons of w, with the summed dims kept as size 1: they broadcast against w."""
+    return torch.linalg.vector_norm(w, dim=dims, keepdim=True)
+
+
+def rotational(direction, w, g, state, h):
+    """Turn every neuron on the sphere it started on ([RE], algorithm 1). The average angle per step is set outright to
+    what the plain optimizer would reach in equilibrium: no transient, and the same for every neuron of every layer.
+
+    Formula  d <- d - mean(d);  d <- d - w (d.w)/n^2          no common offset, and tangent to the sphere
+             U <- beta U + (1-beta) ||d||^2                   how large d is on average
+             w <- w - angle * n * d / (sqrt(U / (1-beta^t)) + eps);   w <- w * n / ||w||
+             angle = kappa sqrt(2 lr gain wd)
+    Shapes   w, g, d: (neurons, ...);  n, U: (neurons, 1, ...), or all ones if per_neuron=False
+    Units    angle: radians per step. lr and wd act through their product alone; the scale of d does not matter at all
+    Notice   the first step turns by exactly arctan(angle), since U is then the size of this very d; later steps turn
+             more when d is larger than it used to be, less when it is smaller. beta = 0: always the same angle
+    """
+    dims, n, U = neuron_dims(w, h), state["norm"], state["update_norm_sq"]
+    d = direction.turning(g, state, h, h["weight_decay"] * w) if direction.turning else direction.update(g, state, h)
+    if h["zero_mean"]:
+        d = d - d.mean(dims, keepdim=True)                                     # first: a constant d becomes exactly 0
+    d = d - w * ((d * w).sum(dims, keepdim=True) / n**2)                       # the radial part would only change ||w||
+    U.lerp_((d * d).sum(dims, keepdim=True), 1 - h["update_norm_decay_factor"])
+    rms = (U / h["unbias_update_norm"]).sqrt()
+    w.sub_(d * (h["angle"] * n / (rms + h["rotational_eps"])))
+    w.mul_(n / neuron_norm(w, dims))                                           # back onto the sphere, exactly
+
+
+def rotational_init(w, h):
+    """n = ||w||, kept for ever; U = 0. One number of each per neuron."""
+    norm = neuron_norm(w, neuron_dims(w, h))
+    return {"norm": norm, "update_norm_sq": torch.zeros_like(norm)}
+
+
+def rotational_scalars(direction, h, t):
+    """The angle that the plain optimizer with this lr and wd settles to by itself, and the bias of U."""
+    angle = direction.kappa(h) * (2 * h["lr"] * direction.gain(h) * h["weight_decay"]) ** 0.5
+    return {"angle": angle, "unbias_update_norm": 1 - h["update_norm_decay_factor"] ** t}
+
+
+def rotates(p, group):
+    """Does this parameter turn? Only neurons can, and only decay gives them an angle. The group may say otherwise."""
+    if group["rotational"] is not None:
+        return group["rotational"]
+    return p.dim() > 1 and p.numel() > 0 and group["weight_decay"] != 0
+
+
+def centred(w, dims):
+    """w with the mean of every neuron removed and its norm kept:  ||w|| (w - mean w) / ||w - mean w||."""
+    residue = w - w.mean(dims, keepdim=True)
+    return residue * (neuron_norm(w, dims) / neuron_norm(residue, dims))
+
+
+def centre(p, group):
+    """What the rotational geometry does to a parameter once, before the first step."""
+    if group["zero_mean"]:
+        p.copy_(centred(working_copy(p), neuron_dims(p, group)))
+
+
+def why_stuck(p, group):
+    """Why p can not turn under the group's options, and the ways out, in words; None if it can. (In the authors' code
+    such neurons become NaN, or never move.)"""
+    way_out = "or set rotational=False for its group"
+    if group["weight_decay"] == 0:
+        return f"can not rotate: weight_decay=0 makes the angle 0. Set weight_decay > 0, {way_out}"
+    w, dims = working_copy(p.detach()), neuron_dims(p, group)
+    entries = math.prod(p.shape[d] for d in dims)
+    needed = 3 if group["zero_mean"] else 2
+    if entries < needed:
+        weights = "1 weight" if entries == 1 else f"{entries} weights"
+        return f"can not rotate: its neurons have {weights}, and turning takes {needed}. Reshape it, {way_out}"
+    norm = neuron_norm(w, dims)
+    if not norm.isfinite().all():
+        return f"can not rotate: it holds NaN or infinity. Initialise it, {way_out}"
+    if (norm == 0).any():
+        return f"can not rotate: a neuron is all zeros, which has no direction. Initialise it differently, {way_out}"
+    if group["zero_mean"]:
+        noise = 16 * torch.finfo(w.dtype).eps * norm        # what rounding leaves of w - mean(w) if all are equal
+        if (neuron_norm(w - w.mean(dims, keepdim=True), dims) <= noise).any():
+            return f"can not rotate: the weights of a neuron are all equal. Initialise it differently, {way_out}"
+    return None
+
+
+@dataclass(frozen=True, eq=False)
+class Geometry:
+    """One column of the table: the function above, and what the rest of the file has to know about it."""
+    move: Callable                                  # (direction, w, g, state, h): changes w
+    key: str                                        # a state entry by which a parameter under it is known
+    init: Callable = lambda w, h: {}                # (w, h) -> dict of state tensors, before the first step
+    scalars: Callable = lambda direction, h, t: {}  # numbers that depend on the step
+    defaults: dict = field(default_factory=dict)    # hyperparameters it adds
+    applies: Callable = lambda p, group: True       # to this parameter? The others take the plain rule
+    objection: Callable = lambda p, group: None     # why it can not be applied, in words
+    prepare: Callable = lambda p, group: None       # what it does to a parameter on adding it
+
+
+PLAIN = Geometry(plain, key="step")
+ROTATIONAL = Geometry(
+    rotational, "norm", rotational_init, rotational_scalars,
+    {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True, "rotational_eps": 1e-8,
+     "rotational": None},
+    applies=rotates, objection=why_stuck, prepare=centre)
+
+
+# ======================================================================================================================
+# The optimizer: no mathematics below this line, only bookkeeping
+# ======================================================================================================================
+
+
+def update(direction, work):
+    """One step for a list of (geometry, p, g, state, h). Eager and compiled runs both go through here.
+
+    Low-precision parameters are moved in float32 and rounded once at the end; float32 and float64 ones in place.
+    """
+    for geometry, p, g, state, h in work:
+        if is_wide(p):
+            geometry.move(direction, p, g.to(p.dtype), state, h)
+        else:
+            w = p.float()
+            geometry.move(direction, w, g.float(), state, h)
+            p.copy_(w)
+
+
+def is_wide(p):
+    """Is p precise enough to be moved in place? Averages and small steps drown in the 8 bits of a bfloat16."""
+    return p.dtype in (torch.float32, torch.float64)
+
+
+def working_copy(p):
+    """p itself if it is wide, else a float32 copy."""
+    return p if is_wide(p) else p.float()
+
+
+@functools.cache
+def compiled_update(direction):
+    """torch.compile of `update`. Every direction gets a code object of its own: torch.compile keeps its versions of a
+    function, and counts them against a limit, per code object."""
+    own = types.FunctionType(update.__code__.replace(co_name=f"update_{direction.update.__name__}"), globals())
+    return torch.compile(own)
+
+
+def as_tensor(value, device):
+    """A number that changes from step to step, as a 0-d tensor: compiled code then reads it instead of baking it in.
+    torch.full fills it on the device itself, so nothing has to wait for a copy. (MPS has no float64.)"""
+    if isinstance(value, torch.Tensor):
+        return value
+    return torch.full((), value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+
+def is_fraction(x):
+    return 0 <= x < 1
+
+
+def is_size(x):
+    return 0 <= x < math.inf
+
+
+def is_flag(x):
+    return isinstance(x, bool)
+
+
+RANGES = {                                          # NaN fails every comparison, so it is refused everywhere
+    "lr": (is_size, "a finite number >= 0"),
+    "weight_decay": (is_size, "a finite number >= 0"),
+    "eps": (is_size, "a finite number >= 0"),
+    "rotational_eps": (is_size, "a finite number >= 0"),
+    "momentum": (is_fraction, "a number in [0, 1)"),
+    "alpha": (is_fraction, "a number in [0, 1)"),
+    "update_norm_decay_factor": (is_fraction, "a number in [0, 1)"),
+    "betas": (lambda x: len(x) == 2 and all(is_fraction(b) for b in x), "two numbers in [0, 1)"),
+    "per_neuron": (is_flag, "True or False"),
+    "zero_mean": (is_flag, "True or False"),
+    "rotational": (lambda x: x is None or is_flag(x), "True, False or None (None: decide by shape and decay)"),
+    "compile": (is_flag, "True or False"),
+}
+FREE_KEYS = {"params", "param_names", "name", "initial_lr"}     # what a group may carry beside hyperparameters
+
+
+def name_of(group, i, index):
+    """What to call parameter i of a group: the name it came with (pass model.named_parameters() to have them)."""
+    return group["param_names"][i] if "param_names" in group else f"parameter {i} of group {index}"
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A direction followed by a geometry: the base class of every optimizer here, and itself of use to nobody.
+
+    Subclasses set `direction` and `geometry`. Everything a torch.optim.Optimizer can do works: groups, schedulers,
+    closures, state_dict, pickle, deepcopy. All state is in self.state[p], as tensors or plain numbers, in float32 or
+    the parameter's type, whichever is wider; `step` there counts the steps in which p had a gradient. Parameters
+    without one are left alone, and so is their state.
+
+    Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
+    Errors   ValueError for values out of range, unknown keys in a group, complex parameters, sparse gradients, a
+             checkpoint of another kind of optimizer; TypeError for an unknown argument
+    """
+    direction: Direction
+    geometry: Geometry = PLAIN
+
+    @classmethod
+    def takes(cls):
+        """Every hyperparameter of the class, with the default of its factors."""
+        return cls.direction.defaults | cls.geometry.defaults | {"compile": False}
+
+    def __init__(self, params, **hyper):
+        defaults = self.takes()
+        unknown = sorted(set(hyper) - set(defaults))
+        if unknown:
+            raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}; it takes {', '.join(defaults)}")
+        super().__init__(params, defaults | hyper)
+
+    def add_param_group(self, param_group):
+        """Add a group and check it. The rotational geometry centres its neurons here (once, silently: zero_mean)."""
+        super().add_param_group(param_group)
+        try:
+            self._check_group(len(self.param_groups) - 1)
+        except Exception:
+            self.param_groups.pop()                 # a refused group leaves no trace
+            raise
+        group = self.param_groups[-1]
+        with torch.no_grad():
+            for p in group["params"]:
+                self.geometry_of(p, group).prepare(p, group)
+
+    def _check_group(self, index):
+        group, kind = self.param_groups[index], type(self).__name__
+        known = self.takes()
+        for key, value in group.items():
+            if key not in known:
+                if key not in FREE_KEYS:
+                    raise ValueError(f"{kind}: unknown key {key!r} in parameter group {index}; it takes "
+                                     f"{', '.join(known)}")
+                continue
+            allowed, words = RANGES[key]
+            try:
+                good = allowed(value)
+            except (TypeError, ValueError, RuntimeError):       # not a number at all, or a tensor of several
+                good = False
+            if not good:
+                raise ValueError(f"{kind}: {key}={value!r} in parameter group {index}: must be {words}")
+        for i, p in enumerate(group["params"]):
+            name = name_of(group, i, index)
+            if not p.is_floating_point():
+                raise ValueError(f"{kind}: {name} is {p.dtype}: only real floating-point parameters are supported "
+                                 "(a complex one can be stored as two real ones: torch.view_as_real)")
+            objection = self.geometry_of(p, group).objection(p, group)
+            if objection:
+                raise ValueError(f"{kind}: {name} {tuple(p.shape)} {objection}")
+
+    def geometry_of(self, p, group):
+        """The geometry of a parameter: that of the class, or the plain one for biases, gains and what a group exempts.
+        Settled at the first step, for good: a decay that a schedule brings down to 0 must end in an angle of 0, not in
+        a sudden change of geometry."""
+        state = self.state.get(p)
+        mine = self.geometry.key in state if state else self.geometry.applies(p, group)
+        return self.geometry if mine else PLAIN
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step. `closure`, if given, recomputes the loss (and the gradients) and its value is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group in enumerate(self.param_groups):       # refuse before anything has moved
+            for i, p in enumerate(group["params"]):
+                if p.grad is not None and p.grad.layout is not torch.strided:
+                    raise ValueError(f"{type(self).__name__}: {name_of(group, i, index)} has a sparse gradient, which "
+                                     "is not supported: build nn.Embedding with sparse=False")
+        for group in self.param_groups:
+            work, hyper_at = [], {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                geometry, state = self.geometry_of(p, group), self.state[p]
+                if not state:
+                    w = working_copy(p)
+                    state.update(step=0, **self.direction.init(w, group), **geometry.init(w, group))
+                if group.get("momentum") and "momentum_buffer" not in state:        # switched on in mid-run
+                    state["momentum_buffer"] = torch.zeros_like(working_copy(p))
+                state["step"] += 1
+                key = (geometry, state["step"], p.device)
+                if key not in hyper_at:             # parameters that march in step share one dict of numbers
+                    hyper_at[key] = self._hyper(geometry, group, state["step"], p.device)
+                work.append((geometry, p, p.grad, state, hyper_at[key]))
+            if work and group["compile"]:
+                tensors_only = [(geometry, p, g, {k: v for k, v in state.items() if k != "step"}, h)
+                                for geometry, p, g, state, h in work]
+                compiled_update(self.direction)(self.direction, tensors_only)
+            elif work:
+                update(self.direction, work)
+        return loss
+
+    def _hyper(self, geometry, group, t, device):
+        """The hyperparameters as the formulas see them at step t."""
+        h = {key: group[key] for key in self.takes()}
+        changing = {"lr": h["lr"], **self.direction.scalars(h, t), **geometry.scalars(self.direction, h, t)}
+        if group["compile"]:
+            changing = {key: as_tensor(value, device) for key, value in changing.items()}
+        return h | changing
+
+    def __setstate__(self, state):
+        """After pickle, deepcopy and load_state_dict. torch adds an option of its own to the defaults, which no group
+        here knows."""
+        super().__setstate__(state)
+        self.defaults.pop("differentiable", None)
+
+    def load_state_dict(self, state_dict):
+        """As in torch, but state keeps its precision (torch rounds it to the parameter's type), and the checkpoint of
+        an optimizer with other hyperparameters is refused."""
+        for group in state_dict["param_groups"]:
+            strange = self.takes().keys() ^ (group.keys() & RANGES.keys())      # what only one of the two knows
+            if strange:
+                raise ValueError(f"{type(self).__name__}: this state_dict was saved by another optimizer: only one of "
+                                 f"them has {', '.join(sorted(strange))}")
+        super().load_state_dict(state_dict)
+        mine = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for p, i in zip(mine, saved):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, torch.Tensor):
+                    dtype = p.dtype if is_wide(p) else torch.float32
+                    self.state[p][key] = value.to(p.device, dtype, copy=True)
+
+
+# ======================================================================================================================
+# The named optimizers
+# ======================================================================================================================
+
+
+class SGD(Optimizer):
+    """Stochastic gradient descent with heavy-ball momentum and coupled L2 regularisation.
+
+    Formula  m <- momentum * m + (g + weight_decay * w);   w <- w - lr * m
+    Shapes   any
+    State    1 tensor like w (none if momentum = 0)
+    Units    lr: weight^2 / loss. In effect lr / (1 - momentum): momentum is a sum, not an average
+    Settles  ||w||^2 = lr E||g||^2 / (2 wd (1-mu)), turning by sqrt(2 lr wd / (1+mu)) a step
+    Errors   ValueError: lr, weight_decay < 0 or not finite; momentum outside [0, 1)
+    Source   Polyak 1964; equal to torch.optim.SGD (no dampening, no Nesterov)
+    """
+    direction = DIRECTIONS["sgd"]
+
+    def __init__(self, params, lr=1e-3, momentum=0.0, weight_decay=0.0, *, compile=False):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, compile=compile)
+
+
+class Adam(Optimizer):
+    """Adam with L2 regularisation: the decay is added to the gradient, and so divided by the gradient's RMS as well.
+
+    Formula  x = g + weight_decay * w;   m <- b1 m + (1-b1) x;   v <- b2 v + (1-b2) x^2
+             w <- w - lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+    Shapes   any
+    State    2 tensors like w
+    Units    lr: weight per step (each weight moves by at most about lr). weight_decay: loss / weight^2
+    Settles  ||w||^2 = lr C sigma / (2 wd): it depends on the gradient's size sigma, and so does the angle. Layers with
+             large gradients turn slowly, others fast; AdamW does not have this imbalance
+    Errors   ValueError: lr, eps, weight_decay < 0 or not finite; betas outside [0, 1)
+    Source   Kingma and Ba 2015, algorithm 1; equal to torch.optim.Adam
+    """
+    direction = DIRECTIONS["adam"]
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, *, compile=False):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, compile=compile)
+
+
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay.
+
+    Formula  w <- (1 - lr * weight_decay) w;   m <- b1 m + (1-b1) g;   v <- b2 v + (1-b2) g^2
+             w <- w - lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
+    Shapes   any
+    State    2 tensors like w
+    Units    lr: weight per step. weight_decay: 1 / (lr * steps): w forgets its past in 1 / (lr * weight_decay) steps
+    Settles  ||w||^2 = lr C / (2 wd), turning by sqrt(2 lr wd (1-b1) / (1+b1)) a step, whatever the gradient's size
+    Errors   ValueError: lr, eps, weight_decay < 0 or not finite; betas outside [0, 1)
+    Source   Loshchilov and Hutter 2019, algorithm 2; equal to torch.optim.AdamW
+    """
+    direction = DIRECTIONS["adamw"]
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *, compile=False):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, compile=compile)
+
+
+class Lion(Optimizer):
+    """Lion: the sign of an average, so that every weight moves by the same amount.
+
+    Formula  w <- (1 - lr * weight_decay) w;   w <- w - lr * sign(b1 m + (1-b1) g);   then  m <- b2 m + (1-b2) g
+    Shapes   any
+    State    1 tensor like w
+    Units    lr: weight per step, exactly. weight_decay: 1 / (lr * steps)
+    Settles  ||w||^2 = lr C / (pi wd S), turning by sqrt(pi lr wd S) a step; S = (1-b1)^2 + b1^2 (1-b2) / (1+b2)
+    Errors   ValueError: lr, weight_decay < 0 or not finite; betas outside [0, 1)
+    Source   Chen et al. 2023, algorithm 2
+    """
+    direction = DIRECTIONS["lion"]
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=0.0, *, compile=False):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, compile=compile)
+
+
+class RMSProp(Optimizer):
+    """RMSProp: the gradient over its root mean square, optionally with heavy-ball momentum.
+
+    Formula  x = g + weight_decay * w;   v <- alpha v + (1-alpha) x^2;   d = x / (sqrt(v) + eps)
+             m <- momentum * m + d;   w <- w - lr * m
+    Shapes   any
+    State    1 tensor like w, 2 with momentum
+    Units    lr: weight per step, in effect lr / (1 - momentum). weight_decay: loss / weight^2
+    Errors   ValueError: lr, eps, weight_decay < 0 or not finite; alpha, momentum outside [0, 1)
+    Source   Tieleman and Hinton 2012; equal to torch.optim.RMSprop (not centered)
+    """
+    direction = DIRECTIONS["rmsprop"]
+
+    def __init__(self, params, lr=1e-2, alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0, *, compile=False):
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum,
+                         compile=compile)
+
+
+class RotationalSGD(Optimizer):
+    """SGD's direction on the rotational geometry.
+
+    Formula  m <- momentum * m + g, made zero-mean and tangent;   every neuron turns, on average, by
+             angle = sqrt(2 lr weight_decay / (1 + momentum))  radians a step, and keeps its norm
+    Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0; the others (biases,
+             gains) follow plain SGD, with their group's decay
+    State    1 tensor like w (none if momentum = 0) and 2 numbers per neuron
+    Options  update_norm_decay_factor: how long the size of d is averaged; 0: every step turns by exactly arctan(angle)
+             per_neuron: False keeps the norm of the whole tensor instead.   zero_mean: neurons and updates are centred
+             (weights at construction, keeping their norm).   rotational_eps: added to the average size of d
+             A group may set rotational=True or False to overrule the choice by shape and decay
+    Units    angle: radians per step; only lr * weight_decay matters to a turning weight. lr for the others: as in SGD
+    Errors   ValueError as in SGD; also for a neuron that can not turn (too few weights, all zero, all equal)
+    Source   Kosson et al. 2024, algorithm 1 and table 1; the authors' code leaves decay to the angle, as here
+    """
+    direction, geometry = DIRECTIONS["sgd"], ROTATIONAL
+
+    def __init__(self, params, lr=0.1, momentum=0.9, weight_decay=1e-4, *, update_norm_decay_factor=0.9,
+                 per_neuron=True, zero_mean=True, rotational_eps=1e-8, compile=False):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay,
+                         update_norm_decay_factor=update_norm_decay_factor, per_neuron=per_neuron, zero_mean=zero_mean,
+                         rotational_eps=rotational_eps, compile=compile)
+
+
+class RotationalAdamW(Optimizer):
+    """AdamW's direction on the rotational geometry.
+
+    Formula  d = mean(g) / rms(g), as in AdamW, made zero-mean and tangent;   every neuron turns, on average, by
+             angle = sqrt(2 lr weight_decay (1-b1) / (1+b1))  radians a step, and keeps its norm
+    Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0; the others (biases,
+             gains) follow plain AdamW, with their group's decay
+    State    2 tensors like w and 2 numbers per neuron
+    Options  update_norm_decay_factor, per_neuron, zero_mean, rotational_eps, and `rotational` in a group: see
+             RotationalSGD
+    Units    angle: radians per step; only lr * weight_decay matters to a turning weight. lr for the others: as in AdamW
+    Errors   ValueError as in AdamW; also for a neuron that can not turn (too few weights, all zero, all equal)
+    Source   Kosson et al. 2024, algorithm 1 and table 1
+    """
+    direction, geometry = DIRECTIONS["adamw"], ROTATIONAL
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
+                 update_norm_decay_factor=0.9, per_neuron=True, zero_mean=True, rotational_eps=1e-8, compile=False):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                         update_norm_decay_factor=update_norm_decay_factor, per_neuron=per_neuron, zero_mean=zero_mean,
+                         rotational_eps=rotational_eps, compile=compile)
+
+
+class RotationalAdam(Optimizer):
+    """Adam+L2 with AdamW's balanced rotation: the paper's experiment on what makes AdamW better than Adam+L2.
+
+    Formula  d = mean(g) / rms(g + weight_decay * w), made zero-mean and tangent;   every neuron turns, on average, by
+             angle = sqrt(2 lr weight_decay (1-b1) / (1+b1))  radians a step, and keeps its norm
+    Shapes   as in RotationalAdamW; the parameters that do not turn follow plain Adam, L2 included
+    State    2 tensors like w and 2 numbers per neuron
+    Options  as in RotationalAdamW
+    Errors   as in RotationalAdamW
+    Source   Kosson et al. 2024, section 5.3; the authors' wrapper around Adam with the angle of AdamW
+    Notice   the decay is felt by v, not by m: the L2 term still distorts how the entries of d are scaled against each
+             other, but not how far the neuron turns. Where this does as well as AdamW, balance was what mattered
+    """
+    direction, geometry = DIRECTIONS["adam"], ROTATIONAL
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=1e-2, *,
+                 update_norm_decay_factor=0.9, per_neuron=True, zero_mean=True, rotational_eps=1e-8, compile=False):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+                         update_norm_decay_factor=update_norm_decay_factor, per_neuron=per_neuron, zero_mean=zero_mean,
+                         rotational_eps=rotational_eps, compile=compile)
+
+
+class RotationalLion(Optimizer):
+    """Lion's direction on the rotational geometry.
+
+    Formula  d = sign(b1 m + (1-b1) g), made zero-mean and tangent;   every neuron turns, on average, by
+             angle = sqrt(pi lr weight_decay S)  radians a step, and keeps its norm, with
+             S = (1-b1)^2 + b1^2 (1-b2) / (1+b2)
+    Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0; the others (biases,
+             gains) follow plain Lion, with their group's decay
+    State    1 tensor like w and 2 numbers per neuron
+    Options  update_norm_decay_factor, per_neuron, zero_mean, rotational_eps, and `rotational` in a group: see
+             RotationalSGD
+    Units    angle: radians per step; only lr * weight_decay matters to a turning weight. lr for the others: as in Lion
+    Errors   ValueError as in Lion; also for a neuron that can not turn (too few weights, all zero, all equal)
+    Source   Kosson et al. 2024, algorithm 1 and table 1
+    """
+    direction, geometry = DIRECTIONS["lion"], ROTATIONAL
+
+    def __init__(self, params, lr=1e-4, betas=(0.9, 0.99), weight_decay=1.0, *, update_norm_decay_factor=0.9,
+                 per_neuron=True, zero_mean=True, rotational_eps=1e-8, compile=False):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay,
+                         update_norm_decay_factor=update_norm_decay_factor, per_neuron=per_neuron, zero_mean=zero_mean,
+                         rotational_eps=rotational_eps, compile=compile)
+
+
+class RotationalRMSProp(Optimizer):
+    """RMSProp's direction on the rotational geometry: in no paper, but composed like the others.
+
+    Formula  d = g / rms(g), with momentum, made zero-mean and tangent; angle = sqrt(2 lr weight_decay / (1 + momentum))
+    Options  as in RMSProp and RotationalSGD; weight_decay 0.01 by default, since without decay there is no angle
+    Notice   the angle is SGD's, for the same heavy ball: dividing by an RMS changes the size of d, and that cancels
+    """
+    direction, geometry = DIRECTIONS["rmsprop"], ROTATIONAL
+
+    def __init__(self, params, **hyper):
+        super().__init__(params, **{"weight_decay": 1e-2} | hyper)
+
+
+# ======================================================================================================================
+# By name: the registry, and `build`, which decides the rule of every parameter of a model
+# ======================================================================================================================
+
+OPTIMIZERS = {
+    "sgd": SGD, "rotational_sgd": RotationalSGD,
+    "adam": Adam, "rotational_adam": RotationalAdam,
+    "adamw": AdamW, "rotational_adamw": RotationalAdamW,
+    "lion": Lion, "rotational_lion": RotationalLion,
+    "rmsprop": RMSProp, "rotational_rmsprop": RotationalRMSProp,
+}
+
+
+def find(name):
+    """The class behind a name of OPTIMIZERS, or a ValueError that suggests the nearest one."""
+    if name not in OPTIMIZERS:
+        near = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown optimizer {name!r}: did you mean {near!r}? There are {', '.join(OPTIMIZERS)}")
+    return OPTIMIZERS[name]
+
+
+def build(name, model, **hyper):
+    """The optimizer `name` for all trainable parameters of a model, with the usual rule for each of them.
+
+        2 dims and more (Linear, Conv, Embedding)    decay; turned, where the geometry is rotational
+        the same, but with a neuron that can't turn  decay under the plain rule (all zeros, one input, ...)
+        1 dim and less (biases, gains, norms)        no decay, plain rule: pulling a gain to 0 or a bias to 0 has no
+                                                     equilibrium to offer, only a smaller gain and bias
+
+    Embeddings count as matrices: the row of a token is a neuron, decayed and turned like any other. The paper's
+    GPT2-124M runs on OpenWebText did the same, its Wikitext runs left them out. Tied weights are one parameter.
+
+    Args     model: an nn.Module. Parameters with requires_grad=False are left out: thaw first, or add_param_group later
+             hyper: of the class, OPTIMIZERS[name]
+    Returns  the optimizer, its groups holding names ("param_names"), so that `table` can print them
+    Errors   ValueError: unknown name, nothing to train, two parameters that share memory without being tied, a
+             rotational optimizer without decay; whatever the class itself refuses
+    """
+    kind = find(name)
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError("build: the model has no trainable parameters")
+    owner = {}
+    for n, p in named:
+        first = owner.setdefault((p.device, p.data_ptr()) if p.numel() else n, n)
+        if first != n:
+            raise ValueError(f"build: {first} and {n} share memory but are two parameters, which would be updated "
+                             "twice: tie them by assigning the same nn.Parameter to both modules")
+    vectors = [(n, p) for n, p in named if p.dim() < 2]
+    matrices = [(n, p) for n, p in named if p.dim() >= 2]
+    if kind.geometry is not ROTATIONAL:
+        groups = [{"params": matrices}]
+    else:
+        h = kind.takes() | hyper | {"weight_decay": 1.0}        # no decay at all: for the class to complain about
+        stuck = {n for n, p in matrices if p.numel() == 0 or why_stuck(p, h)}
+        groups = [{"params": [(n, p) for n, p in matrices if n not in stuck], "rotational": True},
+                  {"params": [(n, p) for n, p in matrices if n in stuck], "rotational": False}]
+    groups.append({"params": vectors, "weight_decay": 0.0})
+    return kind([group for group in groups if group["params"]], **hyper)
+
+
+def table(optimizer):
+    """What an optimizer does with each parameter, as text: name, shape, rule, learning rate, decay."""
+    rows = [("parameter", "shape", "rule", "lr", "weight_decay")]
+    for index, group in enumerate(optimizer.param_groups):
+        for i, p in enumerate(group["params"]):
+            name = name_of(group, i, index)
+            rule = "rotational" if optimizer.geometry_of(p, group) is ROTATIONAL else "plain"
+            rows.append((name, "x".join(map(str, p.shape)) or "scalar", rule, f"{group['lr']:g}",
+                         f"{group['weight_decay']:g}"))
+    widths = [max(len(row[k]) for row in rows) for k in range(5)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+# ======================================================================================================================
+# RotationProbe: measure what the theory predicts, on any optimizer
+# ======================================================================================================================
+
+TORCH_TWINS = {torch.optim.SGD: "sgd", torch.optim.Adam: "adam", torch.optim.AdamW: "adamw",
+               torch.optim.RMSprop: "rmsprop"}
+
+
+def neuron_angles(before, after, dims):
+    """Angle between each neuron before and after, in radians:  2 asin(|u - v| / 2) for unit vectors u and v.
+    acos(u.v) would lose all angles under 1e-4 in float32, since u.v is 1 to the last bit there."""
+    u, v = before / neuron_norm(before, dims), after / neuron_norm(after, dims)
+    return 2 * (neuron_norm(u - v, dims) / 2).clamp(max=1).asin()
+
+
+class RotationProbe:
+    """Measures how far neurons turn in one optimizer step, beside what theory predicts in equilibrium.
+
+        probe = RotationProbe(optimizer)        # any optimizer of this file or of torch.optim
+        probe.measure_next_step()               # arms it for one step; a step it is not asked about costs nothing
+        optimizer.step()
+        print(probe)                            # or probe.rows: one dict per parameter
+
+    Rows     name; norm: mean ||w|| of the neurons after the step; angle: mean angle turned, radians; predicted_norm,
+             predicted_angle: for rotational parameters the kept norm and the angle that is set; for plain ones the
+             equilibrium of a random walk with the lr and decay of this step and, where it matters, the gradient of
+             this step ([RE], table 1), nan where there is no decay, or no theory for the optimizer
+    Measures parameters with two dims or more that had a gradient. Memory: a copy of these, during a measured step
+    """
+
+    def __init__(self, optimizer):
+        self.optimizer, self.rows, self._hooks = optimizer, [], []
+
+    def measure_next_step(self):
+        """Arm the probe: the next step is measured, the ones after it are not."""
+        if not self._hooks:
+            self._hooks = [self.optimizer.register_step_pre_hook(self._before),
+                           self.optimizer.register_step_post_hook(self._after)]
+
+    def _before(self, optimizer, args, kwargs):
+        self._copies = {p: p.detach().clone() for group in optimizer.param_groups
+                        for p in group["params"] if p.dim() > 1}
+
+    @torch.no_grad()
+    def _after(self, optimizer, args, kwargs):
+        self.rows = []
+        for index, group in enumerate(optimizer.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p not in self._copies or p.grad is None or p.numel() == 0:
+                    continue
+                h = {"per_neuron": True} | group
+                dims = neuron_dims(p, h)
+                before, after = working_copy(self._copies[p]), working_copy(p)
+                predicted_norm, predicted_angle = self._predict(p, group, math.prod(p.shape[d] for d in dims))
+                self.rows.append({
+                    "name": name_of(group, i, index),
+                    "norm": neuron_norm(after, dims).mean().item(),
+                    "angle": neuron_angles(before, after, dims).nanmean().item(),       # a zero neuron has no angle
+                    "predicted_norm": predicted_norm, "predicted_angle": predicted_angle})
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._copies = [], {}
+
+    def _predict(self, p, group, C):
+        """(norm, angle) in equilibrium; C weights to a neuron."""
+        if isinstance(self.optimizer, Optimizer):
+            direction, state = self.optimizer.direction, self.optimizer.state[p]
+            if "norm" in state:
+                angle = rotational_scalars(direction, group, state["step"])["angle"]
+                return state["norm"].mean().item(), math.atan(angle)
+        else:
+            twin = TORCH_TWINS.get(type(self.optimizer))
+            if group.get("decoupled_weight_decay"):             # how torch spells AdamW since version 2.7
+                twin = "adamw"
+            variants = ("nesterov", "dampening", "amsgrad", "centered", "maximize")
+            if twin is None or any(group.get(key) for key in variants):
+                return math.nan, math.nan
+            direction = DIRECTIONS[twin]
+        sigma = p.grad.double().square().mean().sqrt().item()   # RMS entry of this step's gradient
+        return equilibrium(direction, group | {"lr": float(group["lr"])}, C, sigma)
+
+    def __str__(self):
+        lines = [f"{'parameter':32s} {'norm':>10s} {'predicted':>10s} {'angle':>10s} {'predicted':>10s}"]
+        for row in self.rows:
+            lines.append(f"{row['name']:32s} {row['norm']:10.4g} {row['predicted_norm']:10.4g} "
+                         f"{row['angle']:10.4g} {row['predicted_angle']:10.4g}")
+        return "\n".join(lines)
+
+
+# ======================================================================================================================
+# The lesson: python optim.py
+# ======================================================================================================================
+
+
+def random_walk(optimizer, w, steps, sigma=1.0, every=20, generator=None):
+    """Feed w with pure noise, gradients N(0, sigma^2), and measure. -> [(step, norm, angle)], means over the neurons.
+
+    Noise is the whole point: with no loss to descend, everything the neurons do is the work of optimizer and decay.
+    """
+    probe, trace = RotationProbe(optimizer), []
+    for step in range(1, steps + 1):
+        w.grad = torch.randn(w.shape, generator=generator) * sigma
+        if step % every == 0 or step <= 3:
+            probe.measure_next_step()
+        optimizer.step()
+        if probe.rows:
+            row = probe.rows.pop()
+            trace.append((step, row["norm"], row["angle"]))
+    return trace
+
+
+def state_bytes(kind):
+    """Bytes of optimizer state per float32 weight, counted on a 1000 x 1000 matrix, with momentum if there is any."""
+    w = torch.nn.Parameter(torch.randn(1000, 1000))
+    optimizer = kind([w], **({"momentum": 0.9} if "momentum" in kind.direction.defaults else {}))
+    w.grad = torch.ones_like(w)
+    optimizer.step()
+    return sum(s.numel() * s.element_size() for s in optimizer.state[w].values() if torch.is_tensor(s)) / w.numel()
+
+
+# name, hyperparameters, size of the gradient's entries. Adam+L2 comes three times: its angle depends on that size
+WALKS = [
+    ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.005}, 1.0),
+    ("adamw", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}, 1.0),
+    ("adam", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.2}, 0.5),
+    ("adam", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.2}, 1.0),
+    ("adam", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.2}, 2.0),
+    ("rmsprop", {"lr": 0.01, "alpha": 0.999, "eps": 1e-8, "weight_decay": 0.2, "momentum": 0.0}, 1.0),
+    ("lion", {"lr": 0.001, "betas": (0.9, 0.99), "weight_decay": 0.5}, 1.0),
+]
+NEURONS, C = 64, 256
+
+
+def lesson(plot=None):
+    """Print the table of optimizers and the random walk; with `plot`, draw the walk into that file as well."""
+    torch.manual_seed(0)
+    print("An optimizer is a direction (which way) times a geometry (how far, on which surface).\n")
+    print(f"{'name':20s} {'geometry':11s} {'state':>12s}   direction")
+    for name, kind in OPTIMIZERS.items():
+        geometry = "rotational" if kind.geometry is ROTATIONAL else "plain"
+        formula = kind.direction.formula
+        if geometry == "rotational":                # the decay sets the angle; only adam's v still sees it
+            formula = "d = mean(g) / rms(g + wd w)" if kind.direction.turning else formula.replace(" + wd w", "")
+        print(f"{name:20s} {geometry:11s} {state_bytes(kind):5.1f} B/weight   {formula}")
+
+    print(f"\nA random walk: {NEURONS} neurons of {C} weights, 3 times too short, and gradients of pure noise.")
+    print("AdamW finds its angle; its rotational variant, with the same lr and decay, has it from the first step on:\n")
+    name, hyper, sigma = WALKS[1]
+    target = equilibrium(DIRECTIONS[name], hyper, C, sigma)
+    traces = {}
+    for kind in (AdamW, RotationalAdamW):
+        w = torch.nn.Parameter(torch.randn(NEURONS, C) * (target[0] / 3 / math.sqrt(C)))
+        traces[kind.__name__] = random_walk(kind([w], **hyper), w, 1600)
+    print(f"{'step':>6s}   {'AdamW: radians per step':41s}  {'RotationalAdamW':s}")
+    width = 36 / max(angle for trace in traces.values() for step, _, angle in trace)
+    for (step, _, a), (_, _, b) in zip(*traces.values()):
+        if step in (1, 2, 3, 20, 40, 80, 160, 320, 640, 960, 1280, 1600):
+            print(f"{step:6d}   {a:.4f} {'#' * round(a * width):36s}   {b:.4f} {'#' * round(b * width)}")
+    print(f"{'':6s}   {target[1]:.4f} {'=' * round(target[1] * width):36s}   {target[1]:.4f}   "
+          "= sqrt(2 lr wd (1-b1)/(1+b1))")
+
+    print("\nWhere each plain optimizer settles, from the formulas of table 1 of the rotational equilibrium paper:\n")
+    print(f"{'optimizer':10s} {'|gradient|':>10s} {'norm: formula':>14s} {'measured':>9s} {'':>7s} "
+          f"{'angle: formula':>15s} {'measured':>9s}")
+    for name, hyper, sigma in WALKS:
+        target = equilibrium(DIRECTIONS[name], hyper, C, sigma)
+        w = torch.nn.Parameter(torch.randn(NEURONS, C) * (target[0] / 3 / math.sqrt(C)))
+        trace = random_walk(OPTIMIZERS[name]([w], **hyper), w, 7000, sigma)
+        traces[f"{name}, sigma = {sigma:g}"] = trace
+        settled = [(norm, angle) for step, norm, angle in trace if step > 3500]
+        norm, angle = (sum(column) / len(settled) for column in zip(*settled))
+
+        def line(label, target):
+            print(f"{label:10s} {sigma:10g} {target[0]:14.4f} {norm:9.4f} {norm / target[0] - 1:+7.2%} "
+                  f"{target[1]:15.5f} {angle:9.5f} {angle / target[1] - 1:+7.2%}", flush=True)
+        line(name if name != "adam" else "adam + L2", target)
+        if name == "lion":                          # every Lion step has length lr sqrt(C): the norm gives the angle
+            exact = lion_walk_norm(hyper, C)
+            line("  exact", (exact, hyper["lr"] * math.sqrt(C) / exact))
+    print("\nOne rule stands out: the angle of adam + L2 depends on the size of the gradient, so layers with small\n"
+          "gradients turn fast and others slowly. AdamW, Lion and SGD turn all layers alike in the end, rotational\n"
+          "variants from the first step on. (lion: the paper fits a line to the sign; 'exact' uses the arcsine law.)")
+    if plot:
+        draw(traces, plot)
+
+
+def draw(traces, path):
+    """Norm and angle over the steps of every walk, as a figure."""
+    try:
+        import matplotlib
+    except ImportError:
+        sys.exit("optim.py: --plot needs matplotlib: pip install matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7), constrained_layout=True)
+    for label, trace in traces.items():
+        steps, norms, angles = zip(*trace)
+        above.plot(steps, [norm / norms[-1] for norm in norms], label=label)
+        below.plot(steps, angles, label=label)
+    above.set(ylabel="neuron norm / its last value", title="Random walk: norm and angle settle where lr and wd say")
+    below.set(ylabel="angle per step (radians)", xlabel="step", xscale="log", yscale="log")
+    above.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    print(f"\nfigure: {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="The lesson of optim.py: the table of optimizers and a random walk.")
+    parser.add_argument("--plot", metavar="FILE", help="also draw norm and angle over the steps (.png, .pdf, .svg)")
+    lesson(parser.parse_args().plot)
+
+
+if __name__ == "__main__":
+    main()
