@@ -1,0 +1,862 @@
+"""
+Train a GPT-2 on text with any optimizer of optim.py. One file, top to bottom: settings, data, model, training.
+
+    python nanogpt_train.py                                   AdamW, a 0.8M-parameter GPT, Python's own manual: offline
+    python nanogpt_train.py --opt rotational_lion             any name of optim.OPTIMIZERS, with its tuned defaults
+    python nanogpt_train.py --data my_novel.txt --sample 500  any text; prints 500 characters of its own at the end
+    python nanogpt_train.py --resume --out_dir out/...        go on where a stopped or killed run was
+    python nanogpt_train.py --preset shakespeare              nanoGPT's 10M-parameter model (a GPU is advisable)
+    torchrun --nproc_per_node=8 nanogpt_train.py --preset gpt2    GPT-2 124M on OpenWebText, on 8 GPUs
+
+Each run writes config.json, log.jsonl (one JSON object a line) and ckpt.pt under --out_dir. Exit status: 0 done, 2 bad
+input, 3 the loss is not a number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+
+The model is GPT-2 as in nanoGPT; with rotational optimizers every Linear has a learnable gain per output neuron, since
+their weights keep their norm (--gains). References: Radford et al. 2019 (GPT-2); Karpathy's nanoGPT, whose flags and
+sizes are kept; Kosson et al. 2024 (Rotational Equilibrium) for the presets gpt2 and wikitext.
+"""
+import argparse
+import ast
+import contextlib
+import difflib
+import functools
+import hashlib
+import io
+import json
+import lzma
+import math
+import os
+import pathlib
+import re
+import signal
+import sys
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import optim
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Settings: a flag on the command line goes before the preset, a preset before the optimizer's tuned defaults
+# ----------------------------------------------------------------------------------------------------------------------
+
+PRESETS = {
+    # the default without CUDA: the size of nanoGPT's CPU example, about a minute and a half on two cores
+    "cpu": dict(data="python_docs", n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, batch_size=12,
+                grad_accum=1, steps=2000, warmup=100, eval_every=250, eval_batches=100, compile=0),
+    # the default with CUDA, then on python_docs: nanoGPT's config/train_shakespeare_char.py
+    "shakespeare": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
+                        grad_accum=1, steps=5000, warmup=100, eval_every=250, eval_batches=40, compile=1),
+    # Kosson et al. 2024, GPT2-124M on OpenWebText: 491,520 tokens a step, 20 tokens per parameter, 5 % warmup. There
+    # AdamW runs at lr 4.8e-3 and its rotational variant at the same lr (zero-shot) or at twice that (tuned: used here)
+    "gpt2": dict(data="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, batch_size=12,
+                 grad_accum=40, steps=5000, warmup=250, eval_every=250, eval_batches=100, compile=1,
+                 tuned={"adamw": dict(lr=4.8e-3, weight_decay=0.1, betas=(0.9, 0.95)),
+                        "rotational_adamw": dict(lr=9.6e-3, weight_decay=0.1, betas=(0.9, 0.95))}),
+    # Kosson et al. 2024, GPT on Wikitext-103: 84,480 tokens a step. Theirs does not decay the embeddings and evaluates
+    # on the test split; here embeddings are decayed like every matrix, and the validation split is used
+    "wikitext": dict(data="wikitext", n_layer=12, n_head=12, n_embd=768, block_size=512, dropout=0.2, batch_size=55,
+                     grad_accum=3, steps=15000, warmup=300, grad_clip=0.0, eval_every=250, eval_batches=24, compile=1,
+                     tuned={"adamw": dict(lr=5e-3, weight_decay=0.5, betas=(0.9, 0.95)),
+                            "rotational_adamw": dict(lr=5e-3, weight_decay=0.5, betas=(0.9, 0.95))}),
+}
+
+TUNED = {
+    "sgd": dict(lr=0.3, momentum=0.9, weight_decay=1e-4),
+    "adam": dict(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0),
+    "adamw": dict(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.1),
+    "lion": dict(lr=6e-4, betas=(0.9, 0.99), weight_decay=0.5),
+    "rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=0.0),
+    "rotational_sgd": dict(lr=1.0, momentum=0.9, weight_decay=4e-4),
+    "rotational_adam": dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.1),
+    "rotational_adamw": dict(lr=2e-2, betas=(0.9, 0.99), weight_decay=0.05),
+    "rotational_lion": dict(lr=4e-3, betas=(0.9, 0.99), weight_decay=1.25),
+    "rotational_rmsprop": dict(lr=1e-2, alpha=0.99, weight_decay=0.1),
+}
+
+
+def fail(message, status=2):
+    """The one way out for bad input: a line that names the mend, and a status. Never a traceback."""
+    print(f"nanogpt_train.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, and an unknown flag is answered with the nearest known one."""
+
+    def error(self, message):
+        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[1], flags, n=1, cutoff=0)[0]
+            message = f"unknown flag {unknown[1]}: did you mean {near}? (--help lists them all)"
+        fail(message)
+
+
+def in_range(kind, low, high=math.inf, above=False):
+    """A type for argparse: a number of this kind with low <= x <= high (low < x if above)."""
+    def parse(text):
+        try:
+            x = kind(text)
+        except ValueError:
+            words = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
+        if not (low < x if above else low <= x) or x > high or not math.isfinite(x):
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'>' if above else '>='} {low:g}"
+                                             + (f" and <= {high:g}" if high < math.inf else ""))
+        return x
+    return parse
+
+
+def parse_arguments():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    whole, number, flag = lambda low: in_range(int, low), lambda low: in_range(float, low), in_range(int, 0, 1)
+    g = p.add_argument_group("optimizer (tuned defaults for each: TUNED in this file)")
+    g.add_argument("--opt", metavar="NAME", help=f"{', '.join(optim.OPTIMIZERS)} (default adamw)")
+    g.add_argument("--lr", type=number(0), help="peak learning rate")
+    g.add_argument("--weight_decay", type=number(0), help="of matrices and embeddings; biases and gains have none")
+    g.add_argument("--beta1", type=number(0), help="of optimizers with betas")
+    g.add_argument("--beta2", type=number(0), help="likewise")
+    g.add_argument("--momentum", type=number(0), help="of the sgd and rmsprop family")
+    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop family")
+    g.add_argument("--opt_kwargs", metavar="KEY=VALUE", nargs="+", help="anything else the optimizer's class takes")
+    g = p.add_argument_group("training")
+    g.add_argument("--preset", choices=PRESETS, help="default: cpu; with CUDA the shakespeare model on python_docs")
+    g.add_argument("--schedule", choices=("cosine", "linear", "constant"), help="cosine (default), linear: end at 0")
+    g.add_argument("--warmup", type=whole(0), help="steps over which lr rises linearly")
+    g.add_argument("--steps", type=whole(1), help="optimizer steps")
+    g.add_argument("--batch_size", type=whole(1), help="sequences in one forward pass")
+    g.add_argument("--grad_accum", type=whole(1),
+                   help="a step averages over batch_size * grad_accum sequences, on all GPUs together")
+    g.add_argument("--grad_clip", type=number(0), help="largest gradient norm; 0: no clipping (default 1)")
+    g.add_argument("--seed", type=whole(0), help="of weights, batches and dropout (default 1337)")
+    g = p.add_argument_group("model")
+    g.add_argument("--n_layer", type=whole(1))
+    g.add_argument("--n_head", type=whole(1))
+    g.add_argument("--n_embd", type=whole(1))
+    g.add_argument("--block_size", type=whole(1), help="context length")
+    g.add_argument("--dropout", type=in_range(float, 0, 1))
+    g.add_argument("--bias", type=flag, metavar="{0,1}", help="biases in Linear and LayerNorm, as in GPT-2 (default 0)")
+    g.add_argument("--gains", choices=("auto", "0", "1"),
+                   help="a learnable gain per output neuron of every Linear; auto: with rotational optimizers")
+    g = p.add_argument_group("data and files")
+    g.add_argument("--data", help="python_docs, shakespeare, tinystories, wikitext, openwebtext or a text file")
+    g.add_argument("--tokenizer", choices=("auto", "char", "gpt2"),
+                   help="auto: gpt2 for tinystories, wikitext, openwebtext, else characters")
+    g.add_argument("--data_dir", help="where downloads and token files are kept (default data)")
+    g.add_argument("--out_dir", help="default out/nanogpt-OPT-DATA; a new run replaces an old one")
+    g.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out_dir, with the settings in it")
+    g.add_argument("--save_every", type=whole(1), help="steps between checkpoints (default: eval_every)")
+    g.add_argument("--eval_every", type=whole(1), help="steps between evaluations")
+    g.add_argument("--eval_batches", type=whole(1), help="batches of the fixed validation set")
+    g = p.add_argument_group("machine")
+    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
+    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
+                   help="of autocast; auto: bfloat16 on CUDA, else float32")
+    g.add_argument("--compile", type=flag, metavar="{0,1}", help="torch.compile the model and the optimizer")
+    g.add_argument("--track", type=flag, metavar="{0,1}",
+                   help="log how far neurons turn, at every evaluation (default 1)")
+    g.add_argument("--show_table", action="store_true", help="print the rule, lr and decay of every parameter")
+    g = p.add_argument_group("text")
+    g.add_argument("--sample", type=whole(0), metavar="N", help="print N tokens of text at the end (default 0)")
+    g.add_argument("--prompt", help="what the text begins with (default: a newline)")
+    g.add_argument("--temperature", type=in_range(float, 0, above=True), help="default 0.8")
+    g.add_argument("--eval_only", action="store_true", help="with --resume: evaluate and sample, do not train")
+    return p.parse_args()
+
+
+DEFAULTS = dict(opt="adamw", schedule="cosine", grad_clip=1.0, seed=1337, bias=0, gains="auto", tokenizer="auto",
+                data_dir="data", device="auto", dtype="auto", track=1)
+# of one command, not of the run: not taken from the checkpoint on resuming
+COMMAND = dict(sample=0, prompt="\n", temperature=0.8, show_table=False, eval_only=False)
+# what may differ when a run is resumed; everything else is part of what the checkpoint means
+FREE_ON_RESUME = {"resume", "steps", "out_dir", "data_dir", "save_every", "eval_every", "device", "dtype", "compile",
+                  "track", *COMMAND}
+
+
+def explicit(args):
+    """The flags that were really given, as a dict."""
+    return {key: value for key, value in vars(args).items() if value is not None and value is not False}
+
+
+def settle(args):
+    """All settings of a new run as one dict: flags over preset over defaults; the optimizer's own are under `hyper`."""
+    given = explicit(args)
+    device = pick_device(given.get("device", "auto"))
+    preset = given.get("preset") or ("shakespeare" if device == "cuda" else "cpu")
+    s = DEFAULTS | PRESETS[preset] | given | {"preset": preset, "device": device}
+    if "preset" not in given and "data" not in given:
+        s["data"] = "python_docs"                   # nobody asked for a download
+    if device == "cpu" and "compile" not in given:
+        s["compile"] = 0                            # compiling for a CPU takes half a minute: only if asked for
+    try:
+        kind = optim.find(s["opt"])
+    except ValueError as error:
+        fail(f"--opt: {error}")
+    s["hyper"] = override(s, TUNED[s["opt"]] | s.pop("tuned", {}).get(s["opt"], {}), kind)
+    s["gains"] = int(kind.geometry is optim.ROTATIONAL) if s["gains"] == "auto" else int(s["gains"])
+    s.setdefault("save_every", s["eval_every"])
+    s.setdefault("out_dir", f"out/nanogpt-{s['opt']}-{pathlib.Path(s['data']).stem}")
+    if s["n_embd"] % s["n_head"]:
+        fail(f"--n_embd {s['n_embd']} is not a multiple of --n_head {s['n_head']}: try --n_embd "
+             f"{max(s['n_embd'] // s['n_head'], 1) * s['n_head']}")
+    if s["warmup"] >= s["steps"]:
+        if "warmup" in given:
+            fail(f"--warmup {s['warmup']} leaves nothing of --steps {s['steps']}: make it smaller")
+        s["warmup"] = s["steps"] // 10              # a preset's warmup, in a much shorter run
+    return s
+
+
+def override(s, hyper, kind):
+    """Merge --lr ... --opt_kwargs into the tuned hyperparameters; what the optimizer does not know is an error."""
+    takes, hyper = [key for key in kind.takes() if key not in ("compile", "rotational")], dict(hyper)
+
+    def check(key, flag):
+        if key not in takes:
+            fail(f"{s['opt']} takes no {flag}; it takes {', '.join(takes)}")
+    for key in ("lr", "weight_decay", "momentum", "eps"):
+        if key in s:
+            check(key, f"--{key}")
+            hyper[key] = s[key]
+    for i, key in enumerate(("beta1", "beta2")):
+        if key in s:
+            check("betas", f"--{key}")
+            betas = list(hyper.get("betas", kind.takes()["betas"]))
+            betas[i] = s[key]
+            hyper["betas"] = tuple(betas)
+    for pair in s.get("opt_kwargs", []):
+        key, equals, text = pair.partition("=")
+        if not equals:
+            fail(f"--opt_kwargs {pair}: write it as KEY=VALUE")
+        check(key, key)
+        try:
+            hyper[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            fail(f"--opt_kwargs {pair}: {text!r} is not a number, True, False, None or a tuple of these")
+    return hyper
+
+
+def pick_device(name):
+    mps = torch.backends.mps.is_available()
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not mps:
+        fail(f"--device {name}: this machine (or this build of torch) has none; use --device cpu")
+    return name
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: text -> token files (uint16, memory-mapped), made once and kept under --data_dir
+# ----------------------------------------------------------------------------------------------------------------------
+
+SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+               "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
+WIKITEXT = ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+            "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794")
+HUB = "https://huggingface.co/datasets/"            # states the sha256 of its large files in a header
+TINYSTORIES = HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{}.txt"
+OPENWEBTEXT = HUB + "Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"        # 00 to 20
+END = "<|endoftext|>"                               # GPT-2's mark between documents
+
+
+def download(url, sha256, path):
+    """Fetch url to path, unless it is there: into a .part file, checked, then renamed. sha256=None: as the hub says."""
+    by_hand = f"Fetch it by hand and put it at {path}, or use --data python_docs, which needs no network"
+    if path.exists():
+        if sha256 and file_sha256(path) != sha256:
+            fail(f"{path} is not the file that {url} should give: delete it, then start again")
+        return path
+    part, redirects = path.with_name(path.name + ".part"), Redirects()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        request = urllib.request.Request(url, headers={"User-Agent": "nanogpt_train.py"})
+        with urllib.request.build_opener(redirects).open(request, timeout=60) as reply, open(part, "wb") as file:
+            size = int(reply.headers.get("Content-Length") or 0)
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
+                while chunk := reply.read(1 << 20):
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            if size and bar.n != size:
+                raise OSError(f"it broke off after {bar.n} of {size} bytes")
+    except OSError as error:                        # also urllib's URLError: no network, no such host, no such file
+        part.unlink(missing_ok=True)
+        fail(f"cannot download {url}: {getattr(error, 'reason', error)}. {by_hand}")
+    expected = sha256 or redirects.sha256
+    if expected and file_sha256(part) != expected:
+        part.unlink()
+        fail(f"{url} did not give the expected file (sha256 {expected}). {by_hand}")
+    os.replace(part, path)
+    return path
+
+
+def file_sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but never away from https, and remembers the sha256 that the Hugging Face hub announces."""
+    sha256 = None
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            raise OSError(f"redirected to an insecure address, {newurl}")
+        if re.fullmatch('"[0-9a-f]{64}"', headers.get("X-Linked-Etag", "")):
+            self.sha256 = headers["X-Linked-Etag"].strip('"')
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def read_pieces(open_file, start=0, stop=None):
+    """Characters start to stop of a UTF-8 text file, in pieces of some million, for files larger than memory."""
+    with open_file() as file:
+        position = 0
+        while piece := file.read(1 << 22):
+            a, b = max(start - position, 0), len(piece) if stop is None else min(stop - position, len(piece))
+            if a < b:
+                yield piece[a:b]
+            position += len(piece)
+
+
+def openwebtext_documents(folder, validation):
+    """Documents of OpenWebText, straight from the 21 archives (a tar of .xz files, each a tar of texts). Every 2000th
+    one is validation: 0.05 %, the share that nanoGPT holds out."""
+    count = 0
+    for i in range(21):
+        with tarfile.open(download(OPENWEBTEXT.format(i), None, folder / f"urlsf_subset{i:02d}.tar")) as outer:
+            for member in outer:
+                if not member.name.endswith(".xz"):
+                    continue
+                with tarfile.open(fileobj=io.BytesIO(lzma.decompress(outer.extractfile(member).read()))) as inner:
+                    for text in filter(tarfile.TarInfo.isfile, inner):
+                        count += 1
+                        if (count % 2000 == 0) == validation:
+                            yield inner.extractfile(text).read().decode("utf-8", errors="replace") + END
+
+
+def find_text(name, data_dir):
+    """-> (identity of the text, train, val, default tokenizer). train() and val() yield the two texts in pieces, and
+    download first what has to be. A single text is split 90 / 10 by characters."""
+    if name == "tinystories":
+        def story(part):
+            path = download(TINYSTORIES.format(part), None, data_dir / f"tinystories-{part}.txt")
+            return read_pieces(lambda: open(path, encoding="utf-8"))
+        return name, lambda: story("train"), lambda: story("valid"), "gpt2"
+    if name == "wikitext":
+        def article(part):
+            archive = zipfile.ZipFile(download(*WIKITEXT, data_dir / "wikitext-103-raw-v1.zip"))
+            return read_pieces(lambda: io.TextIOWrapper(archive.open(f"wikitext-103-raw/wiki.{part}.raw"), "utf-8"))
+        return name, lambda: article("train"), lambda: article("valid"), "gpt2"
+    if name == "openwebtext":
+        folder = data_dir / "openwebtext"
+        return name, lambda: openwebtext_documents(folder, False), lambda: openwebtext_documents(folder, True), "gpt2"
+
+    if name == "python_docs":
+        import pydoc_data.topics                    # the language reference behind help("topics"): part of CPython
+        text = "\n".join(pydoc_data.topics.topics.values())
+        identity, opened = hashlib.sha256(text.encode()).hexdigest(), lambda: io.StringIO(text)
+    elif name == "shakespeare":
+        def opened():
+            return open(download(*SHAKESPEARE, data_dir / "shakespeare.txt"), encoding="utf-8")
+        identity = name
+    else:
+        path = pathlib.Path(name)
+        if not path.is_file():
+            known = ("python_docs", "shakespeare", "tinystories", "wikitext", "openwebtext")
+            near = difflib.get_close_matches(name, known, n=1)
+            fail(f"--data {name}: no such text file; " + (f"did you mean {near[0]}?" if near else
+                                                         f"the data sets are {', '.join(known)}"))
+        if not os.access(path, os.R_OK):
+            fail(f"--data {name}: permission denied")
+        stat, opened = path.stat(), lambda: open(path, encoding="utf-8")
+        identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    cut = functools.cache(lambda: int(0.9 * sum(map(len, read_pieces(opened)))))       # counted only where it is needed
+    return identity, lambda: read_pieces(opened, 0, cut()), lambda: read_pieces(opened, cut()), "char"
+
+
+class Characters:
+    """Every distinct character of the text is a token. `chars`: all of them, sorted."""
+
+    def __init__(self, chars):
+        self.chars, self.ids, self.n_vocab = chars, {c: i for i, c in enumerate(chars)}, len(chars)
+
+    def encode(self, text):
+        return [self.ids[c] for c in text]
+
+    def decode(self, ids):
+        return "".join(self.chars[i] for i in ids)
+
+
+class GPT2Tokens:
+    """GPT-2's byte pairs, from tiktoken (which downloads them once). 50,257, padded to a multiple of 64: faster."""
+    chars, n_vocab = None, 50304
+
+    def __init__(self):
+        import tiktoken
+        try:
+            self.bpe = tiktoken.get_encoding("gpt2")
+        except Exception as error:                  # requests, os and tiktoken each have their own exceptions
+            fail(f"cannot load GPT-2's tokens: {str(error).splitlines()[0][:200]}. tiktoken downloads them once; "
+                 "without a network, set TIKTOKEN_CACHE_DIR to a folder that holds them, or use --tokenizer char")
+
+    def encode(self, text):
+        return self.bpe.encode(text, allowed_special={END})
+
+    def decode(self, ids):
+        return self.bpe.decode([i for i in ids if i < self.bpe.n_vocab])       # the padding has no text
+
+
+def whole_words(pieces):
+    """The same text in pieces that end before white space, so that byte pairs come out as if encoded in one go."""
+    rest = ""
+    for piece in pieces:
+        rest += piece
+        cuts = [m.start() for m in re.finditer(r"(?<=\S)\s", rest[-10_000:])]
+        if cuts:
+            cut = max(len(rest) - 10_000, 0) + cuts[-1]
+            yield rest[:cut]
+            rest = rest[cut:]
+    yield rest
+
+
+def load_data(name, data_dir, tokenizer):
+    """-> train and val, as 1-D uint16 arrays mapped from files, and the tokenizer. The files are made on the first run,
+    in a folder named by what they are made from: nothing in it is ever out of date."""
+    data_dir = pathlib.Path(data_dir)
+    identity, train, val, default = find_text(name, data_dir)
+    tokenizer = default if tokenizer == "auto" else tokenizer
+    key = hashlib.sha256(f"{identity} {tokenizer}".encode()).hexdigest()[:12]
+    folder = data_dir / f"{pathlib.Path(name).stem}-{tokenizer}-{key}"
+    if not (folder / "meta.json").exists():         # written last: if it is there, all is
+        if RANK > 0:
+            fail(f"{folder} was not made by the first process: is --data_dir on a shared file system?")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            chars = None
+            if tokenizer == "char":
+                chars = "".join(sorted(set().union(*map(set, train()), *map(set, val()))))
+                if len(chars) > 2**16:
+                    fail(f"--data {name} has {len(chars)} different characters, more than 65,536: use --tokenizer gpt2")
+            codec = Characters(chars) if chars is not None else GPT2Tokens()
+            for part, pieces in (("train", train()), ("val", val())):
+                with open(folder / f"{part}.bin.part", "wb") as file, \
+                        tqdm(desc=f"tokenizing {part}", unit=" tokens", unit_scale=True, delay=2) as bar:
+                    for piece in pieces if chars is not None else whole_words(pieces):
+                        ids = np.array(codec.encode(piece), dtype=np.uint16)
+                        file.write(ids.tobytes())
+                        bar.update(len(ids))
+                os.replace(folder / f"{part}.bin.part", folder / f"{part}.bin")
+            meta = {"data": name, "tokenizer": tokenizer, "chars": chars}
+            write_atomically(folder / "meta.json", json.dumps(meta).encode())
+        except UnicodeDecodeError:
+            fail(f"--data {name}: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
+        except OSError as error:
+            fail(f"cannot write {error.filename or folder}: {error.strerror}. Choose another place with --data_dir")
+    meta = json.loads((folder / "meta.json").read_text())
+    arrays = []
+    for part in ("train", "val"):
+        path = folder / f"{part}.bin"
+        arrays.append(np.memmap(path, dtype=np.uint16, mode="r") if path.stat().st_size else np.zeros(0, np.uint16))
+    return *arrays, Characters(meta["chars"]) if meta["chars"] is not None else GPT2Tokens()
+
+
+def get_windows(data, rng, count, block_size):
+    """`count` windows of block_size + 1 tokens from random places: (count, block_size + 1) int64, on the CPU."""
+    starts = rng.integers(0, len(data) - block_size, size=count)
+    return torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
+
+
+def inputs_and_targets(windows, device):
+    """Windows -> x and y on the device, both (count, block_size); y is x shifted by one token."""
+    if device == "cuda":                            # pinned and asynchronous: copied while the GPU is still computing
+        windows = windows.pin_memory().to(device, non_blocking=True)
+    else:
+        windows = windows.to(device)
+    return windows[:, :-1], windows[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model: GPT-2. Shapes: B sequences, T tokens each, C = n_embd, H heads, V tokens in the vocabulary
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with a learnable gain per output neuron if asked for:  y = (gain * W) x + b.
+
+    A rotational optimizer keeps every row of W at the norm it started with; the gain can still make the neuron louder.
+    It multiplies W, not y: the same function, but W is the smaller of the two.
+    """
+
+    def __init__(self, n_in, n_out, bias, gain):
+        super().__init__(n_in, n_out, bias=bias)
+        self.gain = nn.Parameter(torch.ones(n_out)) if gain else None
+
+    def forward(self, x):
+        weight = self.weight if self.gain is None else self.gain[:, None] * self.weight
+        return F.linear(x, weight, self.bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, n_head, n_embd, dropout, bias, gain):
+        super().__init__()
+        self.n_head, self.dropout = n_head, dropout
+        self.qkv = Linear(n_embd, 3 * n_embd, bias, gain)
+        self.out = Linear(n_embd, n_embd, bias, gain)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # each (B, H, T, C / H)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+
+class Block(nn.Module):
+    def __init__(self, n_head, n_embd, dropout, bias, gain):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(n_embd, bias=bias)
+        self.attention = Attention(n_head, n_embd, dropout, bias, gain)
+        self.norm2 = nn.LayerNorm(n_embd, bias=bias)
+        self.up = Linear(n_embd, 4 * n_embd, bias, gain)
+        self.down = Linear(4 * n_embd, n_embd, bias, gain)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        x = x + self.dropout(self.attention(self.norm1(x)))
+        return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class GPT(nn.Module):
+    def __init__(self, n_vocab, n_layer, n_head, n_embd, block_size, dropout, bias, gain):
+        super().__init__()
+        self.block_size = block_size
+        self.tokens = nn.Embedding(n_vocab, n_embd)
+        self.positions = nn.Embedding(block_size, n_embd)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(Block(n_head, n_embd, dropout, bias, gain) for _ in range(n_layer))
+        self.norm = nn.LayerNorm(n_embd, bias=bias)
+        self.head = Linear(n_embd, n_vocab, False, gain)
+        self.head.weight = self.tokens.weight       # tied: one parameter with two uses (the gain belongs to the head)
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                # GPT-2's 0.02 is small for a narrow model and relies on weights that grow. Weights with gains may have to
+                # keep their norm for ever: there every neuron starts at norm 1, so that it puts out what it takes in.
+                nn.init.normal_(module.weight, std=module.weight.shape[1] ** -0.5 if gain else 0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            for block in self.blocks:               # 2 n_layer terms add up in the residual stream: keep the sum small
+                block.attention.out.weight /= math.sqrt(2 * n_layer)
+                block.down.weight /= math.sqrt(2 * n_layer)
+
+    def forward(self, x, y=None):
+        """x, y: (B, T) tokens -> logits of the last token (B, V) without y; with y the mean cross-entropy in nats."""
+        h = self.dropout(self.tokens(x) + self.positions.weight[:x.shape[1]])       # (B, T, C)
+        for block in self.blocks:
+            h = block(h)
+        if y is None:
+            return self.head(self.norm(h[:, -1]))
+        logits = self.head(self.norm(h))                                            # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    @torch.no_grad()
+    def generate(self, ids, count, temperature, generator):
+        """Continue the list of tokens `ids` by `count` sampled ones, each (1, T) -> (1, V) -> 1 token."""
+        device, new = self.tokens.weight.device, []
+        for _ in range(count):
+            x = torch.tensor([(ids + new)[-self.block_size:]], device=device)
+            p = F.softmax(self(x)[0].float() / temperature, dim=-1).cpu()
+            new.append(torch.multinomial(p, 1, generator=generator).item())
+        return new
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that survive a kill at any moment
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path, data):
+    """All of it or nothing: written beside, flushed to the disk, then renamed over the old file."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(out_dir, device):
+    path = out_dir / "ckpt.pt"
+    if not path.exists():
+        fail(f"--resume: there is no {path}: name the run's folder with --out_dir, or leave out --resume to start it")
+    try:
+        ckpt = torch.load(path, map_location=device, weights_only=True)
+        ckpt["config"], ckpt["model"], ckpt["optimizer"], ckpt["step"]
+        return ckpt
+    except Exception as error:                      # torch.load raises half a dozen kinds, by what is broken
+        fail(f"{path} is not a whole checkpoint of this script ({type(error).__name__}): delete it and start again")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------------------
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # set by torchrun
+
+
+def lr_at(step, peak, s):
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule down to (nearly) 0."""
+    if step < s["warmup"]:
+        return peak * (step + 1) / (s["warmup"] + 1)
+    done = (step - s["warmup"]) / max(s["steps"] - s["warmup"], 1)
+    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s["schedule"]]
+
+
+def main():
+    args = parse_arguments()
+    if args.resume:
+        out_dir = pathlib.Path(args.out_dir or fail("--resume needs --out_dir: the folder of the run to go on with"))
+        device = pick_device(args.device or "auto")
+        ckpt = load_checkpoint(out_dir, "cpu")
+        s = ckpt["config"]
+        for key, value in explicit(args).items():
+            if key in FREE_ON_RESUME:
+                s[key] = value
+            elif s.get(key) != value:
+                fail(f"--{key} {value} does not fit {out_dir}/ckpt.pt, which has {s.get(key)}: leave it out to go on, "
+                     "or start a new run in another --out_dir")
+        s["device"] = device
+    else:
+        if args.eval_only:
+            fail("--eval_only needs --resume and --out_dir: there is nothing trained to evaluate")
+        ckpt, s = None, settle(args)
+        out_dir = pathlib.Path(s["out_dir"])
+    s |= COMMAND | {key: value for key, value in explicit(args).items() if key in COMMAND}
+
+    device = s["device"]
+    if WORLD > 1:
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    say = print if RANK == 0 else lambda *a, **k: None
+    sequences = s["batch_size"] * s["grad_accum"]   # per step, over all processes
+    if sequences % WORLD:
+        fail(f"batch_size * grad_accum = {sequences} sequences can not be shared by {WORLD} processes: use a multiple")
+    share, micro = sequences // WORLD, min(s["batch_size"], sequences // WORLD)
+
+    # ---- data
+    if RANK > 0:
+        torch.distributed.barrier()                 # the first process makes the files, the others wait for them
+    train, val, tokenizer = load_data(s["data"], s["data_dir"], s["tokenizer"])
+    if WORLD > 1 and RANK == 0:
+        torch.distributed.barrier()
+    for part, tokens in (("training", train), ("validation", val)):
+        if len(tokens) <= s["block_size"]:
+            fail(f"--data {s['data']} has {len(tokens)} {part} tokens, too few for --block_size {s['block_size']}: "
+                 "use more text or a smaller block")
+    if ckpt and (tokenizer.chars, tokenizer.n_vocab) != (ckpt["chars"], ckpt["n_vocab"]):
+        fail(f"--data {s['data']} has other characters than when this run began: start again without --resume")
+
+    try:
+        prompt = tokenizer.encode(s["prompt"])
+    except KeyError as error:
+        fail(f"--prompt: the character {error.args[0]!r} does not occur in the text")
+    if not prompt:
+        fail("--prompt is empty: give at least one character")
+
+    # ---- model and optimizer
+    torch.manual_seed(s["seed"])
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+    model = GPT(tokenizer.n_vocab, s["n_layer"], s["n_head"], s["n_embd"], s["block_size"], s["dropout"],
+                bool(s["bias"]), bool(s["gains"])).to(device)
+    try:
+        optimizer = optim.build(s["opt"], model, compile=bool(s["compile"]), **s["hyper"])
+    except (ValueError, TypeError) as error:
+        fail(error)
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    start, spent, loss_sum, loss_count = 0, 0.0, 0.0, 0
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        for group in optimizer.param_groups:
+            group["compile"] = bool(s["compile"])
+        start, spent, loss_sum, loss_count = ckpt["step"], ckpt["seconds"], ckpt["loss_sum"], ckpt["loss_count"]
+    probe = optim.RotationProbe(optimizer) if s["track"] else None
+    network = torch.compile(model) if s["compile"] else model
+    if WORLD > 1:
+        network = nn.parallel.DistributedDataParallel(network)
+    dtype = s["dtype"] if s["dtype"] != "auto" else "bfloat16" if device == "cuda" else "float32"
+    autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+
+    say(f"{s['opt']} ({', '.join(f'{k} {v}' for k, v in s['hyper'].items())}) on {s['data']}: {len(train):,} + "
+        f"{len(val):,} tokens, vocabulary {tokenizer.n_vocab}; GPT with {sum(p.numel() for p in model.parameters()):,} "
+        f"parameters{', gains' if s['gains'] else ''}; {device}, {dtype}{', compiled' if s['compile'] else ''}; "
+        f"-> {out_dir}")
+    if s["show_table"]:
+        say(optim.table(optimizer))
+
+    @torch.no_grad()
+    def evaluate():
+        """Mean loss over the fixed validation batches: the same windows for every run with the same data and sizes."""
+        model.eval()
+        rng, losses = np.random.default_rng(0), []
+        for _ in range(s["eval_batches"]):
+            windows = get_windows(val, rng, s["batch_size"], s["block_size"])
+            with autocast:
+                losses.append(model(*inputs_and_targets(windows, device)))
+        model.train()
+        return torch.stack(losses).float().mean().item()
+
+    def finish(val_loss, seconds):
+        """Text if asked for, then the last line: the result."""
+        if s["sample"] and RANK == 0:
+            model.eval()
+            generator = torch.Generator().manual_seed(s["seed"])
+            text = tokenizer.decode(model.generate(prompt, s["sample"], s["temperature"], generator))
+            say(f"---\n{s['prompt']}{text}\n---")
+        say(f"val_loss {val_loss:.4f} (perplexity {math.exp(min(val_loss, 700)):.2f}) after {done} steps of {s['opt']} "
+            f"in {seconds:.0f} s: {out_dir}")
+        if WORLD > 1:
+            torch.distributed.destroy_process_group()
+
+    done = start
+    if s["eval_only"]:
+        finish(evaluate(), spent)
+        return
+
+    # ---- files
+    log_path = out_dir / "log.jsonl"
+    try:
+        if RANK == 0:
+            out_dir.mkdir(parents=True, exist_ok=True)
+            if not ckpt:                            # an older run's must not be taken for this one's
+                (out_dir / "ckpt.pt").unlink(missing_ok=True)
+            write_atomically(out_dir / "config.json", json.dumps(s | {"torch": torch.__version__}, indent=1).encode())
+            kept = []                               # on resuming: lines up to the checkpoint; the others come again
+            if ckpt and log_path.exists():
+                for line in log_path.read_text().splitlines():
+                    with contextlib.suppress(json.JSONDecodeError):     # a line that a kill cut short
+                        record = json.loads(line)
+                        if record["step"] <= start and not (record.get("final") and start < s["steps"]):
+                            kept.append(line + "\n")
+            write_atomically(log_path, "".join(kept).encode())
+    except OSError as error:
+        fail(f"cannot write {error.filename or out_dir}: {error.strerror}. Choose another place with --out_dir")
+
+    def log(**record):
+        if RANK == 0:
+            with open(log_path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def save():
+        if RANK == 0:
+            buffer = io.BytesIO()
+            torch.save({"config": s, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
+                        "seconds": spent + time.time() - t0, "loss_sum": loss_sum, "loss_count": loss_count,
+                        "chars": tokenizer.chars, "n_vocab": tokenizer.n_vocab}, buffer)
+            write_atomically(out_dir / "ckpt.pt", buffer.getbuffer())
+
+    stopped_by = []                                 # Ctrl-C and SIGTERM let the step end, save, and leave
+
+    def stop_soon(number, frame):
+        stopped_by.append(number)
+        signal.signal(number, signal.SIG_DFL)       # a second one ends it at once
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop_soon)
+
+    # ---- the loop
+    t0 = time.time()
+    pending = []                                    # losses still on the device: reading one waits for the GPU
+
+    def read_losses():
+        """Move the pending losses to loss_sum; stop at one that is no number, before anything of it is saved."""
+        nonlocal loss_sum, loss_count
+        if not pending:
+            return
+        losses = torch.stack(pending).float()
+        if WORLD > 1:
+            torch.distributed.all_reduce(losses)
+            losses /= WORLD
+        losses = losses.tolist()
+        for i, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                bar.close()
+                fail(f"the loss is {loss} at step {done - len(losses) + i + 1}: training diverged. Try a smaller --lr; "
+                     f"the last good checkpoint, if any, is {out_dir}/ckpt.pt", status=3)
+            loss_sum, loss_count = loss_sum + loss, loss_count + 1
+        pending.clear()
+        speed = (done - start) * sequences * s["block_size"] / (time.time() - t0)
+        bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {optimizer.param_groups[0]['lr']:.2e}, {speed:,.0f} tokens/s",
+                            refresh=False)
+
+    bar = tqdm(total=s["steps"], initial=start, disable=RANK > 0, unit="step",
+               mininterval=0.5 if sys.stderr.isatty() else 30)
+    if start == 0:
+        log(step=0, val_loss=evaluate(), lr=0.0, seconds=0.0)
+    for step in range(start, s["steps"]):
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = lr_at(step, peak, s)
+        # A step's batch and its dropout depend on (seed, step) alone: a resumed run needs no random state, and N
+        # processes draw the same sequences as one, each keeping its own share.
+        torch.manual_seed(int(np.random.SeedSequence([s["seed"], step, RANK]).generate_state(1)[0]))
+        windows = get_windows(train, np.random.default_rng([s["seed"], step]), sequences, s["block_size"])
+        windows = windows[RANK * share:(RANK + 1) * share]
+        total = 0.0
+        for i in range(0, share, micro):
+            x, y = inputs_and_targets(windows[i:i + micro], device)
+            last = i + micro >= share
+            with contextlib.nullcontext() if WORLD == 1 or last else network.no_sync():     # gradients meet once a step
+                with autocast:
+                    loss = network(x, y) * (len(x) / share)
+                loss.backward()
+            total = total + loss.detach()
+        if s["grad_clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"])
+        done = step + 1
+        evaluate_now = done % s["eval_every"] == 0 or done == s["steps"]
+        stop_now = bool(stopped_by)                 # asked once a step: a signal may come between any two lines
+        save_now = done % s["save_every"] == 0 or done == s["steps"] or stop_now
+        if probe and evaluate_now:
+            probe.measure_next_step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        pending.append(total)
+        bar.update()
+        if done % 10 == 0 or evaluate_now or save_now:
+            read_losses()
+        if evaluate_now:
+            val_loss, seconds = evaluate(), spent + time.time() - t0
+            train_loss, loss_sum, loss_count = loss_sum / loss_count, 0.0, 0
+            record = dict(step=done, train_loss=train_loss, val_loss=val_loss, lr=optimizer.param_groups[0]["lr"],
+                          seconds=round(seconds, 3), tokens=done * sequences * s["block_size"])
+            if probe:
+                record["rotation"] = {row.pop("name"): {key: None if math.isnan(value) else value
+                                                        for key, value in row.items()} for row in probe.rows}
+            log(**record, **({"final": True} if done == s["steps"] else {}))
+            bar.write(f"step {done:6d}   train_loss {train_loss:.4f}   val_loss {val_loss:.4f}   {seconds:6.1f} s",
+                      file=sys.stdout)
+        if save_now:
+            save()
+        if stop_now and done < s["steps"]:
+            bar.close()
+            say(f"stopped after step {done}. To go on: python nanogpt_train.py --resume --out_dir {out_dir}")
+            sys.exit(128 + stopped_by[0])
+    bar.close()
+    if start >= s["steps"]:                         # resumed after the end: nothing is left to do but to say so
+        val_loss, seconds = evaluate(), spent
+    finish(val_loss, seconds)
+
+
+if __name__ == "__main__":
+    main()
