@@ -1,0 +1,1485 @@
+"""
+tests.py: what optim.py promises, checked. Every test compares with something computed independently: torch.optim, a
+slow transcription in numpy, a closed form, or a quantity that has to stay the same.
+
+    python tests.py                 all tests: one line each, then a count; exit status 1 if any failed
+    python tests.py probe errors    only the tests whose name contains one of the words
+    python -m pytest tests.py       the same under pytest (not needed)
+
+A test is a function; its docstring is the claim it checks. Add one by writing it: no registration, no fixtures.
+"""
+import contextlib
+import copy
+import hashlib
+import http.server
+import inspect
+import io
+import json
+import math
+import os
+import pathlib
+import pickle
+import random
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import unittest
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nanogpt_train
+import optim
+
+
+class Skip(unittest.SkipTest):
+    """Raise it where a test can not run here; pytest understands it too."""
+
+
+# ======================================================================================================================
+# Helpers
+# ======================================================================================================================
+
+DIRECTIONS = ("sgd", "adam", "adamw", "lion", "rmsprop")
+ROTATIONAL = tuple(f"rotational_{name}" for name in DIRECTIONS)
+TORCH_TWINS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
+               "rmsprop": torch.optim.RMSprop}
+
+# Strong settings: every mechanism (momentum, decay, both averages) shows within a few steps.
+SETTINGS = {
+    "sgd": {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.1},
+    "adam": {"lr": 0.02, "betas": (0.9, 0.97), "weight_decay": 0.2},
+    "adamw": {"lr": 0.02, "betas": (0.9, 0.97), "weight_decay": 0.2},
+    "lion": {"lr": 0.005, "betas": (0.9, 0.97), "weight_decay": 0.5},
+    "rmsprop": {"lr": 0.01, "alpha": 0.95, "momentum": 0.8, "weight_decay": 0.1},
+}
+
+
+def settings(name, **options):
+    return SETTINGS[name.removeprefix("rotational_")] | options
+
+
+def make(name, params, **options):
+    """The optimizer `name` with its strong settings, some of them replaced."""
+    return optim.OPTIMIZERS[name](params, **settings(name, **options))
+
+
+def normal(seed, *shape, dtype=torch.float64):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def parameters(shapes, dtype=torch.float64, seed=0):
+    return [nn.Parameter(normal(seed + i, *shape, dtype=dtype)) for i, shape in enumerate(shapes)]
+
+
+def noise(shapes, steps, dtype=torch.float64, seed=1000):
+    """A list of `steps` lists of gradients: drawn in advance, so that every optimizer can be fed the same ones."""
+    return [[normal(seed + 100 * t + i, *shape, dtype=dtype) for i, shape in enumerate(shapes)] for t in range(steps)]
+
+
+def everything(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def run(optimizer, gradients, lrs=None):
+    """Feed a list of gradients per step (None: the parameter gets none), with a learning rate per step if given."""
+    for t, step_gradients in enumerate(gradients):
+        for group in optimizer.param_groups if lrs is not None else ():
+            group["lr"] = lrs[t]
+        for p, g in zip(everything(optimizer), step_gradients, strict=True):
+            p.grad = None if g is None else g.clone()
+        optimizer.step()
+
+
+def values(params):
+    return [p.detach().clone() for p in params]
+
+
+def close(ours, theirs, tolerance, what, scale=None):
+    """max |ours - theirs| <= tolerance * scale;  scale: max |theirs| if none is given. NaN is never close."""
+    ours, theirs = (np.asarray(x.detach() if torch.is_tensor(x) else x, dtype=np.float64) for x in (ours, theirs))
+    assert ours.shape == theirs.shape, f"{what}: shapes {ours.shape} and {theirs.shape}"
+    if ours.size:
+        error, scale = np.abs(ours - theirs).max(), np.abs(theirs).max() if scale is None else scale
+        assert error <= tolerance * scale, f"{what}: off by {error:.3g}, allowed {tolerance:g} x {scale:.3g}"
+
+
+def same_bits(ours, theirs, what):
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        assert a.dtype == b.dtype and torch.equal(a, b), f"{what}: tensor {i} differs"
+
+
+def angles(before, after, per_neuron=True):
+    """Angles between rows in float64 as 2 atan2(|u-v|, |u+v|), which is accurate for small and large angles alike."""
+    rows = (len(before), -1) if per_neuron else (1, -1)
+    u, v = (x.detach().double().reshape(rows) for x in (before, after))
+    u, v = u / u.norm(dim=1, keepdim=True), v / v.norm(dim=1, keepdim=True)
+    return 2 * torch.atan2((u - v).norm(dim=1), (u + v).norm(dim=1))
+
+
+def angle_by_hand(name, h):
+    """The average rotation per step (table 1 of the rotational equilibrium paper), written out for each optimizer."""
+    name, product = name.removeprefix("rotational_"), h["lr"] * h["weight_decay"]
+    if name in ("sgd", "rmsprop"):
+        return math.sqrt(2 * product / (1 + h["momentum"]))
+    b1, b2 = h["betas"]
+    if name == "lion":
+        return math.sqrt(math.pi * product * ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)))
+    return math.sqrt(2 * product * (1 - b1) / (1 + b1))
+
+
+def refused(kind, words, call):
+    """`call` must raise `kind` with a message of one line that contains all the words."""
+    try:
+        call()
+    except kind as error:
+        message = str(error)
+    else:
+        raise AssertionError(f"accepted, though it should be refused with {words}")
+    assert "\n" not in message, f"message has several lines: {message!r}"
+    for word in words:
+        assert word in message, f"{word!r} is missing in the message {message!r}"
+
+
+# ======================================================================================================================
+# References: the same numbers as torch.optim, and as a slow transcription
+# ======================================================================================================================
+
+SHAPES = [(), (1,), (5,), (4, 7), (6, 4, 3, 3)]
+
+
+def test_plain_equals_torch():
+    """SGD, Adam, AdamW, RMSProp equal torch.optim to 1e-12, for all shapes, options and lr schedules."""
+    cases = {
+        "sgd": [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"momentum": 0.8, "weight_decay": 0.3}],
+        "adam": [{}, {"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1},
+                 {"betas": (0.0, 0.99)}],
+        "adamw": [{}, {"weight_decay": 0.0}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.5},
+                  {"betas": (0.0, 0.99)}],
+        "rmsprop": [{}, {"weight_decay": 0.3}, {"alpha": 0.9, "eps": 1e-3, "momentum": 0.9},
+                    {"alpha": 0.5, "momentum": 0.5, "weight_decay": 0.1}],
+    }
+    gradients = noise(SHAPES, 30)
+    for name, twin in TORCH_TWINS.items():
+        for hyper in cases[name]:
+            for lrs in ([0.03] * 30, [0.06 * math.sin(t / 5) ** 2 for t in range(30)]):     # the second one starts at 0
+                ours, theirs = parameters(SHAPES), parameters(SHAPES)
+                run(optim.OPTIMIZERS[name](ours, lr=0.03, **hyper), gradients, lrs)
+                run(twin(theirs, lr=0.03, **hyper), gradients, lrs)
+                for p, q in zip(ours, theirs):
+                    close(p, q, 1e-12, f"{name} {hyper} {tuple(p.shape)}")
+
+
+def test_defaults_equal_torch():
+    """Called with parameters alone, SGD, Adam, AdamW and RMSProp do what torch.optim does by default."""
+    gradients = noise(SHAPES, 5)
+    for name, twin in TORCH_TWINS.items():
+        ours, theirs = parameters(SHAPES), parameters(SHAPES)
+        run(optim.OPTIMIZERS[name](ours), gradients)
+        run(twin(theirs), gradients)
+        for p, q, start in zip(ours, theirs, parameters(SHAPES)):
+            close(p, q, 1e-12, name)
+            assert not torch.equal(p, start), f"{name}: nothing moved"
+
+
+class DirectionByHand:
+    """The five directions once more, on numpy arrays, from the papers' formulas.
+
+    `l2` is what goes through the direction beside the gradient: weight_decay * w, or 0. With `only_v` it reaches Adam's
+    second moment and not its first.
+    """
+
+    def __init__(self, name, h, shape):
+        self.name, self.h, self.t, self.m, self.v = name, h, 0, np.zeros(shape), np.zeros(shape)
+
+    def __call__(self, g, l2, only_v=False):
+        self.t += 1
+        h, x = self.h, g + l2
+        if self.name == "sgd":
+            self.m = h["momentum"] * self.m + x
+            return self.m
+        if self.name == "rmsprop":
+            self.v = h["alpha"] * self.v + (1 - h["alpha"]) * x**2
+            self.m = h["momentum"] * self.m + x / (np.sqrt(self.v) + h.get("eps", 1e-8))
+            return self.m
+        b1, b2 = h["betas"]
+        if self.name == "lion":
+            d = np.sign(b1 * self.m + (1 - b1) * g)
+            self.m = b2 * self.m + (1 - b2) * g
+            return d
+        self.m = b1 * self.m + (1 - b1) * (g if only_v else x)
+        self.v = b2 * self.v + (1 - b2) * x**2
+        return self.m / (1 - b1**self.t) / (np.sqrt(self.v / (1 - b2**self.t)) + h.get("eps", 1e-8))
+
+
+def plain_by_hand(name, w, gradients, lrs, h):
+    """One parameter under the plain rule. Yields w after every step."""
+    direction, wd, w = DirectionByHand(name, h, w.shape), h["weight_decay"], w.copy()
+    for g, lr in zip(gradients, lrs):
+        if name in ("adamw", "lion"):                       # decoupled: the decay bypasses the direction
+            w = (1 - lr * wd) * w - lr * direction(g, 0)
+        else:
+            w = w - lr * direction(g, wd * w)
+        yield w
+
+
+def rotational_by_hand(name, w, gradients, lrs, h, zero_mean=True, per_neuron=True, update_norm_decay_factor=0.9):
+    """One parameter under Algorithm 1 of the rotational equilibrium paper, neuron by neuron. Yields w at each step."""
+    shape, wd, beta, direction = w.shape, h["weight_decay"], update_norm_decay_factor, DirectionByHand(name, h, w.shape)
+    neurons = [row.flatten() for row in (w if per_neuron else w[None])]
+    if zero_mean:                                           # centre, and give the neuron its old length back
+        for i, row in enumerate(neurons):
+            residue = row - row.mean()
+            neurons[i] = residue * np.linalg.norm(row) / np.linalg.norm(residue)
+    lengths, U = [np.linalg.norm(row) for row in neurons], [0.0] * len(neurons)
+    for t, (g, lr) in enumerate(zip(gradients, lrs), start=1):
+        w = np.stack(neurons).reshape(shape)
+        d = direction(g, wd * w, only_v=True) if name == "adam" else direction(g, 0)
+        turn = angle_by_hand(name, h | {"lr": lr})
+        for i, u in enumerate(d.reshape(len(neurons), -1)):
+            row, n = neurons[i], lengths[i]
+            if zero_mean:
+                u = u - u.mean()
+            u = u - row * np.dot(u, row) / n**2             # tangent: without the part along the neuron itself
+            U[i] = beta * U[i] + (1 - beta) * np.dot(u, u)
+            row = row - turn * n * u / (np.sqrt(U[i] / (1 - beta**t)) + 1e-8)
+            neurons[i] = row * n / np.linalg.norm(row)
+        yield np.stack(neurons).reshape(shape)
+
+
+def as_numpy(gradients, index):
+    return [step_gradients[index].numpy() for step_gradients in gradients]
+
+
+def test_lion_equals_transcription():
+    """Lion equals a transcription of its algorithm in numpy to 1e-12."""
+    gradients = noise(SHAPES, 30)
+    for betas in ((0.9, 0.99), (0.5, 0.8), (0.95, 0.98)):
+        for wd in (0.0, 0.7):
+            for lrs in ([0.02] * 30, [0.002 * t for t in range(30)]):
+                params, h = parameters(SHAPES), {"betas": betas, "weight_decay": wd}
+                starts = [p.detach().numpy().copy() for p in params]
+                run(optim.Lion(params, lr=0.02, **h), gradients, lrs)
+                for i, (p, start) in enumerate(zip(params, starts)):
+                    *_, last = plain_by_hand("lion", start, as_numpy(gradients, i), lrs, h)
+                    close(p, last, 1e-12, f"lion betas={betas} wd={wd} {tuple(p.shape)}")
+
+
+def test_rotational_equals_transcription():
+    """Rotational optimizers equal a neuron-by-neuron transcription to 1e-10 of the distance moved, for all options."""
+    # Beside the tensors that turn there are a vector, a group without decay and an exempt one: they must follow the
+    # plain rule, decay included.
+    steps = 12
+    shapes = [(5, 7), (4, 3, 2, 2), (6,), (3, 5), (4, 4), (2, 6)]       # the last three in groups of their own, below
+    turns = [True, True, False, False, False, True]
+    gradients = noise(shapes, steps)
+    for t, step_gradients in enumerate(gradients):
+        step_gradients[0][1] = 0                            # a neuron that never gets a gradient,
+        if 4 <= t < 8:
+            step_gradients[1][2] = 0                        # and one that gets none for a while
+    schedules = [[0.02] * steps, [0.004 * t for t in range(steps)]]     # the second one starts at lr = 0
+    for name in DIRECTIONS:
+        wd = SETTINGS[name]["weight_decay"]
+        decays = [wd, wd, wd, 0.0, wd, 2 * wd]
+        for case in range(24):                              # 2 x 2 x 3 options x 2 schedules
+            lrs = schedules[case % 2]
+            options = {"zero_mean": bool(case // 2 % 2), "per_neuron": bool(case // 4 % 2),
+                       "update_norm_decay_factor": (0.0, 0.5, 0.9)[case // 8]}
+            params = parameters(shapes)
+            starts = [p.detach().numpy().copy() for p in params]
+            optimizer = make(f"rotational_{name}", [
+                {"params": params[:3]},
+                {"params": params[3:4], "weight_decay": 0.0},           # without decay there is no angle
+                {"params": params[4:5], "rotational": False},
+                {"params": params[5:6], "weight_decay": 2 * wd}], **options)
+            traces = []
+            for i, start in enumerate(starts):
+                h, g = settings(name, weight_decay=decays[i]), as_numpy(gradients, i)
+                traces.append(list(rotational_by_hand(name, start, g, lrs, h, **options) if turns[i] else
+                                   plain_by_hand(name, start, g, lrs, h)))
+            for t in range(steps):
+                run(optimizer, gradients[t:t + 1], lrs[t:t + 1])
+                for i, (p, trace) in enumerate(zip(params, traces)):
+                    moved = np.abs(trace[t] - starts[i]).max()
+                    close(p, trace[t], 1e-10, f"{name} {options} parameter {i}, step {t + 1}",
+                          scale=max(moved, 1e-4 * np.abs(starts[i]).max()))
+
+
+# ======================================================================================================================
+# Geometry: what turning neurons keep, and what they do not feel
+# ======================================================================================================================
+
+TURNING = [(5, 24), (4, 3, 3, 3)]      # wide enough that the signs of a neuron are hardly ever all equal
+
+
+def rows_of(p, per_neuron=True):
+    return p.detach().reshape(len(p) if per_neuron else 1, -1)
+
+
+def test_norm_and_mean_are_kept():
+    """Over 200 steps neurons keep their norm (1e-12 in float64, 1e-5 in float32) and their means stay zero."""
+    for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for name in ROTATIONAL:
+            for per_neuron in (True, False):
+                params = parameters(TURNING, dtype)
+                norms = [rows_of(p, per_neuron).double().norm(dim=1) for p in params]
+                starts = values(params)
+                run(make(name, params, per_neuron=per_neuron), noise(TURNING, 200, dtype))
+                for p, norm, start in zip(params, norms, starts):
+                    row = rows_of(p, per_neuron).double()
+                    close(row.norm(dim=1), norm, tolerance, f"{name} {dtype} norm")
+                    close(row.mean(dim=1) / norm, 0 * norm, tolerance, f"{name} {dtype} mean", scale=1)
+                    assert (angles(start, p, per_neuron) > 0.1).all(), f"{name}: hardly turned, so this shows nothing"
+
+
+def test_exact_angle():
+    """The first step turns neurons by exactly arctan(eta_r); all steps do so if update_norm_decay_factor is 0."""
+    for name in ROTATIONAL:
+        for factor, per_neuron, zero_mean in ((0.0, True, True), (0.0, False, False), (0.9, True, True)):
+            params = parameters(TURNING)
+            optimizer = make(name, params, update_norm_decay_factor=factor, per_neuron=per_neuron, zero_mean=zero_mean,
+                             rotational_eps=0.0)
+            expected = math.atan(angle_by_hand(name, settings(name)))
+            for t, gradients in enumerate(noise(TURNING, 6)):
+                starts = values(params)
+                run(optimizer, [gradients])
+                for start, p in zip(starts, params):
+                    turned = angles(start, p, per_neuron)
+                    if factor == 0 or t == 0:
+                        close(turned, torch.full_like(turned, expected), 1e-11, f"{name} {factor} step {t + 1}")
+                    else:
+                        assert (turned - expected).abs().max() > 1e-5, f"{name}: factor {factor} has no effect"
+
+
+def test_gradient_scale_does_not_matter():
+    """Multiplying all gradients by 1000 or by 1/1000 changes nothing for turning weights."""
+    gradients = noise(TURNING, 20)
+    for name in ("rotational_sgd", "rotational_adamw", "rotational_lion"):
+        # Adam's own eps is set to 0: it is compared with the gradient's RMS and would be felt. rotational_eps stays.
+        options = {"eps": 0.0} if name == "rotational_adamw" else {}
+        ends = {}
+        for factor in (1, 1000, 1e-3):
+            ends[factor] = parameters(TURNING)
+            run(make(name, ends[factor], **options), [[factor * g for g in step] for step in gradients])
+        for factor in (1000, 1e-3):
+            # Small gradients come within sight of rotational_eps, which SGD's updates are as small as.
+            tolerance = 1e-4 if factor < 1 and name == "rotational_sgd" else 1e-7
+            for p, q, start in zip(ends[1], ends[factor], parameters(TURNING)):
+                close(q, p, tolerance, f"{name} gradients x {factor}", scale=(p - start).abs().max().item())
+
+
+def test_only_the_product_of_lr_and_decay_matters():
+    """With 4 times the lr and a quarter of the decay, turning weights come out the same, bit for bit; biases do not."""
+    shapes = TURNING + [(6,)]
+    gradients = noise(shapes, 20)
+    # rotational_adam is left out: its denominator sees weight_decay * w, so there the decay has a second effect.
+    for name in set(ROTATIONAL) - {"rotational_adam"}:
+        h, ends = settings(name), []
+        for factor in (1, 4):
+            params = parameters(shapes)
+            run(make(name, params, lr=h["lr"] * factor, weight_decay=h["weight_decay"] / factor), gradients)
+            ends.append(params)
+        same_bits(ends[0][:2], ends[1][:2], name)
+        assert not torch.allclose(ends[0][2], ends[1][2]), f"{name}: the bias does not feel the lr"
+
+
+def test_constant_update_moves_nothing():
+    """An update equal for all weights of a neuron (Lion, all signs equal) leaves float32 weights bit for bit."""
+    params = parameters(TURNING, torch.float32)
+    optimizer = make("rotational_lion", params)
+    starts = values(params)
+    run(optimizer, [[g.abs() + 0.1 for g in step] for step in noise(TURNING, 10, torch.float32)])
+    same_bits(params, starts, "rotational_lion, positive gradients")
+
+
+def test_zero_gradients():
+    """Zero gradients leave turning weights bit for bit and never lead to NaN, not even once gradients return."""
+    for name in ROTATIONAL:
+        for dtype in (torch.float32, torch.float64):
+            params = parameters(TURNING, dtype)
+            optimizer = make(name, params)
+            starts, zeros = values(params), [torch.zeros_like(p) for p in params]
+            run(optimizer, [zeros] * 5)
+            same_bits(params, starts, f"{name} {dtype}")
+            run(optimizer, noise(TURNING, 2, dtype) + [zeros] * 5)
+            for p, start in zip(params, starts):
+                assert p.isfinite().all() and not torch.equal(p, start), f"{name} {dtype}: NaN, or stuck for ever"
+
+
+# ======================================================================================================================
+# Theory: kappa from impulse responses, and random walks that settle where the closed forms say
+# ======================================================================================================================
+
+
+def impulse_response(name, h, lags=3000):
+    """The weights c_0, c_1, ... with which one gradient enters the updates that follow, up to a common factor: measured
+    on the direction itself, by feeding a 1 and then zeros."""
+    update = optim.DIRECTIONS[name].update
+    pulse = [torch.ones(1, dtype=torch.float64)] + [torch.zeros(1, dtype=torch.float64)] * (lags - 1)
+    averages = {key: torch.zeros(1, dtype=torch.float64) for key in ("momentum_buffer", "exp_avg")}
+    if name != "lion":
+        # With the second moment frozen at 1 (its factor is 1) and no bias correction, the direction is linear.
+        frozen = {key: torch.ones(1, dtype=torch.float64) for key in ("exp_avg_sq", "square_avg")}
+        h = h | {"eps": 0.0, "alpha": 1.0, "unbias1": 1.0, "unbias2": 1.0}
+        if "betas" in h:
+            h = h | {"betas": (h["betas"][0], 1.0)}
+        return np.array([update(g, averages | frozen, h).item() for g in pulse])
+    # Lion's sign hides the average inside it. It flips where a new gradient just cancels what the pulse left behind, so
+    # bisection for that gradient, for all lags at once, uncovers c_k / c_0.
+    left_behind = [torch.zeros(1, dtype=torch.float64)]
+    for g in pulse[:-1]:
+        update(g, averages, h)
+        left_behind.append(averages["exp_avg"].clone())
+    left_behind, low = torch.cat(left_behind), torch.full((lags,), -100.0, dtype=torch.float64)
+    high = -low
+    for _ in range(70):
+        middle = (low + high) / 2
+        above = update(middle, {"exp_avg": left_behind.clone()}, h) > 0
+        low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+    return np.concatenate([[1.0], -low[1:].numpy()])        # c_0 / c_0 = 1: the gradient cancels itself
+
+
+def test_kappa_is_the_shape_of_the_impulse_response():
+    """kappa equals sqrt(sum c_k^2) / sum c_k of the measured impulse response, and heavy ball's gain is sum c_k."""
+    cases = [("sgd", {"momentum": mu}) for mu in (0.0, 0.5, 0.9, 0.99)]
+    cases += [("rmsprop", {"momentum": mu}) for mu in (0.0, 0.5, 0.9)]
+    for betas in ((0.0, 0.9), (0.9, 0.99), (0.95, 0.98)):
+        cases += [("adamw", {"betas": betas}), ("lion", {"betas": betas})]
+    for name, h in cases:
+        c = impulse_response(name, h)
+        sign = math.sqrt(math.pi / 2) if name == "lion" else 1  # what the sign itself takes away
+        kappa = sign * math.sqrt((c**2).sum()) / c.sum()
+        close(optim.DIRECTIONS[name].kappa(h), kappa, 1e-9, f"kappa of {name} {h}")
+        if "momentum" in h:
+            close(optim.DIRECTIONS[name].gain(h), c.sum(), 1e-9, f"gain of {name} {h}")
+
+
+NEURONS, C = 64, 256
+
+
+def walk(name, h, sigma, start, seed=0):
+    """Random gradients N(0, sigma^2) on 64 neurons of 256 weights for 7 time constants, the last 4 of them measured.
+
+    Returns (RMS norm, mean angle per step).
+    """
+    rng = torch.Generator().manual_seed(seed)
+    w = nn.Parameter(torch.randn(NEURONS, C, generator=rng) * (start / math.sqrt(C)))
+    optimizer = optim.OPTIMIZERS[name]([w], **h)
+    # How fast ||w||^2 forgets: 2 lr wd per step, over 1-mu for momentum, and over sigma where that divides the decay.
+    rate = 2 * h["lr"] * h["weight_decay"] / (1 - h.get("momentum", 0)) / (sigma if name == "adam" else 1)
+    squares, turned = [], []
+    for t in range(round(7 / rate)):
+        w.grad = torch.randn(NEURONS, C, generator=rng) * sigma
+        measure = t * rate >= 3 and t % 4 == 0
+        before = w.detach().clone() if measure else None
+        optimizer.step()
+        if measure:
+            squares.append(w.detach().square().sum(dim=1).mean().item())
+            turned.append(angles(before, w).mean().item())
+    return math.sqrt(np.mean(squares)), np.mean(turned)
+
+
+def lion_power_by_arcsine(h, lags=2000):
+    """Sum over all lags of the correlation of two signs, (2/pi) asin(rho_k), each weakened by the decay in between.
+
+    rho_k is the autocorrelation of Lion's inner average, from its filter: c_0 = 1-b1, c_k = b1 (1-b2) b2^(k-1).
+    """
+    b1, b2 = h["betas"]
+    c = np.concatenate([[1 - b1], b1 * (1 - b2) * b2 ** np.arange(lags)])
+    rho = np.array([np.dot(c[:len(c) - k], c[k:]) for k in range(lags)]) / np.dot(c, c)
+    power = 2 / math.pi * np.arcsin(np.clip(rho, -1, 1)) * (1 - h["lr"] * h["weight_decay"]) ** np.arange(lags)
+    return 2 * power.sum() - power[0]                       # lags k and -k; lag 0 counts once
+
+
+def test_random_walks_settle_where_theory_says():
+    """Random walks settle at the closed-form norm and angle: within 1.5 %, Lion 4 %, and 1 % with the arcsine law."""
+    sigma, mu, b1, b2 = 0.7, 0.8, 0.8, 0.999
+    cases = [                                               # name, settings, closed form of norm^2
+        ("sgd", {"lr": 0.05, "momentum": mu, "weight_decay": 0.008},
+         lambda lr, wd: sigma**2 * lr * C / (2 * wd * (1 - mu))),
+        ("adamw", {"lr": 0.01, "betas": (b1, b2), "weight_decay": 0.2}, lambda lr, wd: lr * C / (2 * wd)),
+        ("adam", {"lr": 0.01, "betas": (b1, b2), "weight_decay": 0.2}, lambda lr, wd: lr * C * sigma / (2 * wd)),
+        ("lion", {"lr": 0.005, "betas": (0.9, 0.95), "weight_decay": 0.2},
+         lambda lr, wd: 2 / math.pi * lr * C / (2 * wd * (0.1**2 + 0.9**2 * 0.05 / 1.95))),
+    ]
+    for name, h, square in cases:
+        lr, wd = h["lr"], h["weight_decay"]
+        norm = math.sqrt(square(lr, wd))
+        # For Adam+L2 there is no angle but the update's length over the norm: lr sqrt(C (1-b1)/(1+b1)) / norm.
+        angle = lr * math.sqrt(C * (1 - b1) / (1 + b1)) / norm if name == "adam" else angle_by_hand(name, h)
+        measured_norm, measured_angle = walk(name, h, sigma, start=0.7 * norm)
+        tolerance = 0.04 if name == "lion" else 0.015
+        close(measured_norm, norm, tolerance, f"norm of {name}")
+        close(measured_angle, angle, tolerance, f"angle of {name}")
+        for predicted, expected in zip(optim.equilibrium(optim.DIRECTIONS[name], h, C, sigma), (norm, angle)):
+            close(predicted, expected, 1e-12, f"equilibrium() of {name}")
+    exact = math.sqrt(lr * C / (2 * wd) * lion_power_by_arcsine(h))     # h is still Lion's
+    close(measured_norm, exact, 0.01, "norm of lion, arcsine law")
+    close(optim.lion_walk_norm(h, C), exact, 1e-9, "lion_walk_norm")
+
+
+def test_adamw_balances_and_adam_does_not():
+    """AdamW's angle depends on lr * wd alone; four times larger gradients halve the angle of Adam+L2."""
+    betas = (0.8, 0.999)
+    _, reference = walk("adamw", {"lr": 0.01, "betas": betas, "weight_decay": 0.4}, 1.0, start=1.2)
+    _, other = walk("adamw", {"lr": 0.04, "betas": betas, "weight_decay": 0.1}, 5.0, start=6.0, seed=1)
+    close(other, reference, 0.015, "adamw, other lr, wd and gradients with the same lr * wd")
+    _, small = walk("adam", {"lr": 0.01, "betas": betas, "weight_decay": 0.2}, 0.5, start=1.6)
+    _, large = walk("adam", {"lr": 0.01, "betas": betas, "weight_decay": 0.2}, 2.0, start=3.2, seed=1)
+    close(large / small, 0.5, 0.02, "adam, 4 times larger gradients")
+
+
+# ======================================================================================================================
+# Bookkeeping: checkpoints, copies, schedulers, types, layouts
+# ======================================================================================================================
+
+MIXED = [(4, 6), (3, 2, 3, 3), (5,), ()]        # two tensors that turn under a rotational optimizer, two that do not
+
+
+def test_is_a_torch_optimizer():
+    """Every class is a true torch.optim.Optimizer: hooks fire, zero_grad works, defaults and repr show the settings."""
+    for name in optim.OPTIMIZERS:
+        optimizer, calls = make(name, parameters(MIXED)), []
+        assert isinstance(optimizer, torch.optim.Optimizer), name
+        optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+        optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+        run(optimizer, noise(MIXED, 2))
+        assert calls == ["before", "after"] * 2, (name, calls)
+        optimizer.zero_grad()
+        assert all(p.grad is None for p in everything(optimizer)), name
+        assert optimizer.defaults["lr"] == settings(name)["lr"] and "weight_decay" in repr(optimizer), name
+
+
+def through_a_file(thing):
+    """torch.save, then torch.load in the mode that trusts nothing but tensors and plain containers."""
+    file = io.BytesIO()
+    torch.save(thing, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_checkpoint_continues_bit_for_bit():
+    """A fresh optimizer that loads a saved state_dict continues bit for bit, in float64, float32 and bfloat16."""
+    for name in optim.OPTIMIZERS:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            gradients = noise(MIXED, 12, dtype)
+            params = parameters(MIXED, dtype)
+            optimizer = make(name, params)
+            run(optimizer, gradients[:6])
+            saved = through_a_file({"params": values(params), "optimizer": optimizer.state_dict()})
+            run(optimizer, gradients[6:])
+            fresh = parameters(MIXED, dtype, seed=50)       # other weights, other settings: all must come from the file
+            resumed = optim.OPTIMIZERS[name](fresh)
+            with torch.no_grad():
+                for p, value in zip(fresh, saved["params"]):
+                    p.copy_(value)
+            resumed.load_state_dict(saved["optimizer"])
+            run(resumed, gradients[6:])
+            same_bits(fresh, params, f"{name} {dtype}")
+
+
+def test_loaded_optimizer_is_complete():
+    """After load_state_dict an optimizer can be saved and loaded again, and takes new groups."""
+    for name in optim.OPTIMIZERS:
+        params = parameters(MIXED)
+        optimizer = make(name, params)
+        run(optimizer, noise(MIXED, 2))
+        for _ in range(2):
+            optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+        optimizer.add_param_group({"params": parameters([(2, 5)], seed=9), "lr": 0.5})
+        run(optimizer, noise(MIXED + [(2, 5)], 1))
+
+
+def test_copies_continue_bit_for_bit():
+    """pickle and copy.deepcopy of (parameters, optimizer) continue bit for bit, without touching the original."""
+    gradients = noise(MIXED, 8)
+    for name in optim.OPTIMIZERS:
+        for duplicate in (copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))):
+            params = parameters(MIXED)
+            optimizer = make(name, params)
+            run(optimizer, gradients[:4])
+            copied_params, copied = duplicate((params, optimizer))
+            here = values(params)
+            run(copied, gradients[4:])
+            same_bits(params, here, f"{name}: the copy moved the original")
+            run(optimizer, gradients[4:])
+            same_bits(copied_params, params, name)
+
+
+def test_state_stays_float32():
+    """State of bfloat16 and float16 parameters is float32, and load_state_dict restores exactly what was saved."""
+    for name in optim.OPTIMIZERS:
+        for dtype in (torch.bfloat16, torch.float16):
+            params = parameters(MIXED, dtype)
+            optimizer = make(name, params)
+            run(optimizer, noise(MIXED, 5, dtype))
+            fresh = parameters(MIXED, dtype)
+            loaded = make(name, fresh)
+            loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+            rounded = False
+            for p, q in zip(params, fresh):
+                assert optimizer.state[p].keys() == loaded.state[q].keys(), name
+                assert optimizer.state[p]["step"] == loaded.state[q]["step"] == 5, name
+                for key, value in optimizer.state[p].items():
+                    if torch.is_tensor(value):
+                        assert value.dtype == torch.float32, f"{name} {key} is {value.dtype}"
+                        same_bits([loaded.state[q][key]], [value], f"{name} {key}")
+                        rounded |= not torch.equal(value, value.to(dtype).float())
+            assert rounded, f"{name}: the state fits into {dtype}, so this shows nothing"
+
+
+def test_foreign_checkpoints_are_refused():
+    """The state_dict of an optimizer with other hyperparameters is a ValueError, and nothing has been loaded."""
+    pairs = [("adamw", "sgd"), ("adamw", torch.optim.AdamW), ("rotational_sgd", "sgd"), ("rotational_adamw", "adamw"),
+             # and where the other one knows more hyperparameters, not fewer
+             ("sgd", "rmsprop"), ("lion", "adamw"), ("adamw", "rotational_adamw"), ("lion", "rotational_adamw")]
+    for name, other in pairs:
+        theirs, params = parameters(MIXED), parameters(MIXED)
+        saved = make(other, theirs) if isinstance(other, str) else other(theirs, lr=0.5)
+        run(saved, noise(MIXED, 2))
+        optimizer = make(name, params)
+        refused(ValueError, [type(optimizer).__name__], lambda: optimizer.load_state_dict(saved.state_dict()))
+        assert not optimizer.state and optimizer.param_groups[0]["lr"] == settings(name)["lr"], f"{name}: half loaded"
+
+
+def test_parameters_without_gradient():
+    """A parameter without gradient stays as it is, decay or not, and gets no state."""
+    for name in optim.OPTIMIZERS:
+        params = parameters(MIXED)
+        optimizer = make(name, params)
+        starts = values(params)                             # taken after construction, which centres neurons
+        run(optimizer, [[g if i % 2 else None for i, g in enumerate(step)] for step in noise(MIXED, 3)])
+        same_bits(params[::2], starts[::2], name)
+        assert not any(p in optimizer.state for p in params[::2]), f"{name}: state without a gradient"
+        assert not any(torch.equal(p, start) for p, start in zip(params[1::2], starts[1::2])), name
+
+
+def test_steps_are_counted_per_parameter():
+    """A parameter that misses gradients at some steps ends where it would without these steps."""
+    gradients = noise(MIXED, 8)
+    for name in optim.OPTIMIZERS:
+        params, alone = parameters(MIXED), parameters(MIXED)
+        optimizer = make(name, params)
+        run(optimizer, [[g if t % 2 or i else None for i, g in enumerate(step)] for t, step in enumerate(gradients)])
+        run(make(name, alone[:1]), [step[:1] for step in gradients[1::2]])
+        run(make(name, alone[1:]), [step[1:] for step in gradients])
+        same_bits(params, alone, name)
+        assert [optimizer.state[p]["step"] for p in params] == [4, 8, 8, 8], name
+
+
+def test_closure():
+    """step(closure) calls the closure once, with gradients enabled, returns its value and moves as step() does."""
+    for name in optim.OPTIMIZERS:
+        params, others = parameters(MIXED), parameters(MIXED)
+        optimizer, twin, calls = make(name, params), make(name, others), []
+
+        def loss_of(weights):
+            return sum((p**2).sum() for p in weights)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = loss_of(params)
+            loss.backward()
+            calls.append(loss.item())
+            return loss
+
+        for _ in range(3):
+            value = optimizer.step(closure)
+            run(twin, [torch.autograd.grad(loss_of(others), others)])
+        assert len(calls) == 3 and value.item() == calls[-1], name
+        same_bits(params, others, name)
+
+
+def test_added_groups_are_centred_and_checked():
+    """add_param_group centres neurons and keeps their norm, follows its own zero_mean, and fills in the defaults."""
+    for name in ROTATIONAL:
+        for zero_mean in (True, False):
+            optimizer = make(name, parameters([(3, 4)]))
+            run(optimizer, noise([(3, 4)], 2))
+            [late] = parameters([(4, 6)], seed=7)
+            start = late.detach().numpy().copy()
+            optimizer.add_param_group({"params": [late], "zero_mean": zero_mean, "lr": 0.5})
+            for i, row in enumerate(start):
+                residue = row - row.sum() / 6
+                expected = residue * math.sqrt((row**2).sum() / (residue**2).sum()) if zero_mean else row
+                close(late[i], expected, 1e-13, f"{name} zero_mean={zero_mean} neuron {i}")
+            assert optimizer.param_groups[1]["weight_decay"] == settings(name)["weight_decay"], name
+            run(optimizer, noise([(3, 4), (4, 6)], 1))
+            assert optimizer.state[late]["step"] == 1, f"{name}: a late parameter counts its own steps"
+
+
+def test_refused_group_leaves_no_trace():
+    """A group that add_param_group refuses changes neither the optimizer nor any weight, and good ones still go in."""
+    optimizer = make("rotational_adamw", parameters([(3, 4)]))
+    run(optimizer, noise([(3, 4)], 2))
+    [good], bad = parameters([(4, 6)], seed=7), nn.Parameter(torch.zeros(3, 5, dtype=torch.float64))
+    before, start = repr(optimizer.state_dict()), values([good])
+    for group in ({"params": [good, bad]}, {"params": [good], "lr": -1.0}, {"params": [good], "typo": 1},
+                  {"params": [good], "rotational": True, "weight_decay": 0.0}):
+        refused(ValueError, ["RotationalAdamW"], lambda: optimizer.add_param_group(dict(group)))
+        assert repr(optimizer.state_dict()) == before, f"{group} left a trace"
+        same_bits([good], start, "a weight of the refused group")
+    optimizer.add_param_group({"params": [good]})
+    run(optimizer, noise([(3, 4), (4, 6)], 1))
+
+
+def test_schedulers_drive_it():
+    """LambdaLR, CosineAnnealingLR and OneCycleLR (which cycles momentum or beta1 too) act as they do on torch.optim."""
+    schedulers = torch.optim.lr_scheduler
+    kinds = [lambda o: schedulers.LambdaLR(o, lambda t: min(1, t / 5)),
+             lambda o: schedulers.CosineAnnealingLR(o, T_max=15),
+             lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=20, cycle_momentum=True)]
+    gradients = noise(MIXED, 15)
+    for name, twin in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
+        for kind in kinds:
+            ours, theirs = parameters(MIXED), parameters(MIXED)
+            for optimizer in (make(name, ours), twin(theirs, **settings(name))):
+                scheduler = kind(optimizer)
+                for step_gradients in gradients:
+                    run(optimizer, [step_gradients])
+                    scheduler.step()
+            for p, q in zip(ours, theirs):
+                close(p, q, 1e-12, name)
+    for name in ROTATIONAL:                                 # no twin in torch, but lr sets the exact angle
+        [p] = parameters([(5, 24)])
+        h = settings(name)
+        optimizer = make(name, [p], update_norm_decay_factor=0.0, rotational_eps=0.0)
+        scheduler = schedulers.CosineAnnealingLR(optimizer, T_max=15)
+        for t, step_gradients in enumerate(noise([(5, 24)], 15)):
+            start, lr = p.detach().clone(), h["lr"] * (1 + math.cos(math.pi * t / 15)) / 2
+            run(optimizer, [step_gradients])
+            scheduler.step()
+            expected = math.atan(angle_by_hand(name, h | {"lr": lr}))
+            close(angles(start, p), np.full(5, expected), 1e-9, f"{name} step {t + 1}")
+
+
+def test_decay_scheduled_to_zero_freezes():
+    """A turning weight whose decay is scheduled to 0 stands still, and turns by the right angle when decay returns."""
+    for name in ROTATIONAL:
+        [p] = parameters([(5, 24)])
+        optimizer = make(name, [p], update_norm_decay_factor=0.0, rotational_eps=0.0)
+        first, second, third = noise([(5, 24)], 3)
+        run(optimizer, [first])
+        start = p.detach().clone()
+        optimizer.param_groups[0]["weight_decay"] = 0.0
+        run(optimizer, [second] * 5)
+        close(p, start, 1e-14, f"{name}: without decay")
+        saved = through_a_file(optimizer.state_dict())
+        optimizer = make(name, [p])
+        with torch.no_grad():
+            p.copy_(start)                                  # undo the rounding, and any centring, of a new optimizer
+        optimizer.load_state_dict(saved)
+        run(optimizer, [second] * 5)
+        close(p, start, 1e-14, f"{name}: without decay, after a checkpoint")
+        optimizer.param_groups[0]["weight_decay"] = 0.3
+        run(optimizer, [third])
+        expected = math.atan(angle_by_hand(name, settings(name, weight_decay=0.3)))
+        close(angles(start, p), np.full(5, expected), 1e-11, f"{name}: decay is back")
+
+
+def test_precisions():
+    """bfloat16, float16 and float32 parameters follow float64 ones as closely as one rounding a step allows."""
+    steps = 20
+    for name in optim.OPTIMIZERS:
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            gradients = noise(MIXED, steps, dtype)
+            params = parameters(MIXED, dtype)
+            exact = [nn.Parameter(p.detach().double()) for p in params]
+            starts = values(exact)
+            run(make(name, params), gradients)
+            run(make(name, exact), [[g.double() for g in step] for step in gradients])
+            for p, q in zip(params, exact):
+                assert p.dtype == dtype and p.isfinite().all(), f"{name} {dtype}"
+                # Rounding to nearest costs at most half an eps of the weight each step.
+                close(p.double(), q, steps * torch.finfo(dtype).eps, f"{name} {dtype} {tuple(p.shape)}",
+                      scale=max(1.0, q.abs().max().item()))
+            moved = max((q - start).abs().max().item() for q, start in zip(exact, starts))
+            assert moved > 0.05, f"{name}: hardly moved, so this shows nothing"
+
+
+def test_memory_layouts():
+    """channels_last and transposed parameters give the same numbers as contiguous ones, and keep their layout."""
+    shapes = [(4, 3, 5, 5), (6, 4)]
+    layouts = [lambda x: x.to(memory_format=torch.channels_last), lambda x: x.t().contiguous().t()]
+    gradients = noise(shapes, 10)
+    for name in optim.OPTIMIZERS:
+        for same_layout in (True, False):                   # of the gradients, which may differ from the parameters'
+            params = parameters(shapes)
+            odd = [nn.Parameter(layout(p.detach().clone())) for p, layout in zip(params, layouts)]
+            strides = [p.stride() for p in odd]
+            run(make(name, params), gradients)
+            run(make(name, odd), [[f(g) if same_layout else g for g, f in zip(step, layouts)] for step in gradients])
+            for p, q, stride in zip(odd, params, strides):
+                assert not p.is_contiguous() and p.stride() == stride, name
+                close(p, q, 1e-12, f"{name} {tuple(p.shape)}")
+
+
+def test_empty_and_scalar_parameters():
+    """Parameters without any number in them are harmless, and a 0-d parameter follows the plain rule."""
+    shapes = [(0,), (0, 5), (3, 0), (), (3, 4)]
+    gradients = noise(shapes, 5)
+    for name in optim.OPTIMIZERS:
+        params = parameters(shapes)
+        start = params[3].detach().numpy().copy()
+        run(make(name, params), gradients)
+        h, base = settings(name), name.removeprefix("rotational_")
+        *_, last = plain_by_hand(base, start, as_numpy(gradients, 3), [h["lr"]] * 5, h)
+        close(params[3], last, 1e-12, f"{name}: 0-d parameter")
+        assert params[4].isfinite().all(), name
+
+
+def test_compiled_equals_eager():
+    """compile=True gives the numbers of eager mode under a changing lr, and compiles nothing after the first step."""
+    named, found = os.environ.get("CXX"), [shutil.which(c) for c in ("c++", "g++", "clang++")]
+    if not (shutil.which(named) if named else any(found)):
+        raise Skip("torch.compile needs a C++ compiler: none of $CXX, c++, g++, clang++ was found")
+    from torch._dynamo.utils import counters
+    shapes, lrs = [(4, 6), (5,)], [0.01 * t for t in range(7)]
+    gradients = noise(shapes, 7)
+    for name in ("adamw", "rotational_sgd"):
+        torch._dynamo.reset()
+        counters.clear()
+        params, compiled, graphs = parameters(shapes), parameters(shapes), []
+        run(make(name, params), gradients, lrs)
+        optimizer = make(name, compiled, compile=True)
+        for t in range(7):
+            run(optimizer, gradients[t:t + 1], lrs[t:t + 1])
+            graphs.append(counters["stats"]["unique_graphs"])
+        for p, q, start in zip(compiled, params, parameters(shapes)):
+            close(p, q, 1e-12, name)
+            assert not torch.equal(q, start), name
+        assert graphs[0] > 0, f"{name}: nothing was compiled"
+        assert graphs[-1] == graphs[0], f"{name}: compiled again and again, graphs after each step: {graphs}"
+
+
+# ======================================================================================================================
+# Errors: what is refused, and whether the message names the offender
+# ======================================================================================================================
+
+
+def weight(*shape, fill=None, dtype=torch.float32):
+    return nn.Parameter(normal(0, *shape, dtype=dtype) if fill is None else torch.full(shape, fill, dtype=dtype))
+
+
+def test_errors_of_values():
+    """A hyperparameter out of range or of the wrong type is a ValueError that shows name, value and range."""
+    nan, inf = math.nan, math.inf
+    size, fraction = "finite number >= 0", "number in [0, 1)"
+    table = [("lr", (-0.1, nan, inf, "0.1", None), size), ("weight_decay", (-1.0, nan, inf, "none", None), size),
+             ("eps", (-1e-8, nan, inf, None), size), ("rotational_eps", (-1e-8, nan, inf), size),
+             ("momentum", (-0.1, 1.0, 1.5, nan, None), fraction), ("alpha", (-0.1, 1.0, nan, None), fraction),
+             ("update_norm_decay_factor", (-0.1, 1.0, nan, None), fraction),
+             ("betas", ((0.9, 1.0), (-0.1, 0.9), (0.9,), (0.9, 0.9, 0.9), (nan, 0.9), 0.9, None, ("a", "b")), "[0, 1)"),
+             ("per_neuron", (1, "yes", None), "True or False"), ("zero_mean", (0, None), "True or False"),
+             ("compile", (1, "yes"), "True or False")]
+    for key, bad_values, words in table:
+        takers = [name for name, kind in optim.OPTIMIZERS.items() if key in kind([weight(3, 4)]).defaults]
+        assert takers, f"no optimizer takes {key}"
+        for name in takers:
+            kind = optim.OPTIMIZERS[name]
+            for value in bad_values:
+                shown = [kind.__name__, f"{key}={value!r}", words, "group"]
+                refused(ValueError, shown, lambda: kind([weight(3, 4)], **{key: value}))
+                groups = [{"params": [weight(3, 4)]}, {"params": [weight(2, 5)], key: value}]
+                refused(ValueError, shown + ["group 1"], lambda: kind(groups))
+
+
+def test_errors_of_arguments():
+    """Unknown arguments and keys, parameters of the wrong kind and sparse gradients are refused by name."""
+    for name, kind in optim.OPTIMIZERS.items():
+        refused(TypeError, ["learning_rate"], lambda: kind([weight(3, 4)], learning_rate=0.1))
+        refused(ValueError, [kind.__name__, "'decay'", "group 0", "weight_decay"],
+                lambda: kind([{"params": [weight(3, 4)], "decay": 0.1}]))
+        for shape in ((3, 4), (4,)):
+            refused(ValueError, [kind.__name__, "parameter 1 of group 0", "complex64", "view_as_real"],
+                    lambda: kind([weight(3, 4), weight(*shape, fill=1 + 1j, dtype=torch.complex64)]))
+        refused(ValueError, [kind.__name__, "head.weight", "complex64"],
+                lambda: kind([("head.weight", weight(3, 4, fill=1j, dtype=torch.complex64))]))
+        refused(ValueError, ["empty"], lambda: kind([]))
+        table = nn.Embedding(5, 4, sparse=True)
+        table(torch.tensor([1, 2])).sum().backward()
+        optimizer, start = make(name, table.parameters()), table.weight.detach().clone()
+        refused(ValueError, [kind.__name__, "sparse", "sparse=False"], optimizer.step)
+        same_bits([table.weight], [start], f"{name}: moved by a gradient that it refuses")
+
+
+def test_errors_of_neurons_that_can_not_turn():
+    """A neuron that can not turn is refused with the parameter's name, its shape, the reason and the way out."""
+    constant, zero_row, broken, endless = (normal(0, 3, 4) for _ in range(4))
+    constant[1], zero_row[2], broken[0, 1], endless[2, 2] = 0.1, 0.0, math.nan, math.inf
+    cases = [(weight(4, 1), True, "1 weight,"), (weight(4, 1), False, "1 weight,"), (weight(4, 2), True, "2 weights"),
+             (weight(3, 2, 1, 1), True, "2 weights"), (nn.Parameter(zero_row), True, "all zeros"),
+             (nn.Parameter(zero_row), False, "all zeros"), (nn.Parameter(constant), True, "equal"),
+             (weight(3, 4, fill=0.1), True, "equal"), (weight(3, 4, fill=0.1, dtype=torch.bfloat16), True, "equal"),
+             (nn.Parameter(broken), True, "NaN"), (nn.Parameter(endless), False, "infinity")]
+    for name in ROTATIONAL:
+        kind = optim.OPTIMIZERS[name]
+        for p, zero_mean, reason in cases:
+            start = p.detach().clone()
+            words = [kind.__name__, str(tuple(p.shape)), reason, "rotational=False"]
+            for where, params in (("parameter 1 of group 0", [weight(3, 4), p]), ("head.w", [("head.w", p)])):
+                refused(ValueError, words + [where], lambda: make(name, params, zero_mean=zero_mean))
+            assert torch.equal(p.nan_to_num(9), start.nan_to_num(9)), f"{name}: {reason}: refused, and yet changed"
+            make(name, [{"params": [p], "rotational": False}], zero_mean=zero_mean)         # the way out is one
+        make(name, [weight(4, 2)], zero_mean=False)             # two weights span a circle, so these can turn,
+        make(name, [nn.Parameter(constant)], zero_mean=False)   # and so can a constant row,
+        make(name, [weight(3, 4, fill=0.1)], weight_decay=0.0)  # and without decay nothing is asked to turn
+        refused(ValueError, [kind.__name__, "parameter 0 of group 0", "weight_decay=0"],
+                lambda: make(name, [{"params": [weight(3, 4)], "rotational": True}], weight_decay=0.0))
+        refused(ValueError, [kind.__name__, "(4,)"], lambda: make(name, [{"params": [weight(4)], "rotational": True}]))
+        refused(ValueError, [kind.__name__, "rotational='yes'"],
+                lambda: make(name, [{"params": [weight(3, 4)], "rotational": "yes"}]))
+
+
+def test_errors_of_build():
+    """build refuses unknown names (suggesting the nearest), models with nothing to train, and hidden shared memory."""
+    model = nn.Linear(4, 3)
+    typos = {"adamww": "adamw", "rotational_adam_w": "rotational_adamw", "Lion": "lion", "rmsprob": "rmsprop",
+             "rotationalsgd": "rotational_sgd"}
+    for typo, meant in typos.items():
+        refused(ValueError, [repr(typo), f"did you mean {meant!r}"], lambda: optim.build(typo, model))
+    frozen = nn.Linear(4, 3).requires_grad_(False)
+    for name in optim.OPTIMIZERS:
+        refused(ValueError, ["no trainable parameters"], lambda: optim.build(name, nn.ReLU()))
+        refused(ValueError, ["no trainable parameters"], lambda: optim.build(name, frozen))
+        refused(TypeError, ["learning_rate"], lambda: optim.build(name, model, learning_rate=0.1))
+        twins = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        twins[1].weight = nn.Parameter(twins[0].weight.data)            # same memory, but another nn.Parameter
+        refused(ValueError, ["0.weight", "1.weight", "share memory"], lambda: optim.build(name, twins))
+    for name in ROTATIONAL:
+        refused(ValueError, ["weight_decay=0"], lambda: optim.build(name, model, weight_decay=0.0))
+
+
+# ======================================================================================================================
+# build and table: which parameter gets which rule
+# ======================================================================================================================
+
+
+class Zoo(nn.Module):
+    """One of everything that a model may hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(7, 6)
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.norm = nn.LayerNorm(6)
+        self.hidden = nn.Linear(6, 5)
+        self.one_input = nn.Linear(1, 4)                    # neurons of a single weight: they can not turn,
+        self.zero_start = nn.Linear(6, 3)                   # nor can these
+        self.frozen = nn.Linear(6, 6)
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+        self.head = nn.Linear(6, 7, bias=False)
+        self.head.weight = self.embedding.weight            # tied
+        nn.init.zeros_(self.zero_start.weight)
+        self.frozen.requires_grad_(False)
+
+
+TURN = {"embedding.weight", "conv.weight", "hidden.weight"}
+STUCK = {"one_input.weight", "zero_start.weight"}
+VECTORS = {"norm.weight", "norm.bias", "conv.bias", "hidden.bias", "one_input.bias", "zero_start.bias", "temperature"}
+
+
+def test_build_rules():
+    """build turns and decays matrices, not vectors; stuck ones take the plain rule, tied ones once, frozen ones not."""
+    for name in optim.OPTIMIZERS:
+        torch.manual_seed(0)
+        model = Zoo()
+        optimizer, h = optim.build(name, model, **settings(name)), settings(name)
+        assert type(optimizer) is optim.OPTIMIZERS[name]
+        rows = [line.split() for line in optim.table(optimizer).splitlines()][1:]
+        assert sorted(row[0] for row in rows) == sorted(TURN | STUCK | VECTORS), f"{name}: a name is missing or doubled"
+        for label, shape, rule, lr, wd in rows:
+            p = model.get_parameter(label)
+            assert shape == ("x".join(str(n) for n in p.shape) or "scalar"), f"{name} {label}: {shape}"
+            expected = "rotational" if name in ROTATIONAL and label in TURN else "plain"
+            assert rule == expected, f"{name} {label}: {rule}"
+            assert float(lr) == h["lr"], f"{name} {label}: lr {lr}"
+            assert float(wd) == (0 if label in VECTORS else h["weight_decay"]), f"{name} {label}: decay {wd}"
+        # Now the deeds: with gradients of zero only decay under the plain rule moves a weight.
+        starts = {label: p.detach().double().clone() for label, p in model.named_parameters()}
+        for p in everything(optimizer):
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        for label, p in model.named_parameters():
+            decays = label in (STUCK if name in ROTATIONAL else STUCK | TURN) and label != "zero_start.weight"
+            assert torch.equal(p.double(), starts[label]) != decays, f"{name} {label}: decays, or does not, by mistake"
+        assert all(model.frozen.weight is not p for p in everything(optimizer)), name
+
+
+def test_table_without_names():
+    """table lists parameters without names too, each once, by group and place."""
+    for name in optim.OPTIMIZERS:
+        optimizer = make(name, [{"params": [weight(3, 4), weight(4)]}, {"params": [weight(2, 5)], "lr": 0.5}])
+        lines = optim.table(optimizer).splitlines()[1:]
+        for line, place in zip(lines, ("0 of group 0", "1 of group 0", "0 of group 1"), strict=True):
+            assert line.startswith(f"parameter {place} "), name
+        cells = lines[2].split("  ")
+        assert "2x5" in cells and "0.5" in [cell.strip() for cell in cells], name
+
+
+# ======================================================================================================================
+# RotationProbe: what it measures, and what it predicts
+# ======================================================================================================================
+
+def test_probe_measures():
+    """The probe's norm and angle equal float64 numbers by hand, for every optimizer, down to 1e-5 rad in float32."""
+    shapes = [(5, 24), (4, 3, 3, 3), (6,)]
+    makers = [(name, lambda ps, name=name, **o: make(name, ps, **o)) for name in optim.OPTIMIZERS]
+    makers += [(f"torch {name}", lambda ps, name=name, **o: TORCH_TWINS[name](ps, **settings(name, **o)))
+               for name in TORCH_TWINS]
+    for name, maker in makers:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            params = parameters(shapes, dtype)
+            optimizer = maker(params)
+            probe = optim.RotationProbe(optimizer)
+            run(optimizer, noise(shapes, 2, dtype))
+            starts = values(params)
+            probe.measure_next_step()
+            run(optimizer, noise(shapes, 1, dtype, seed=77))
+            measured = [row["name"] for row in probe.rows]
+            assert measured == ["parameter 0 of group 0", "parameter 1 of group 0"], f"{name}: a vector has no neurons"
+            for row, p, start in zip(probe.rows, params, starts):
+                fine = dtype == torch.float64               # others are measured in float32
+                norm = rows_of(p).double().norm(dim=1).mean()
+                close(row["norm"], norm, 1e-12 if fine else 1e-6, f"{name} {dtype} norm")
+                close(row["angle"], angles(start, p).mean(), 1e-9 if fine else 1e-4, f"{name} {dtype} angle")
+    for dtype in (torch.float64, torch.float32):            # tiny angles: set them exactly, by lr * wd = 1e-10 / 2
+        [p] = parameters([(64, 256)], dtype)
+        optimizer = optim.RotationalSGD([p], lr=1e-9, momentum=0.0, weight_decay=0.05)
+        probe, start = optim.RotationProbe(optimizer), p.detach().clone()
+        probe.measure_next_step()
+        run(optimizer, noise([(64, 256)], 1, dtype))
+        fine = dtype == torch.float64
+        close(probe.rows[0]["angle"], angles(start, p).mean(), 1e-9 if fine else 5e-3, f"{dtype} tiny angle, as moved")
+        close(probe.rows[0]["angle"], 1e-5, 1e-6 if fine else 1e-2, f"{dtype} tiny angle, as meant")
+
+
+def test_probe_per_tensor():
+    """Under per_neuron=False the probe measures the whole tensor as one neuron."""
+    [p] = parameters([(5, 24)])
+    optimizer = make("rotational_adamw", [p], per_neuron=False)
+    probe, start = optim.RotationProbe(optimizer), p.detach().clone()
+    probe.measure_next_step()
+    run(optimizer, noise([(5, 24)], 1))
+    close(probe.rows[0]["norm"], p.norm(), 1e-12, "norm")
+    close(probe.rows[0]["angle"], angles(start, p, per_neuron=False)[0], 1e-9, "angle")
+
+
+def test_probe_predicts():
+    """The probe predicts the closed-form equilibrium; kept norm and set angle where rotational; nan without decay."""
+    shape, sigma, C = (5, 24), 0.3, 24
+    for name in DIRECTIONS:
+        h = settings(name)
+        lr, wd = h["lr"], h["weight_decay"]
+        total = lr / (1 - h.get("momentum", 0))             # one gradient's whole effect, with momentum
+        angle = angle_by_hand(name, h)
+        if name == "sgd":
+            norm = sigma * math.sqrt(total * C / (2 * wd))
+        elif name in ("adam", "rmsprop"):                   # L2: the decay is divided by the gradient's RMS as well
+            norm, angle = math.sqrt(total * C * sigma / (2 * wd)), angle / math.sqrt(sigma)
+        elif name == "adamw":
+            norm = math.sqrt(lr * C / (2 * wd))
+        else:
+            b1, b2 = h["betas"]
+            norm = math.sqrt(lr * C / (math.pi * wd * ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2))))
+        gradient = normal(3, *shape)
+        gradient *= sigma / gradient.square().mean().sqrt()
+        turning = optim.OPTIMIZERS[f"rotational_{name}"]
+        plain = [kind for kind in (optim.OPTIMIZERS[name], TORCH_TWINS.get(name)) if kind]
+        for kind in plain + [turning]:
+            [p] = parameters([shape])
+            optimizer = kind([("w", p)], **h)
+            probe = optim.RotationProbe(optimizer)
+            kept = p.norm(dim=1).mean().item()
+            probe.measure_next_step()
+            run(optimizer, [[gradient]])
+            [row] = probe.rows
+            expected = (kept, math.atan(angle_by_hand(name, h))) if kind is turning else (norm, angle)
+            assert row["name"] == "w" and len(str(probe).splitlines()) == 2, kind
+            close(row["predicted_norm"], expected[0], 1e-12, f"{kind} norm")
+            close(row["predicted_angle"], expected[1], 1e-12, f"{kind} angle")
+        for kind in plain:
+            [p] = parameters([shape])
+            optimizer = kind([p], **settings(name, weight_decay=0.0))
+            probe = optim.RotationProbe(optimizer)
+            probe.measure_next_step()
+            run(optimizer, [[gradient]])
+            [row] = probe.rows
+            assert math.isnan(row["predicted_norm"]) and math.isnan(row["predicted_angle"]) and row["angle"] > 0, kind
+
+
+def test_probe_is_not_in_the_way():
+    """A measured step moves weights as always and leaves no hook behind; unmeasured steps leave the rows alone."""
+    shapes, gradients = [(5, 24), (6,)], noise([(5, 24), (6,)], 5)
+    for kind in (optim.AdamW, optim.RotationalAdamW, torch.optim.AdamW):
+        params, others = parameters(shapes), parameters(shapes)
+        optimizer = kind(params, **settings("adamw"))
+        probe = optim.RotationProbe(optimizer)
+        run(optimizer, gradients[:1])
+        assert probe.rows == [], f"{kind}: measured without being asked"
+        probe.measure_next_step()
+        probe.measure_next_step()                           # arming it twice is arming it once
+        run(optimizer, gradients[1:2])
+        rows, content = probe.rows, copy.deepcopy(probe.rows)
+        assert len(rows) == 1, kind
+        assert not optimizer._optimizer_step_pre_hooks, f"{kind}: a hook remains"
+        assert not optimizer._optimizer_step_post_hooks, f"{kind}: a hook remains"
+        run(optimizer, gradients[2:4])
+        assert probe.rows is rows and rows == content, f"{kind}: rows changed by a step that was not measured"
+        probe.measure_next_step()
+        run(optimizer, gradients[4:])
+        assert probe.rows != content, f"{kind}: the second measurement did not take place"
+        run(kind(others, **settings("adamw")), gradients)
+        same_bits(params, others, f"{kind}: the probe disturbed the run")
+
+
+# ======================================================================================================================
+# nanogpt_train.py
+# ======================================================================================================================
+
+SCRIPT = pathlib.Path(__file__).resolve().parent / "nanogpt_train.py"
+TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dropout 0.1 --steps 24 --warmup 2 "
+        "--eval_every 8 --save_every 6 --eval_batches 2").split()
+
+
+def start_script(folder, *arguments, launcher=()):
+    """Start nanogpt_train.py in a folder of its own. One thread: small models gain nothing from two, and two runs at a
+    time then share the machine instead of fighting over it."""
+    command = [sys.executable, *launcher, str(SCRIPT), "--device", "cpu", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
+
+
+def run_script(folder, *arguments, status=0, launcher=()):
+    """Run it to its end -> (stdout, stderr); the exit status must be the expected one."""
+    process = start_script(folder, *arguments, launcher=launcher)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, f"status {process.returncode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
+    return out, err
+
+
+def read_log(folder):
+    """log.jsonl without what may differ between two runs of the same numbers: the time they took."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+
+
+def call_main(*arguments):
+    """nanogpt_train.main() in this process -> (exit status, what it wrote to stderr). Faster than a new process."""
+    stderr, argv = io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = ["nanogpt_train.py", *arguments]
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            nanogpt_train.main()
+        return 0, stderr.getvalue()
+    except SystemExit as stop:
+        return stop.code, stderr.getvalue()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def test_script_end_to_end():
+    """A short run of the main job learns real text, and leaves config, log, checkpoint and a result in words."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        out, _ = run_script(folder, *("--opt rotational_lion --steps 150 --n_layer 2 --n_embd 64 --eval_every 50 "
+                                      "--eval_batches 10 --sample 40 --out_dir run --prompt").split(), "The ")
+        log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in log] == [0, 50, 100, 150] and log[-1]["final"]
+        assert abs(log[0]["val_loss"] - math.log(103)) < 0.3, "an untrained model should find all 103 characters alike"
+        assert log[-1]["val_loss"] < 2.6, "the frequencies of single characters alone give about 3.2"
+        for key in ("train_loss", "val_loss", "lr", "seconds", "tokens", "rotation"):
+            assert key in log[-1], key
+        turned = log[1]["rotation"]["blocks.0.up.weight"]
+        assert abs(turned["angle"] / turned["predicted_angle"] - 1) < 0.35, "it should turn by about its angle"
+        config = json.loads((folder / "run/config.json").read_text())
+        assert (config["opt"], config["steps"], config["gains"]) == ("rotational_lion", 150, 1)
+        last = out.strip().splitlines()[-1]
+        assert last.startswith(f"val_loss {log[-1]['val_loss']:.4f}"), last
+        assert "\nThe " in out, "the sample should begin with the prompt"
+        again, _ = run_script(folder, "--resume", "--eval_only", "--out_dir", "run")
+        assert again.strip().splitlines()[-1].startswith(f"val_loss {log[-1]['val_loss']:.4f}")
+
+
+def test_script_killed_and_resumed():
+    """A run killed at any moment and resumed ends with the weights and the log of one never killed, bit for bit."""
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        long = [*TINY, "--steps", "300", "--eval_every", "60", "--save_every", "2"]
+        for name in ("rotational_lion", "adam"):
+            calm, killed = folder / f"{name}-calm", folder / f"{name}-killed"
+            run_script(folder, *long, "--opt", name, "--out_dir", calm)
+            process, kills = start_script(folder, *long, "--opt", name, "--out_dir", killed), 0
+            while process.poll() is None:
+                before = (killed / "ckpt.pt").stat().st_mtime_ns if (killed / "ckpt.pt").exists() else 0
+                while process.poll() is None and (not (killed / "ckpt.pt").exists()
+                                                  or (killed / "ckpt.pt").stat().st_mtime_ns == before):
+                    time.sleep(0.002)               # until it has trained on, past the checkpoint that it started from
+                if kills < 3:
+                    time.sleep(chance.uniform(0, 0.3))
+                    process.kill()
+                    kills += process.wait() == -signal.SIGKILL
+                    process.communicate()
+                    process = start_script(folder, "--resume", "--out_dir", killed)
+                else:
+                    _, err = process.communicate(timeout=300)
+                    assert process.returncode == 0, err
+            assert kills == 3, "it ended before it could be killed three times"
+            left, right = (torch.load(run / "ckpt.pt", weights_only=True)["model"] for run in (calm, killed))
+            for key in left:
+                assert torch.equal(left[key], right[key]), f"{name}: {key} differs"
+            assert read_log(calm) == read_log(killed), f"{name}: the logs differ"
+
+
+def test_script_stops_on_signal():
+    """SIGTERM lets the step end, saves, says how to go on, exits with 143; going on gives the undisturbed numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder, longer = pathlib.Path(folder), "--steps 400 --eval_every 200 --save_every 400 --out_dir".split()
+        run_script(folder, *TINY, *longer, "calm")
+        process = start_script(folder, *TINY, *longer, "stopped")
+        while not (folder / "stopped/log.jsonl").exists() or not (folder / "stopped/log.jsonl").read_text():
+            time.sleep(0.01)                        # the line of step 0: training begins
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 143, (process.returncode, err)
+        assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
+        assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 400
+        run_script(folder, "--resume", "--out_dir", "stopped")
+        assert read_log(folder / "calm") == read_log(folder / "stopped")
+
+
+def test_script_data_parallel():
+    """Two processes with half a batch each see the same losses as one process with the whole batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        common = [*TINY, "--dropout", "0", "--grad_accum", "2", "--opt", "rotational_adamw"]
+        run_script(folder, *common, "--out_dir", "one")
+        launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port()))
+        run_script(folder, *common, "--out_dir", "two", launcher=launcher)
+        for one, two in zip(read_log(folder / "one"), read_log(folder / "two"), strict=True):
+            for key in one.keys() & {"train_loss", "val_loss"}:
+                assert abs(one[key] - two[key]) < 1e-4, (key, one, two)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def test_script_diverging():
+    """A loss that is no number stops the run with status 3, names the step, and leaves the last good checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        run_script(folder, *TINY, "--out_dir", "run")       # an older run, not to be mistaken for this one
+        wild = "--opt sgd --lr 1e25 --warmup 0 --grad_clip 0 --save_every 1 --out_dir run".split()
+        _, err = run_script(folder, *TINY, *wild, status=3)
+        step = re.search(r"the loss is (?:nan|inf) at step (\d+)", err.splitlines()[-1])
+        assert step and "Traceback" not in err, err
+        assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
+
+
+def test_script_bad_input():
+    """Every bad flag, file or value: exit status 2 and one line that names the mend, no traceback, nothing written."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        (folder / "short.txt").write_text("too short")
+        (folder / "empty.txt").write_text("")
+        (folder / "latin1.txt").write_bytes("Zwölf Boxkämpfer".encode("latin-1") * 100)
+        (folder / "broken").mkdir()
+        (folder / "broken/ckpt.pt").write_bytes(b"not a checkpoint")
+        (folder / "file").write_text("")
+        assert call_main(*TINY, "--out_dir", str(folder / "run"), "--data_dir", str(folder / "data"))[0] == 0
+        run = ["--resume", "--out_dir", str(folder / "run")]
+        for arguments, words in [
+            (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
+            (["--learning_rate", "1"], "did you mean"),
+            (["--lr", "-1"], "out of range"),
+            (["--lr", "nan"], "out of range"),
+            (["--lr", "fast"], "not a number"),
+            (["--steps", "0"], "out of range"),
+            (["--steps", "1.5"], "not a whole number"),
+            (["--beta1", "1"], "betas"),
+            (["--opt", "sgd", "--beta1", "0.9"], "takes no --beta1"),
+            (["--opt", "lion", "--eps", "1e-8"], "takes no --eps"),
+            (["--opt_kwargs", "per_neuron=True"], "takes no per_neuron"),
+            (["--opt_kwargs", "lr"], "KEY=VALUE"),
+            (["--opt", "rotational_lion", "--opt_kwargs", "zero_mean=perhaps"], "True, False"),
+            (["--opt", "rotational_lion", "--weight_decay", "0"], "weight_decay > 0"),
+            (["--preset", "gpt3"], "invalid choice"),
+            (["--dropout", "1.5"], "out of range"),
+            (["--n_head", "3"], "not a multiple"),
+            (["--warmup", "24"], "make it smaller"),
+            (["--data", "shakespear"], "did you mean shakespeare"),
+            (["--data", str(folder / "none.txt")], "no such text file"),
+            (["--data", str(folder / "short.txt")], "too few"),
+            (["--data", str(folder / "empty.txt")], "too few"),
+            (["--data", str(folder / "latin1.txt")], "UTF-8"),
+            (["--block_size", "100000"], "smaller block"),
+            (["--out_dir", str(folder / "file")], "--out_dir"),
+            (["--data_dir", str(folder / "file")], "--data_dir"),
+            (["--eval_only"], "--resume"),
+            (["--resume"], "--out_dir"),
+            (["--resume", "--out_dir", str(folder / "none")], "no "),
+            (["--resume", "--out_dir", str(folder / "broken")], "not a whole checkpoint"),
+            ([*run, "--opt", "sgd"], "does not fit"),
+            ([*run, "--eval_only", "--sample", "5", "--prompt", "日"], "does not occur"),
+            (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
+        ]:
+            flags = arguments if "--resume" in arguments or "--eval_only" in arguments else [*TINY, *arguments]
+            if "--out_dir" not in flags:
+                flags = [*flags, "--out_dir", str(folder / "never")]
+            if "--data_dir" not in flags:
+                flags = [*flags, "--data_dir", str(folder / "data")]
+            status, err = call_main(*flags)
+            assert status == 2, f"{arguments}: status {status}, {err}"
+            assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
+            assert not (folder / "never").exists(), f"{arguments} left a folder behind"
+
+
+def test_script_text_data():
+    """Any text is split 90 / 10 by characters and comes back from its token files unchanged, read in pieces or not."""
+    text = "".join(chr(random.Random(i).choice([10, 32, 97, 98, 228, 8364, 128512])) for i in range(5000))
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        (folder / "my.txt").write_text(text, encoding="utf-8", newline="")
+        for _ in range(2):                          # made, then found
+            train, val, codec = nanogpt_train.load_data(str(folder / "my.txt"), folder / "data", "auto")
+            assert codec.decode(train.tolist()) == text[:4500] and codec.decode(val.tolist()) == text[4500:]
+        (folder / "my.txt").write_text(text + "x", encoding="utf-8", newline="")
+        train, val, codec = nanogpt_train.load_data(str(folder / "my.txt"), folder / "data", "auto")
+        assert codec.decode(val.tolist()) == text[4500:] + "x", "served from token files of the text as it was"
+        pieces = list(nanogpt_train.read_pieces(lambda: io.StringIO(text * 1000), 7, 4_500_123))
+        assert len(pieces) > 1 and "".join(pieces) == (text * 1000)[7:4_500_123]
+
+
+def test_script_byte_pairs_in_pieces():
+    """Byte pairs of a text encoded piece by piece equal those of the text encoded in one go, wherever pieces end."""
+    import tiktoken
+    merges = [b"a", b"b", b" ", b"\n", b"!", b"  ", b"\n\n", b" a", b"ab", b" ab", b" \n"]       # white space can merge
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""     # as GPT-2 splits text
+    ranks = {token: rank for rank, token in enumerate(merges)}
+    codec = tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    chance = random.Random(1)
+    for _ in range(200):
+        text = "".join(chance.choice("ab  \n!") for _ in range(60))
+        cuts = sorted(chance.sample(range(61), 5))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 60])]
+        apart = [token for piece in nanogpt_train.whole_words(pieces) for token in codec.encode(piece)]
+        assert apart == codec.encode(text), repr(text)
+
+
+def test_script_download():
+    """Downloads are checked before they count: a wrong, broken-off or missing file is one line, and leaves nothing."""
+    body = b"text " * 1000
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(404 if "missing" in self.path else 200)
+            self.send_header("Content-Length", str(len(body) + 10 * ("short" in self.path)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address, right = f"http://127.0.0.1:{server.server_port}/", hashlib.sha256(body).hexdigest()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            with contextlib.redirect_stderr(io.StringIO()):
+                assert nanogpt_train.download(address + "good.txt", right, folder / "good.txt").read_bytes() == body
+            for name, sha256, words in (("bad.txt", "0" * 64, "expected file"), ("short.txt", right, "broke off"),
+                                        ("missing.txt", right, "by hand")):
+                stderr = io.StringIO()
+                try:
+                    with contextlib.redirect_stderr(stderr):
+                        nanogpt_train.download(address + name, sha256, folder / name)
+                    raise AssertionError(f"{name} was accepted")
+                except SystemExit as stop:
+                    assert stop.code == 2 and words in stderr.getvalue().splitlines()[-1], stderr.getvalue()
+            assert [path.name for path in folder.iterdir()] == ["good.txt"]
+    finally:
+        server.shutdown()
+
+
+def test_script_model():
+    """The model is GPT-2: its size, its causality, and gains that change nothing until they are trained."""
+    with torch.device("meta"):
+        gpt2 = nanogpt_train.GPT(50304, 12, 12, 768, 1024, 0.0, True, False)
+    by_hand = 50304 * 768 + 1024 * 768 + 12 * (12 * 768**2 + 13 * 768) + 2 * 768       # Radford et al. 2019, tied head
+    assert sum(p.numel() for p in gpt2.parameters()) == by_hand
+    models = [nanogpt_train.GPT(50, 2, 2, 16, 12, 0.0, False, gain) for gain in (False, True)]
+    x = torch.randint(50, (3, 12))
+    models[1].load_state_dict(models[0].state_dict(), strict=False)     # all but the gains, which are still 1
+    assert torch.equal(models[0](x), models[1](x))
+    for block in models[1].blocks:                  # a gain of 3 triples what its Linear puts out
+        block.up.gain.data.fill_(3.0)
+        h = torch.randn(2, 16)
+        assert torch.allclose(block.up(h), 3 * F.linear(h, block.up.weight), atol=1e-6)
+    model = models[0]
+    nn.init.normal_(model.tokens.weight)            # large, so that every token matters
+    changed = x.clone()
+    changed[:, 8] = (changed[:, 8] + 1) % 50
+    for length in range(1, 13):                     # the last logits of each prefix
+        same = torch.equal(model(x[:, :length]), model(changed[:, :length]))
+        assert same == (length <= 8), f"token 8 and the prediction after {length} tokens: {'deaf' if same else 'leak'}"
+
+
+def test_script_schedule():
+    """Warmup is a straight line that never starts at 0; cosine, linear and constant go where their formulas say."""
+    for name, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
+        s = {"warmup": 10, "steps": 110, "schedule": name}
+        assert [nanogpt_train.lr_at(t, 11.0, s) for t in range(10)] == [11.0 * (t + 1) / 11 for t in range(10)]
+        assert nanogpt_train.lr_at(10, 1.0, s) == 1.0 and abs(nanogpt_train.lr_at(60, 1.0, s) - middle) < 1e-12
+    s = {"warmup": 10, "steps": 110, "schedule": "cosine"}
+    assert abs(nanogpt_train.lr_at(35, 1.0, s) - (2 + 2**0.5) / 4) < 1e-12       # (1 + cos 45 degrees) / 2
+
+
+# ======================================================================================================================
+# Running them
+# ======================================================================================================================
+
+
+def main(words):
+    tests = {name: f for name, f in globals().items() if name.startswith("test_") and inspect.isfunction(f)}
+    chosen = {name: f for name, f in tests.items() if not words or any(word in name for word in words)}
+    if not chosen:
+        sys.exit(f"tests.py: no test has {' or '.join(words)} in its name; there are: {', '.join(tests)}")
+    width, count = max(len(name) for name in chosen), {"ok": 0, "FAIL": 0, "skip": 0}
+    for name, test in chosen.items():
+        began, details = time.perf_counter(), ""
+        claim = inspect.getdoc(test)
+        try:
+            test()
+            verdict = "ok"
+        except unittest.SkipTest as skip:
+            verdict, claim = "skip", str(skip)
+        except Exception:
+            verdict, details = "FAIL", traceback.format_exc()
+        count[verdict] += 1
+        print(f"{verdict:4s} {name:{width}s} {time.perf_counter() - began:6.2f} s   {claim}", flush=True)
+        if details:
+            print(details, flush=True)
+    print(f"{count['ok']} passed, {count['FAIL']} failed, {count['skip']} skipped")
+    return 1 if count["FAIL"] else 0
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)            # these tensors are tiny: more threads would only wait for each other
+    sys.exit(main(sys.argv[1:]))
