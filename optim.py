@@ -1,20 +1,24 @@
 """
 optim.py: optimizers as  direction x geometry,  in one file that can be read from top to bottom.
 
-    direction   what a gradient is turned into: which way to go, from the history of gradients alone
+    direction   what a gradient is turned into: which way to go, from the history of gradients (and perhaps the decay)
     geometry    how a direction becomes a change of a weight: how far, and on which surface
 
 Every optimizer here is one direction followed by one geometry. Learn the rows and the columns and you know them all:
 
-    direction                          | plain      | rotational
-    -----------------------------------+------------+-----------------------
-    sgd      heavy-ball momentum       | SGD        | RotationalSGD
-    adam     L2 inside the gradient    | Adam       | RotationalAdam
-    adamw    decoupled decay           | AdamW      | RotationalAdamW
-    lion     sign of an average        | Lion       | RotationalLion
-    rmsprop  gradient over its RMS     | RMSProp    | RotationalRMSProp
+    direction                                     | plain                | rotational
+    ----------------------------------------------+----------------------+------------------------
+    sgd         heavy-ball momentum               | SGD                  | RotationalSGD
+    adam        L2 inside the gradient            | Adam                 | RotationalAdam
+    adamw       decoupled decay                   | AdamW                | RotationalAdamW
+    lion        sign of an average                | Lion                 | RotationalLion
+    rmsprop     gradient over its RMS             | RMSProp              | (by name:
+    rf_rmsprop  gradient over its mean square     | RootFreeRMSProp      |  "rotational_rmsprop",
+    rf_adamw    average over mean square          | RootFreeAdamW        |  "rotational_rf_rmsprop",
+    shampoo     inverse roots of d x d matrices   | Shampoo              |  and so on, in
+    if_shampoo  the same without roots, inverses  | InverseFreeShampoo   |  OPTIMIZERS)
 
-    plain        w <- w - lr * (d + wd * w)     the weight goes where the direction points; decay pulls it to 0
+    plain        w <- w - lr * d, and decay pulls w towards 0: inside d, or beside it
     rotational   every neuron keeps its length and turns by a controlled average angle; decay only sets that angle
 
 Use it like torch.optim, of which every class here is a true subclass:
@@ -38,11 +42,14 @@ Symbols, in the formulas and in the code:
 
 A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 picks it, the other dims belong to it.
 
-Where the seam between the two factors leaks (half of the lesson):
-  1. Decay enters in two places: decoupled (adamw, lion) or inside the gradient (sgd, adam, rmsprop). So a direction
-     takes the decay term as an argument, which the plain geometry fills and the rotational one leaves out.
+Where the two factors cannot quite be separated (half of the lesson):
+  1. Decay enters in three places: decoupled (adamw, lion, rf_adamw), inside the gradient (adam, rmsprop), or after the
+     preconditioner and before the heavy ball (rf_rmsprop, both shampoos; for sgd the two are the same). So a direction
+     takes the decay term as an argument. The plain geometry fills it, unless decay is decoupled; the rotational one
+     leaves it out (but for adam: adam_turning).
   2. The rotational geometry needs one number of the direction, its kappa: see "What one gradient does over all time".
   3. Biases and gains have no neurons to turn. They use the plain geometry, whatever the optimizer is called.
+  4. The root-free directions need to know over how many examples the loss is a mean: batch_size.
 
 Papers:
   [RE]    Kosson, Messmer, Jaggi. Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks.
@@ -52,12 +59,18 @@ Papers:
   [Lion]  Chen et al. Symbolic Discovery of Optimization Algorithms. NeurIPS 2023, arXiv:2302.06675
   [RMS]   Tieleman, Hinton. Lecture 6.5, RMSProp. Coursera, 2012
   [HB]    Polyak. Some methods of speeding up the convergence of iteration methods. 1964
+  [RF]    Lin, Dangel, Eschenhagen, Bae, Turner, Makhzani. Can We Remove the Square-Root in Adaptive Gradient Methods? A
+          Second-Order Perspective. ICML 2024, arXiv:2402.03496
+  [Shampoo] Gupta, Koren, Singer. Shampoo: Preconditioned Stochastic Tensor Optimization. ICML 2018, arXiv:1802.09568
 
 To add a row: write its function, one line in the table of directions, and a class if it deserves a docstring.
 """
 import argparse
 import difflib
 import functools
+import importlib.util
+import inspect
+import itertools
 import math
 import sys
 import time
@@ -71,7 +84,7 @@ import torch
 # Directions:  direction(g, state, h, decay) -> d
 #
 # Each is the mathematics for ONE tensor. It sees the gradient g, its own running averages (`state`, updated in place)
-# and the hyperparameters h. It sees no weight and no learning rate, and it never changes g. `decay` is the tensor
+# and the hyperparameters h. It uses no weight and no learning rate, and it never changes g. `decay` is the tensor
 # wd * w where the geometry wants the decay to go through the direction, and 0 where it does not.
 #
 # Every running average that starts at 0 is too small at first: after t steps an average with factor b has only seen a
@@ -110,7 +123,8 @@ def adam_ratio(g_m, g_v, state, h):
              v <- b2 v + (1-b2) g_v^2
              d  = m / (1-b1^t)  /  (sqrt(v) / sqrt(1-b2^t) + eps)
     Shapes   all: the parameter's                   State   exp_avg = m = 0, exp_avg_sq = v = 0 at first
-    Units    d has none: entries of size about 1, whatever the loss is multiplied by (until eps is felt)
+    Units    d has none: entries of size 1 while gradients agree, smaller when they are noise (average_kappa says how
+             much), whatever the loss is multiplied by (until eps is felt)
     """
     m, v, (b1, b2) = state["exp_avg"], state["exp_avg_sq"], h["betas"]
     m.lerp_(g_m, 1 - b1)                            # m <- m + (1-b1) (g_m - m)
@@ -146,7 +160,7 @@ def lion(g, state, h, decay=0):
     Units    d has none: every entry is -1, 0 or 1, so ||d|| = sqrt(number of weights): larger than Adam's by far. Use a
              learning rate some 3 to 10 times smaller and a decay larger by as much
     Notice   m is read before it is updated, and with the other beta. Swap the two lines: a different method.
-    Try      set b1 = b2. Which older optimizer is left?
+    Try      set b1 = b2. Which older optimizer is left? (The sign of an average: Signum)
     """
     m, (b1, b2) = state["exp_avg"], h["betas"]
     d = torch.lerp(m, g, 1 - b1).sign()             # sign(b1 m + (1-b1) g)
@@ -168,16 +182,187 @@ def rmsprop(g, state, h, decay=0):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Without the root ([RF])
+#
+# RMSProp and Adam divide by sqrt(v). Take the root away, and v is no longer a normaliser but a curvature: for the mean
+# loss over B examples, the average of g^2 is about 1/B times the diagonal of the (empirical) Fisher matrix, so B v
+# estimates that diagonal whatever B is, and g / (B v) is a diagonal Newton step. It is called s here, since it plays
+# another part, and starts at 1/B: the first preconditioner is 1.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def rf_rmsprop(g, state, h, decay=0):
+    """RMSProp without the root:  s <- a s + (1-a) g^2;  d = g / (B s + eps);  heavy ball on d + decay.
+
+    Shapes   all: the parameter's                   State   square_avg = s = 1/B at first; momentum_buffer
+    Units    with the loss in nats, B s is in nats / parameter^2: d is in parameters and lr has no unit, as for Newton
+    Why B    the noise in the mean of B gradients makes s shrink like 1/B, though the curvature it stands for does not
+             depend on B. B s does not either; without the B, lr would have to be retuned for every batch size
+    Source   [RF]; the decay joins after the preconditioner, in the heavy ball, as in the authors' code
+    """
+    s, B = state["square_avg"], h["batch_size"]
+    s.mul_(h["alpha"]).addcmul_(g, g, value=1 - h["alpha"])     # s <- a s + (1-a) g^2
+    return heavy_ball(g / (B * s + h["eps"]) + decay, state, h)
+
+
+def rf_adamw(g, state, h, decay=0):
+    """AdamW without the root:  m <- b1 m + (1-b1) g;  s <- b2 s + (1-b2) g^2;  d = m / (B s + eps).
+
+    Shapes   all: the parameter's                   State   exp_avg = m = 0, exp_avg_sq = s = 1/B at first
+    Units    as in rf_rmsprop
+    Notice   bias_correction=True divides m by 1-b1^t and B s by 1-b2^t; since s does not start at 0, that makes B s too
+             large at first (1/(1-b2) at t = 1) instead of unbiased: a warmup in disguise. Off by default, as in [RF]
+    """
+    m, s, (b1, b2), B = state["exp_avg"], state["exp_avg_sq"], h["betas"], h["batch_size"]
+    m.lerp_(g, 1 - b1)                              # m <- m + (1-b1) (g - m)
+    s.mul_(b2).addcmul_(g, g, value=1 - b2)         # s <- b2 s + (1-b2) g^2
+    if h["bias_correction"]:
+        return (m / h["unbias1"]) / (B * s / h["unbias2"] + h["eps"])
+    return m / (B * s + h["eps"])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# With matrices: one preconditioner for every mode (dim) of the tensor
+#
+# A diagonal knows how steep every weight is, but not which weights act together. Shampoo keeps a d_i x d_i matrix for
+# every mode i of size d_i and multiplies the gradient by one matrix on each. Modes of size 1 have nothing to say and
+# are squeezed away. A mode longer than max_dim (a vocabulary) gets a diagonal, a vector of d_i numbers, instead.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def modes(x):
+    """x without its modes of size 1; at least one mode is left."""
+    x = x.squeeze()
+    return x.reshape(1) if x.dim() == 0 else x
+
+
+def on_every_mode(x, factors):
+    """Multiply mode i of x by factors[i]: a matrix F, y[.., a, ..] = sum over m of x[.., m, ..] F[m, a], or a diagonal.
+
+    Each pass takes the first mode and puts its product last: after as many passes as modes they are in order again.
+    """
+    for F in factors:
+        x = x.movedim(0, -1) * F if F.dim() == 1 else torch.tensordot(x, F, dims=([0], [0]))
+    return x
+
+
+def second_moment(x, i, diagonal):
+    """X X^T for x unfolded along mode i, X: (d_i, all the rest); only the diagonal of it if asked for."""
+    rest = [j for j in range(x.dim()) if j != i]
+    if diagonal:
+        return (x * x).sum(rest) if rest else x * x
+    return torch.tensordot(x, x, dims=(rest, rest))
+
+
+def shampoo(g, state, h, decay=0):
+    """Shampoo [Shampoo], the root-based baseline:  for every mode i of k
+
+        L_i <- (1 - lr_cov) L_i + lr_cov G_(i) G_(i)^T          d = G times (L_i + damping)^(-1/(2k)) on every mode
+
+    and then heavy ball on d + decay. G_(i) is the gradient unfolded along mode i.
+
+    State    L0, L1, .. = 0 at first; R0, R1, ..: the roots, 1 until they are first computed; momentum_buffer
+    Units    as many as the 1/(2k) add up to: d has none, like g over its RMS
+    Notice   a root takes an eigendecomposition, in float32 at least: eigenvalues that differ by less than the rounding
+             of the largest come out as noise, and a negative power blows noise up. That is why roots are recomputed
+             only every `update_every` steps, and why this direction refuses bfloat16
+    """
+    x = modes(g).to(state["L0"].dtype)
+    order = x.dim()
+    L, R = ([state[f"{letter}{i}"] for i in range(order)] for letter in "LR")
+    for i in range(order):
+        L[i].lerp_(second_moment(x, i, L[i].dim() == 1), h["lr_cov"])
+        if h["refresh"]:
+            R[i].copy_(inverse_root(L[i], 2 * order, h["damping"]))
+    d = on_every_mode(x, R).reshape(g.shape).to(g.dtype)
+    return heavy_ball(graft(d, g, state, h) + decay, state, h)
+
+
+def inverse_root(L, p, damping):
+    """(L + damping)^(-1/p) of a symmetric positive semi-definite matrix, or of a diagonal."""
+    if L.dim() == 1:
+        return (L + damping) ** (-1 / p)
+    eigenvalues, Q = torch.linalg.eigh(L)
+    root = (Q * (eigenvalues.clamp(min=0) + damping) ** (-1 / p)) @ Q.T        # rounding makes eigenvalues below 0
+    seen = L.diagonal() > 0                         # an index without any gradient so far must not get rounding noise
+    return root * seen * seen[:, None]
+
+
+def graft(d, g, state, h):
+    """d with the norm that another method's direction would have, if h["graft"] names one: its size, this way."""
+    if h["graft"] is None:
+        return d
+    size = g                                        # "sgd"
+    if h["graft"] == "adam":                        # without momentum: the heavy ball comes after
+        v, b2 = state["graft_sq"], 1 - h["lr_cov"]
+        v.mul_(b2).addcmul_(g, g, value=1 - b2)
+        size = g / ((v / h["unbias_graft"]).sqrt() + 1e-8)
+    norm = torch.linalg.vector_norm
+    return d * (norm(size) / norm(d).clamp(min=torch.finfo(d.dtype).tiny))
+
+
+def if_shampoo(g, state, h, decay=0):
+    """Inverse-free Shampoo [RF]: neither roots nor inverses nor decompositions, in bfloat16 if need be.
+
+    It learns a factor K_i of every inverse, (curvature)^-1 = K K^T, by descent on the positive definite matrices. On a
+    preconditioner step, with d_i the size of mode i and A = sqrt(B) G times K_i on every mode:
+
+        H_i = 1/2 [ A_(i) A_(i)^T / (product of the other d_j)  +  damping c_i K_i^T K_i  -  I ]
+        c_i = product over the other modes of  ||K_j||^2 / d_j
+        M_i <- rho M_i + (1-rho) H_i                                    rho = riemannian_momentum
+        K_i <- K_i - lr_cov / max(1, ||M_i||) K_i M_i                   matrix exponential, to first order
+
+    and at every step  d = G times K_i K_i^T on every mode,  then heavy ball on d + decay. With one mode it settles at
+    H = 0:  K^T (B E[g g^T] + damping) K = I,  so K K^T is the inverse of the damped curvature: nothing was inverted.
+
+    State    K0, K1, .. = I and M0, M1, .. = 0 at first; momentum_buffer; all of it in `dtype`
+    Units    as in rf_rmsprop: with one mode, d is a Newton step
+    Notice   one A serves all H_i: unfolded along mode i it is what the formula of K_i asks for. max(1, sqrt(max|K_i|))
+             is taken out of K_i before it is squared and put back after, so that nothing overflows on the way
+    """
+    if g.numel() == 0:
+        return heavy_ball(g + decay, state, h)
+    x = modes(g).to(state["K0"].dtype)
+    K, M = ([state[f"{letter}{i}"] for i in range(x.dim())] for letter in "KM")
+    if h["refresh"]:
+        A = on_every_mode(x * math.sqrt(h["batch_size"]), K)
+        spread = [(k * k).sum() / len(k) for k in K]                            # ||K_j||^2 / d_j
+        H = []
+        for i, k in enumerate(K):
+            rest = x.numel() / len(k)
+            c = math.prod((spread[j] for j in range(x.dim()) if j != i), start=torch.ones_like(spread[0]))
+            if k.dim() == 1:
+                H.append((second_moment(A, i, True) / rest + h["damping"] * c * k * k - 1) / 2)
+            else:
+                S = second_moment(A, i, False) / rest + h["damping"] * c * (k.T @ k)
+                S.diagonal().sub_(1)                                            # minus I
+                H.append(S / 2)
+        for k, m, new in zip(K, M, H):
+            m.lerp_(new, 1 - h["riemannian_momentum"])
+            stride = h["lr_cov"] * h["lr_cov_scale"] / torch.linalg.vector_norm(m).clamp(min=1)
+            k.sub_(stride * (k * m if k.dim() == 1 else k @ m))
+    scale = 1
+    for k in K:
+        s = k.abs().max().sqrt().clamp(min=1)
+        small, scale = k / s, scale * s**2
+        if k.dim() == 2 and len(k) ** 2 > x.numel():        # K (K^T x) costs less than (K K^T) x
+            x = torch.tensordot(torch.tensordot(x, small, dims=([0], [0])), small, dims=([-1], [1]))
+        else:
+            x = on_every_mode(x, [small * small if k.dim() == 1 else small @ small.T])
+    return heavy_ball((x * scale).reshape(g.shape) + decay, state, h).to(g.dtype)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # What one gradient does over all time: gain, kappa, contribution
 #
 # Feed a direction with independent random gradients (a "random walk": late training looks much like it, [RE] section
 # 3). A gradient that arrives now enters the update k steps later with some weight c_k: heavy ball mu^k, a running
 # average (1-b) b^k. Three numbers describe all that matters:
 #
-#   gain          sum of c_k. Everything that one gradient contributes adds up to  lr * gain * (its contribution).
-#   contribution  RMS size of one entry of that total, per lr * gain: sigma for sgd, 1 where d is divided by an RMS.
-#   kappa         RMS size of ONE update over RMS size of the total:  sqrt(sum c_k^2) / sum c_k.  The updates of one
-#                 gradient all point the same way; the longer they are stretched out in time, the smaller each one is.
+#   gain          sum of c_k: over all time, one gradient g moves the weight by  lr * gain * (what g is turned into).
+#   contribution  RMS size of an entry of what g is turned into: sigma for sgd, 1 where d is divided by an RMS.
+#   kappa         RMS size of ONE update over that of everything one gradient contributes:  sqrt(sum c_k^2) / sum c_k.
+#                 Its parts all point the same way; the longer they are stretched out in time, the smaller each one is.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +382,13 @@ def average_kappa(h):
     return math.sqrt((1 - b1) / (1 + b1))
 
 
+def newton_contribution(h, sigma):
+    """sigma / (B sigma^2 + damping): the root-free directions divide by the curvature B E[g^2] (+ eps or damping). For
+    if_shampoo that holds where the noise has no structure: with sigma equal in all entries, H_i = 0 makes every K_i a
+    multiple of I, and their product 1 / sqrt(B sigma^2 + damping)."""
+    return sigma / (h["batch_size"] * sigma**2 + h.get("damping", h.get("eps")))
+
+
 def lion_filter_power(h):
     """S = sum of c_k^2 of the average inside Lion's sign:  c_0 = 1-b1,  c_k = b1 (1-b2) b2^(k-1)  for k >= 1."""
     b1, b2 = h["betas"]
@@ -210,14 +402,59 @@ def lion_contribution(h, sigma):
 
 
 def lion_kappa(h):
-    """One update has entries of size 1, so kappa = 1 / contribution = sqrt(pi/2) sqrt(S)."""
-    return 1 / lion_contribution(h, None)
+    """sqrt(pi S / 2):  one update has entries of size 1, so kappa = 1 / contribution."""
+    return math.sqrt(math.pi * lion_filter_power(h) / 2)
 
 
 def zeros(*names):
     """`init` of a direction whose averages all start at 0. A heavy-ball buffer is made only where there is momentum."""
     def init(w, h):
         return {name: torch.zeros_like(w) for name in names if name != "momentum_buffer" or h["momentum"] > 0}
+    return init
+
+
+def mode_factors(w, h, **starts):
+    """For every mode of w and every letter a multiple of the identity: a matrix, or a vector beyond max_dim."""
+    dtype = h.get("dtype") or w.dtype
+    state = {}
+    for i, n in enumerate(modes(w).shape):
+        for letter, start in starts.items():
+            one = torch.ones(n, dtype=dtype, device=w.device)
+            state[f"{letter}{i}"] = start * (one if n > h["max_dim"] else torch.diag(one))
+    return state
+
+
+def shampoo_objection(h):
+    if h["dtype"] in (torch.bfloat16, torch.float16):
+        return (f"dtype={h['dtype']}: inverse roots need float32 or float64. Rounding to {h['dtype']} makes small "
+                "eigenvalues noise, and a negative power blows it up; if_shampoo has no roots and runs in bfloat16")
+
+
+def shampoo_state(w, h):
+    state = zeros("momentum_buffer")(w, h) | mode_factors(w, h, L=0, R=1)
+    return state | ({"graft_sq": torch.zeros_like(w)} if h["graft"] == "adam" else {})
+
+
+def if_shampoo_state(w, h):
+    dtype = h["dtype"] or w.dtype
+    return {k: v.to(dtype) for k, v in zeros("momentum_buffer")(w, h).items()} | mode_factors(w, h, K=1, M=0)
+
+
+def refreshes(t, update_every):
+    """Is t = 0, 1, .. a preconditioner step of if_shampoo? Often at first, seldom later: the one after step t comes
+    min(max(floor(log_4(t + 1)), 1), update_every) steps on: every step to 15, every 2nd to 63, every 3rd to 255, ..."""
+    at = 0                                          # the first preconditioner step of a stretch with equal gaps
+    for k in itertools.count(1):
+        gap, border = min(k, update_every), 4 ** (k + 1) - 1
+        if t < border:
+            return t >= at and (t - at) % gap == 0
+        at += math.ceil((border - at) / gap) * gap
+
+
+def zeros_and_curvature(curvature, *names):
+    """`init` of a root-free direction: as `zeros`, but the average of g^2 starts at 1/B."""
+    def init(w, h):
+        return zeros(*names)(w, h) | {curvature: torch.full_like(w, 1 / h["batch_size"])}
     return init
 
 
@@ -240,6 +477,7 @@ class Direction:
     kappa: Callable = lambda h: 1.0
     contribution: Callable = lambda h, sigma: 1.0
     pull: Callable = lambda h, sigma: 1.0           # how strongly wd pulls, relative to decoupled decay
+    objection: Callable = lambda h: None            # what is wrong with a combination of hyperparameters, in words
     turning: Callable | None = None                 # another `update`, fed with the decay, for the rotational geometry
 
 
@@ -265,25 +503,49 @@ DIRECTIONS = {
         rmsprop, zeros("square_avg", "momentum_buffer"), "d = heavy ball of (g + wd w) / rms(g + wd w)",
         False, {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0},
         gain=heavy_ball_gain, kappa=heavy_ball_kappa, pull=lambda h, sigma: 1 / sigma),
+    "rf_rmsprop": Direction(
+        rf_rmsprop, zeros_and_curvature("square_avg", "momentum_buffer"), "d = heavy ball of g / (B s) + wd w", False,
+        {"lr": 1e-2, "alpha": 0.99, "eps": 1e-4, "weight_decay": 0.0, "momentum": 0.9, "batch_size": None},
+        gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=newton_contribution),
+    "rf_adamw": Direction(
+        rf_adamw, zeros_and_curvature("exp_avg_sq", "exp_avg"), "d = mean(g) / (B s)", True,
+        {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 1e-2, "bias_correction": False,
+         "batch_size": None}, unbias_both,
+        kappa=average_kappa, contribution=newton_contribution),
+    "shampoo": Direction(
+        shampoo, shampoo_state, "d = heavy ball of G times L_i^(-1/2k) on every mode + wd w", False,
+        {"lr": 1e-2, "momentum": 0.9, "damping": 1e-6, "lr_cov": 0.05, "weight_decay": 0.0, "update_every": 2,
+         "max_dim": 2048, "graft": None, "dtype": None},
+        lambda h, t: {"refresh": t % h["update_every"] == 0, "unbias_graft": 1 - (1 - h["lr_cov"]) ** t},
+        gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=lambda h, sigma: math.nan,
+        objection=shampoo_objection),
+    "if_shampoo": Direction(
+        if_shampoo, if_shampoo_state, "d = heavy ball of G times K_i K_i^T on every mode + wd w", False,
+        {"lr": 1e-3, "momentum": 0.9, "damping": 1e-4, "lr_cov": 0.1, "riemannian_momentum": 0.5, "weight_decay": 0.0,
+         "update_every": 2, "batch_size": None, "dtype": None, "max_dim": 2048, "lr_cov_scale": 1.0},
+        lambda h, t: {"refresh": refreshes(t - 1, h["update_every"])},
+        gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=newton_contribution),
 }
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Rotational equilibrium: where plain optimizers go by themselves
 #
-# Every update is nearly orthogonal to the weight (in a random walk: by chance; with normalisation layers: exactly), so
-# it makes the weight longer: ||w||^2 grows by ||update||^2. Decay makes it shorter: by 2 lr gain wd ||w||^2 a step. The
-# two balance at one norm, and then an update of known size on a sphere of known radius turns the neuron by a known
-# angle. It depends on lr * wd alone, not on the layer ([RE], table 1).
+# A gradient is orthogonal to the weight (in a random walk: nearly, by chance; before a normalisation layer: exactly).
+# So what it contributes over all time makes the weight longer: ||w||^2 grows by ||contribution||^2. Decay makes it
+# shorter: by 2 lr gain wd ||w||^2 a step. The two balance at one norm, and then an update of known size on a sphere of
+# known radius turns the neuron by a known angle. Apart from the betas it depends on lr * wd alone, not on the layer,
+# except where the decay is divided by the gradient's RMS (adam, rmsprop). ([RE], table 1; rmsprop's and the root-free
+# ones' are ours. The gradients' size is taken as given here, not as shrinking with a growing weight.)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def equilibrium(direction, h, C, sigma):
     """Equilibrium (norm, angle per step) of a neuron under the PLAIN geometry.
 
-    Formula  norm^2 * 2 lr_total wd  =  (lr_total * contribution)^2 * C           growth = decay, a step
+    Formula  norm^2 * 2 lr_total wd  =  (lr_total * contribution)^2 * C           decay = growth, in every step
              angle = kappa * lr_total * contribution * sqrt(C) / norm  =  kappa sqrt(2 lr_total wd)
-             with lr_total = lr * gain. For Adam+L2, wd stands for wd / sigma: its angle depends on the gradient's size
+             with lr_total = lr * gain. For adam and rmsprop wd stands for wd / sigma: it is divided by the RMS, too
     Args     C: weights in the neuron. sigma: RMS size of a gradient entry (matters for sgd, adam and rmsprop)
     Returns  norm in the weight's unit, angle in radians; (nan, nan) where nothing decays or nothing moves
     Source   [RE], section 3.2 and table 1. Lion's sign is linearised there: see lion_walk_norm for the exact value
@@ -296,7 +558,7 @@ def equilibrium(direction, h, C, sigma):
     return norm, direction.kappa(h) * math.sqrt(2 * lr * wd)
 
 
-def lion_walk_norm(h, C, lags=3000):
+def lion_walk_norm(h, C):
     """Equilibrium norm of Lion in a Gaussian random walk without the paper's linearised sign.
 
     Formula  norm^2 = lr C / (2 wd) * sum over lags k of  (2/pi) asin(rho_k) (1 - lr wd)^|k|
@@ -305,8 +567,8 @@ def lion_walk_norm(h, C, lags=3000):
     """
     b1, b2 = h["betas"]
     S, shrink = lion_filter_power(h), 1 - h["lr"] * h["weight_decay"]
-    total = 1.0                                                                   # lag 0: asin(1) * 2/pi = 1
-    for k in range(1, lags):
+    total = 1.0                                                                         # lag 0: asin(1) * 2/pi = 1
+    for k in itertools.takewhile(lambda k: (b2 * shrink) ** k > 1e-9, itertools.count(1)):
         rho = b1 * (1 - b2) * b2 ** (k - 1) * ((1 - b1) + b1 * b2 / (1 + b2)) / S       # sum of c_j c_(j+k), over S
         total += 2 * (2 / math.pi) * math.asin(rho) * shrink**k                         # lags k and -k
     return math.sqrt(h["lr"] * C / (2 * h["weight_decay"]) * total)
@@ -315,23 +577,20 @@ def lion_walk_norm(h, C, lags=3000):
 # ======================================================================================================================
 # Geometries:  geometry(direction, w, g, state, h)  moves w in place
 #
-# The only code that changes a weight, and the only reader of lr and wd.
+# The only code that moves a weight in a step. It says what lr and wd mean.
 # ======================================================================================================================
 
 
 def plain(direction, w, g, state, h):
-    """w <- w - lr (d + wd w):  the textbook rule, with the decay where the direction wants it.
+    """w <- w - lr d:  the textbook rule. Decay goes where the direction wants it: into d, or w <- (1 - lr wd) w first.
 
     Shapes   w, g: any, equal
-    Units    lr: weight per unit of d. wd: 1 / (lr * steps), since lr * wd is the share of w lost in a step
+    Units    lr: weight per unit of d. Decoupled wd: 1 / (lr * steps), since lr * wd is the share of w lost in a step
     """
     lr, wd = h["lr"], h["weight_decay"]
-    if direction.decoupled:
-        d = direction.update(g, state, h)
-        if wd:
-            w.mul_(1 - lr * wd)
-    else:
-        d = direction.update(g, state, h, wd * w if wd else 0)
+    d = direction.update(g, state, h, 0 if direction.decoupled or not wd else wd * w)
+    if direction.decoupled and wd:
+        w.mul_(1 - lr * wd)
     w.sub_(lr * d)
 
 
@@ -347,7 +606,8 @@ def neuron_norm(w, dims):
 
 def rotational(direction, w, g, state, h):
     """Turn every neuron on the sphere it started on ([RE], algorithm 1). The average angle per step is set outright to
-    what the plain optimizer would reach in equilibrium: no transient, and the same for every neuron of every layer.
+    what the plain optimizer would reach in equilibrium: the same for every neuron of every layer, and without the
+    hundreds of steps of getting there (only U and the averages of the direction have to fill first).
 
     Formula  d <- d - mean(d);  d <- d - w (d.w)/n^2          no common offset, and tangent to the sphere
              U <- beta U + (1-beta) ||d||^2                   how large d is on average
@@ -360,12 +620,15 @@ def rotational(direction, w, g, state, h):
     """
     dims, n, U = neuron_dims(w, h), state["norm"], state["update_norm_sq"]
     d = direction.turning(g, state, h, h["weight_decay"] * w) if direction.turning else direction.update(g, state, h)
+    whole = (d * d).sum(dims, keepdim=True)
     if h["zero_mean"]:
-        d = d - d.mean(dims, keepdim=True)                                     # first: a constant d becomes exactly 0
+        d = d - d.mean(dims, keepdim=True)                                     # first: it would undo an exact tangent
     d = d - w * ((d * w).sum(dims, keepdim=True) / n**2)                       # the radial part would only change ||w||
-    U.lerp_((d * d).sum(dims, keepdim=True), 1 - h["update_norm_decay_factor"])
+    square = (d * d).sum(dims, keepdim=True)
+    square = square * (square > rounding(w) ** 2 * whole)                      # only rounding is left: stand still
+    U.lerp_(square, 1 - h["update_norm_decay_factor"])
     rms = (U / h["unbias_update_norm"]).sqrt()
-    w.sub_(d * (h["angle"] * n / (rms + h["rotational_eps"])))
+    w.sub_(d * (h["angle"] * n * (square > 0) / (rms + h["rotational_eps"])))
     w.mul_(n / neuron_norm(w, dims))                                           # back onto the sphere, exactly
 
 
@@ -388,39 +651,43 @@ def rotates(p, group):
     return p.dim() > 1 and p.numel() > 0 and group["weight_decay"] != 0
 
 
-def centred(w, dims):
-    """w with the mean of every neuron removed and its norm kept:  ||w|| (w - mean w) / ||w - mean w||."""
-    residue = w - w.mean(dims, keepdim=True)
-    return residue * (neuron_norm(w, dims) / neuron_norm(residue, dims))
-
-
 def centre(p, group):
-    """What the rotational geometry does to a parameter once, before the first step."""
-    if group["zero_mean"]:
-        p.copy_(centred(working_copy(p), neuron_dims(p, group)))
+    """What the rotational geometry does to a parameter before the first step: remove the mean of every neuron and keep
+    its norm,  w <- ||w|| (w - mean w) / ||w - mean w||.  One that is centred already stays as it is, to the bit."""
+    if not group["zero_mean"]:
+        return
+    w, dims = working_copy(p), neuron_dims(p, group)
+    mean, norm = w.mean(dims, keepdim=True), neuron_norm(w, dims)
+    residue = w - mean
+    off_centre = mean.abs() * math.sqrt(w.numel() / mean.numel()) > rounding(w) * norm
+    p.copy_(torch.where(off_centre, residue * (norm / neuron_norm(residue, dims)), w))
+
+
+def rounding(w):
+    """What counts as rounding, relative to the numbers it came from: some times the precision of w's type."""
+    return 16 * torch.finfo(w.dtype).eps
 
 
 def why_stuck(p, group):
-    """Why p can not turn under the group's options, and the ways out, in words; None if it can. (In the authors' code
-    such neurons become NaN, or never move.)"""
+    """Why p cannot turn under the group's options, and what to do about it, in words; None if it can. (In the authors'
+    code such neurons become NaN, or never move.)"""
     way_out = "or set rotational=False for its group"
     if group["weight_decay"] == 0:
-        return f"can not rotate: weight_decay=0 makes the angle 0. Set weight_decay > 0, {way_out}"
+        return f"cannot rotate: weight_decay=0 makes the angle 0. Set weight_decay > 0, {way_out}"
     w, dims = working_copy(p.detach()), neuron_dims(p, group)
     entries = math.prod(p.shape[d] for d in dims)
     needed = 3 if group["zero_mean"] else 2
     if entries < needed:
         weights = "1 weight" if entries == 1 else f"{entries} weights"
-        return f"can not rotate: its neurons have {weights}, and turning takes {needed}. Reshape it, {way_out}"
+        return f"cannot rotate: its neurons have {weights}, and turning takes {needed}. Reshape it, {way_out}"
     norm = neuron_norm(w, dims)
     if not norm.isfinite().all():
-        return f"can not rotate: it holds NaN or infinity. Initialise it, {way_out}"
+        return f"cannot rotate: it holds NaN or infinity. Initialise it, {way_out}"
     if (norm == 0).any():
-        return f"can not rotate: a neuron is all zeros, which has no direction. Initialise it differently, {way_out}"
+        return f"cannot rotate: a neuron is all zeros, which has no direction. Initialise it differently, {way_out}"
     if group["zero_mean"]:
-        noise = 16 * torch.finfo(w.dtype).eps * norm        # what rounding leaves of w - mean(w) if all are equal
-        if (neuron_norm(w - w.mean(dims, keepdim=True), dims) <= noise).any():
-            return f"can not rotate: the weights of a neuron are all equal. Initialise it differently, {way_out}"
+        if (neuron_norm(w - w.mean(dims, keepdim=True), dims) <= rounding(w) * norm).any():
+            return f"cannot rotate: the weights of a neuron are all equal. Initialise it differently, {way_out}"
     return None
 
 
@@ -433,7 +700,7 @@ class Geometry:
     scalars: Callable = lambda direction, h, t: {}  # numbers that depend on the step
     defaults: dict = field(default_factory=dict)    # hyperparameters it adds
     applies: Callable = lambda p, group: True       # to this parameter? The others take the plain rule
-    objection: Callable = lambda p, group: None     # why it can not be applied, in words
+    objection: Callable = lambda p, group: None     # why it cannot be applied, in words
     prepare: Callable = lambda p, group: None       # what it does to a parameter on adding it
 
 
@@ -441,7 +708,7 @@ PLAIN = Geometry(plain, key="step")
 ROTATIONAL = Geometry(
     rotational, "norm", rotational_init, rotational_scalars,
     {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True, "rotational_eps": 1e-8,
-     "rotational": None},
+     "rotational": None, "weight_decay": 1e-2},     # without decay there is no angle
     applies=rotates, objection=why_stuck, prepare=centre)
 
 
@@ -515,8 +782,20 @@ RANGES = {                                          # NaN fails every comparison
     "zero_mean": (is_flag, "True or False"),
     "rotational": (lambda x: x is None or is_flag(x), "True, False or None (None: decide by shape and decay)"),
     "compile": (is_flag, "True or False"),
+    "batch_size": (lambda x: 0 < x < math.inf, "a number > 0: over how many examples (or tokens) the loss is a mean"),
+    "bias_correction": (is_flag, "True or False"),
+    "damping": (is_size, "a finite number >= 0"),
+    "lr_cov": (is_size, "a finite number >= 0"),
+    "lr_cov_scale": (is_size, "a finite number >= 0"),
+    "riemannian_momentum": (is_fraction, "a number in [0, 1)"),
+    "update_every": (lambda x: isinstance(x, int) and x >= 1, "a whole number >= 1"),
+    "max_dim": (lambda x: x >= 0, "a number >= 0"),
+    "graft": (lambda x: x in (None, "sgd", "adam"), "None, 'sgd' or 'adam'"),
+    "dtype": (lambda x: x is None or x.is_floating_point, "None or a floating-point torch.dtype"),
 }
-FREE_KEYS = {"params", "param_names", "name", "initial_lr"}     # what a group may carry beside hyperparameters
+# what a group may carry beside hyperparameters: names, and what torch's schedulers leave in it
+FREE_KEYS = {"params", "param_names", "name",
+             "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"}
 
 
 def name_of(group, i, index):
@@ -525,7 +804,7 @@ def name_of(group, i, index):
 
 
 class Optimizer(torch.optim.Optimizer):
-    """A direction followed by a geometry: the base class of every optimizer here, and itself of use to nobody.
+    """A direction followed by a geometry: the base class of every optimizer here, not meant to be used directly.
 
     Subclasses set `direction` and `geometry`. Everything a torch.optim.Optimizer can do works: groups, schedulers,
     closures, state_dict, pickle, deepcopy. All state is in self.state[p], as tensors or plain numbers, in float32 or
@@ -540,16 +819,23 @@ class Optimizer(torch.optim.Optimizer):
     geometry: Geometry = PLAIN
 
     @classmethod
+    @functools.cache
     def takes(cls):
-        """Every hyperparameter of the class, with the default of its factors."""
-        return cls.direction.defaults | cls.geometry.defaults | {"compile": False}
+        """Every hyperparameter of the class, with its default: the factors', unless the constructor has its own."""
+        arguments = inspect.signature(cls.__init__).parameters.values()
+        own = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+        return cls.direction.defaults | cls.geometry.defaults | {"compile": False} | own
 
     def __init__(self, params, **hyper):
         defaults = self.takes()
         unknown = sorted(set(hyper) - set(defaults))
         if unknown:
             raise TypeError(f"{type(self).__name__} takes no {', '.join(unknown)}; it takes {', '.join(defaults)}")
+        self._constructing = True                   # check all groups before any weight is touched
         super().__init__(params, defaults | hyper)
+        del self._constructing
+        for group in self.param_groups:
+            self._prepare(group)
 
     def add_param_group(self, param_group):
         """Add a group and check it. The rotational geometry centres its neurons here (once, silently: zero_mean)."""
@@ -559,10 +845,13 @@ class Optimizer(torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()                 # a refused group leaves no trace
             raise
-        group = self.param_groups[-1]
-        with torch.no_grad():
-            for p in group["params"]:
-                self.geometry_of(p, group).prepare(p, group)
+        if not hasattr(self, "_constructing"):
+            self._prepare(self.param_groups[-1])
+
+    @torch.no_grad()
+    def _prepare(self, group):
+        for p in group["params"]:
+            self.geometry_of(p, group).prepare(p, group)
 
     def _check_group(self, index):
         group, kind = self.param_groups[index], type(self).__name__
@@ -576,10 +865,13 @@ class Optimizer(torch.optim.Optimizer):
             allowed, words = RANGES[key]
             try:
                 good = allowed(value)
-            except (TypeError, ValueError, RuntimeError):       # not a number at all, or a tensor of several
+            except (TypeError, ValueError, RuntimeError, AttributeError):       # of another kind altogether
                 good = False
             if not good:
                 raise ValueError(f"{kind}: {key}={value!r} in parameter group {index}: must be {words}")
+        objection = self.direction.objection(group)
+        if objection:
+            raise ValueError(f"{kind}: {objection}")
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, index)
             if not p.is_floating_point():
@@ -616,13 +908,17 @@ class Optimizer(torch.optim.Optimizer):
                     continue
                 geometry, state = self.geometry_of(p, group), self.state[p]
                 if not state:
+                    objection = geometry.objection(p, group)    # the weight may have been overwritten in between
+                    if objection:
+                        raise ValueError(f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} {objection}")
+                    geometry.prepare(p, group)
                     w = working_copy(p)
                     state.update(step=0, **self.direction.init(w, group), **geometry.init(w, group))
                 if group.get("momentum") and "momentum_buffer" not in state:        # switched on in mid-run
-                    state["momentum_buffer"] = torch.zeros_like(working_copy(p))
+                    state["momentum_buffer"] = self.direction.init(working_copy(p), group)["momentum_buffer"]
                 state["step"] += 1
                 key = (geometry, state["step"], p.device)
-                if key not in hyper_at:             # parameters that march in step share one dict of numbers
+                if key not in hyper_at:             # parameters with the same step count share one dict of numbers
                     hyper_at[key] = self._hyper(geometry, group, state["step"], p.device)
                 work.append((geometry, p, p.grad, state, hyper_at[key]))
             if work and group["compile"]:
@@ -638,7 +934,8 @@ class Optimizer(torch.optim.Optimizer):
         h = {key: group[key] for key in self.takes()}
         changing = {"lr": h["lr"], **self.direction.scalars(h, t), **geometry.scalars(self.direction, h, t)}
         if group["compile"]:
-            changing = {key: as_tensor(value, device) for key, value in changing.items()}
+            changing = {key: value if isinstance(value, bool) else as_tensor(value, device)
+                        for key, value in changing.items()}
         return h | changing
 
     def __setstate__(self, state):
@@ -656,13 +953,14 @@ class Optimizer(torch.optim.Optimizer):
                 raise ValueError(f"{type(self).__name__}: this state_dict was saved by another optimizer: only one of "
                                  f"them has {', '.join(sorted(strange))}")
         super().load_state_dict(state_dict)
-        mine = [p for group in self.param_groups for p in group["params"]]
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for p, i in zip(mine, saved):
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, torch.Tensor):
-                    dtype = p.dtype if is_wide(p) else torch.float32
-                    self.state[p][key] = value.to(p.device, dtype, copy=True)
+        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
+            for p, i in zip(group["params"], saved["params"]):
+                w = working_copy(p.detach()).to("meta")         # what the state would look like, without its memory
+                like = self.direction.init(w, group) | self.geometry.init(w, group)
+                for key, value in state_dict["state"].get(i, {}).items():
+                    if isinstance(value, torch.Tensor):
+                        dtype = like[key].dtype if key in like else w.dtype
+                        self.state[p][key] = value.to(p.device, dtype, copy=True)
 
 
 # ======================================================================================================================
@@ -677,7 +975,8 @@ class SGD(Optimizer):
     Shapes   any
     State    1 tensor like w (none if momentum = 0)
     Units    lr: weight^2 / loss. In effect lr / (1 - momentum): momentum is a sum, not an average
-    Settles  ||w||^2 = lr E||g||^2 / (2 wd (1-mu)), turning by sqrt(2 lr wd / (1+mu)) a step
+    Settles  (in a random walk: see `equilibrium`)  ||w||^2 = lr E||g||^2 / (2 wd (1-mu)), turning by
+             sqrt(2 lr wd / (1+mu)) a step
     Errors   ValueError: lr, weight_decay < 0 or not finite; momentum outside [0, 1)
     Source   Polyak 1964; equal to torch.optim.SGD (no dampening, no Nesterov)
     """
@@ -695,8 +994,8 @@ class Adam(Optimizer):
     Shapes   any
     State    2 tensors like w
     Units    lr: weight per step (each weight moves by at most about lr). weight_decay: loss / weight^2
-    Settles  ||w||^2 = lr C sigma / (2 wd): it depends on the gradient's size sigma, and so does the angle. Layers with
-             large gradients turn slowly, others fast; AdamW does not have this imbalance
+    Settles  ||w||^2 = lr C sigma / (2 wd), turning by sqrt(2 lr wd (1-b1) / ((1+b1) sigma)) a step: both depend on the
+             gradient's size sigma. Layers with large gradients turn slowly, others fast; AdamW has no such imbalance
     Errors   ValueError: lr, eps, weight_decay < 0 or not finite; betas outside [0, 1)
     Source   Kingma and Ba 2015, algorithm 1; equal to torch.optim.Adam
     """
@@ -749,6 +1048,7 @@ class RMSProp(Optimizer):
     Shapes   any
     State    1 tensor like w, 2 with momentum
     Units    lr: weight per step, in effect lr / (1 - momentum). weight_decay: loss / weight^2
+    Settles  ||w||^2 = lr C sigma / (2 wd (1-mu)), turning by sqrt(2 lr wd / ((1+mu) sigma)) a step
     Errors   ValueError: lr, eps, weight_decay < 0 or not finite; alpha, momentum outside [0, 1)
     Source   Tieleman and Hinton 2012; equal to torch.optim.RMSprop (not centered)
     """
@@ -772,8 +1072,8 @@ class RotationalSGD(Optimizer):
              (weights at construction, keeping their norm).   rotational_eps: added to the average size of d
              A group may set rotational=True or False to overrule the choice by shape and decay
     Units    angle: radians per step; only lr * weight_decay matters to a turning weight. lr for the others: as in SGD
-    Errors   ValueError as in SGD; also for a neuron that can not turn (too few weights, all zero, all equal)
-    Source   Kosson et al. 2024, algorithm 1 and table 1; the authors' code leaves decay to the angle, as here
+    Errors   ValueError as in SGD; also for a neuron that cannot turn (too few weights, all zero, all equal)
+    Source   Kosson et al. 2024, algorithm 1 and table 1
     """
     direction, geometry = DIRECTIONS["sgd"], ROTATIONAL
 
@@ -795,7 +1095,7 @@ class RotationalAdamW(Optimizer):
     Options  update_norm_decay_factor, per_neuron, zero_mean, rotational_eps, and `rotational` in a group: see
              RotationalSGD
     Units    angle: radians per step; only lr * weight_decay matters to a turning weight. lr for the others: as in AdamW
-    Errors   ValueError as in AdamW; also for a neuron that can not turn (too few weights, all zero, all equal)
+    Errors   ValueError as in AdamW; also for a neuron that cannot turn (too few weights, all zero, all equal)
     Source   Kosson et al. 2024, algorithm 1 and table 1
     """
     direction, geometry = DIRECTIONS["adamw"], ROTATIONAL
@@ -841,7 +1141,7 @@ class RotationalLion(Optimizer):
     Options  update_norm_decay_factor, per_neuron, zero_mean, rotational_eps, and `rotational` in a group: see
              RotationalSGD
     Units    angle: radians per step; only lr * weight_decay matters to a turning weight. lr for the others: as in Lion
-    Errors   ValueError as in Lion; also for a neuron that can not turn (too few weights, all zero, all equal)
+    Errors   ValueError as in Lion; also for a neuron that cannot turn (too few weights, all zero, all equal)
     Source   Kosson et al. 2024, algorithm 1 and table 1
     """
     direction, geometry = DIRECTIONS["lion"], ROTATIONAL
@@ -853,17 +1153,110 @@ class RotationalLion(Optimizer):
                          rotational_eps=rotational_eps, compile=compile)
 
 
-class RotationalRMSProp(Optimizer):
-    """RMSProp's direction on the rotational geometry: in no paper, but composed like the others.
+class RootFreeRMSProp(Optimizer):
+    """RMSProp without the square root: a diagonal second-order method.
 
-    Formula  d = g / rms(g), with momentum, made zero-mean and tangent; angle = sqrt(2 lr weight_decay / (1 + momentum))
-    Options  as in RMSProp and RotationalSGD; weight_decay 0.01 by default, since without decay there is no angle
-    Notice   the angle is SGD's, for the same heavy ball: dividing by an RMS changes the size of d, and that cancels
+    Formula  s <- alpha s + (1-alpha) g^2, s = 1/B at first;   d = g / (B s + eps)
+             m <- momentum * m + (d + weight_decay * w);   w <- w - lr * m
+    Shapes   any
+    State    1 tensor like w, 2 with momentum
+    Units    batch_size B: over how many examples the loss is a mean (for a language model: tokens). B s is a curvature,
+             d a Newton step, so lr has no unit; in effect lr / (1 - momentum). eps: a curvature, adds damping
+    Settles  ||w||^2 = lr C / (2 wd (1-mu)) * (sigma / (B sigma^2 + eps))^2, turning by sqrt(2 lr wd / (1+mu)) a step
+    Errors   ValueError: batch_size missing or <= 0; lr, eps, weight_decay < 0 or not finite; alpha, momentum outside
+             [0, 1)
+    Source   Lin et al. 2024; the authors' RMSProp, with decay between preconditioner and heavy ball
+    Notice   where RMSProp gives all weights steps of one size, this one gives large gradients SMALL steps: lr is of the
+             order of SGD's on convolutional networks, and below AdamW's on transformers
     """
-    direction, geometry = DIRECTIONS["rmsprop"], ROTATIONAL
+    direction = DIRECTIONS["rf_rmsprop"]
 
-    def __init__(self, params, **hyper):
-        super().__init__(params, **{"weight_decay": 1e-2} | hyper)
+    def __init__(self, params, lr=1e-2, alpha=0.99, eps=1e-4, weight_decay=0.0, momentum=0.9, *, batch_size=None,
+                 compile=False):
+        super().__init__(params, lr=lr, alpha=alpha, eps=eps, weight_decay=weight_decay, momentum=momentum,
+                         batch_size=batch_size, compile=compile)
+
+
+class RootFreeAdamW(Optimizer):
+    """AdamW without the square root.
+
+    Formula  w <- (1 - lr * weight_decay) w;   m <- b1 m + (1-b1) g;   s <- b2 s + (1-b2) g^2, s = 1/B at first
+             w <- w - lr * m / (B s + eps);    bias_correction: m / (1-b1^t) and B s / (1-b2^t) instead
+    Shapes   any
+    State    2 tensors like w
+    Units    as in RootFreeRMSProp; weight_decay: 1 / (lr * steps), as in AdamW
+    Settles  ||w||^2 = lr C / (2 wd) * (sigma / (B sigma^2 + eps))^2, turning by sqrt(2 lr wd (1-b1) / (1+b1)) a step
+    Errors   ValueError: batch_size missing or <= 0; lr, eps, weight_decay < 0 or not finite; betas outside [0, 1)
+    Source   Lin et al. 2024; the authors' code, bias correction off
+    """
+    direction = DIRECTIONS["rf_adamw"]
+
+    def __init__(self, params, lr=1e-3, betas=(0.9, 0.999), eps=1e-4, weight_decay=1e-2, *, batch_size=None,
+                 bias_correction=False, compile=False):
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, batch_size=batch_size,
+                         bias_correction=bias_correction, compile=compile)
+
+
+class Shampoo(Optimizer):
+    """Shampoo: an inverse root of a d x d matrix for every mode of a tensor. The baseline with roots.
+
+    Formula  L_i <- (1-lr_cov) L_i + lr_cov G_(i) G_(i)^T, L_i = 0 at first;   d = G times (L_i + damping)^(-1/2k) on
+             each of its k modes;   m <- momentum * m + (d + weight_decay * w);   w <- w - lr * m
+    Shapes   any; modes of size 1 are squeezed away, modes longer than max_dim get a diagonal L_i
+    State    1 tensor like w, and 2 matrices d_i x d_i per mode (vectors beyond max_dim)
+    Options  update_every: steps between new roots (before the first, d = G).  graft: "sgd" or "adam" gives d the norm
+             of that method's direction.  dtype: of the matrices; None: the parameter's, float32 at least
+    Units    d has none, but its size depends on the shape (no graft): ||d|| is about sqrt(d_1 .. d_k)^(1/2) at k = 2
+    Errors   ValueError: values out of range; dtype bfloat16 or float16, which no root survives
+    Source   Gupta et al. 2018, algorithm 1 and 2, with a running average; heavy ball and decay as in RootFreeRMSProp
+    """
+    direction = DIRECTIONS["shampoo"]
+
+    def __init__(self, params, lr=1e-2, momentum=0.9, damping=1e-6, lr_cov=0.05, weight_decay=0.0, update_every=2, *,
+                 max_dim=2048, graft=None, dtype=None, compile=False):
+        super().__init__(params, lr=lr, momentum=momentum, damping=damping, lr_cov=lr_cov, weight_decay=weight_decay,
+                         update_every=update_every, max_dim=max_dim, graft=graft, dtype=dtype, compile=compile)
+
+
+class InverseFreeShampoo(Optimizer):
+    """Shampoo without roots and without inverses: matrix products alone, so that all of it can run in bfloat16.
+
+    Formula  A = sqrt(B) G times K_i on every mode i;  with c_i = prod of the other ||K_j||^2 / d_j,
+             H_i = 1/2 [ A_(i) A_(i)^T / (prod of the other d_j)  +  damping c_i K_i^T K_i  -  I ]
+             M_i <- riemannian_momentum M_i + (1 - riemannian_momentum) H_i
+             K_i <- K_i - lr_cov lr_cov_scale / max(1, ||M_i||) K_i M_i
+             d = G times K_i K_i^T on every mode;   m <- momentum * m + (d + weight_decay * w);   w <- w - lr * m
+    Shapes   any; modes of size 1 are squeezed away, modes longer than max_dim get a diagonal K_i
+    State    1 tensor like w, and 2 matrices d_i x d_i per mode (vectors beyond max_dim), in `dtype`
+    Options  update_every: the largest gap between preconditioner steps; they are dense at first (`refreshes`).
+             lr_cov_scale: a factor of lr_cov for a group; `build` sets the authors' 0.25 for 1-dim parameters.
+             dtype: of the whole recursion; None: the parameter's, float32 at least. Weights keep their own
+    Units    batch_size B: over how many examples the loss is a mean. With one mode d is a Newton step: lr has no unit
+    Settles  where gradients are noise without structure: as RootFreeRMSProp, with damping for eps
+    Errors   ValueError: batch_size missing or <= 0; values out of range
+    Source   Lin et al. 2024, inverse-free Shampoo, as in the authors' code (their beta2 is riemannian_momentum)
+    """
+    direction = DIRECTIONS["if_shampoo"]
+
+    def __init__(self, params, lr=1e-3, momentum=0.9, damping=1e-4, lr_cov=0.1, riemannian_momentum=0.5,
+                 weight_decay=0.0, update_every=2, *, batch_size=None, dtype=None, max_dim=2048, compile=False):
+        super().__init__(params, lr=lr, momentum=momentum, damping=damping, lr_cov=lr_cov,
+                         riemannian_momentum=riemannian_momentum, weight_decay=weight_decay, update_every=update_every,
+                         batch_size=batch_size, dtype=dtype, max_dim=max_dim, compile=compile)
+
+
+def compose(name, direction, geometry):
+    """A class for a pair that no paper has named. It takes the hyperparameters of both, as keywords."""
+    doc = f"The direction {direction} on the rotational geometry: options as in its plain class and in RotationalSGD."
+    return type(name, (Optimizer,), {"direction": DIRECTIONS[direction], "geometry": geometry, "__doc__": doc,
+                                     "__module__": __name__})
+
+
+RotationalRMSProp = compose("RotationalRMSProp", "rmsprop", ROTATIONAL)
+RotationalRootFreeRMSProp = compose("RotationalRootFreeRMSProp", "rf_rmsprop", ROTATIONAL)
+RotationalRootFreeAdamW = compose("RotationalRootFreeAdamW", "rf_adamw", ROTATIONAL)
+RotationalShampoo = compose("RotationalShampoo", "shampoo", ROTATIONAL)
+RotationalInverseFreeShampoo = compose("RotationalInverseFreeShampoo", "if_shampoo", ROTATIONAL)
 
 
 # ======================================================================================================================
@@ -876,6 +1269,10 @@ OPTIMIZERS = {
     "adamw": AdamW, "rotational_adamw": RotationalAdamW,
     "lion": Lion, "rotational_lion": RotationalLion,
     "rmsprop": RMSProp, "rotational_rmsprop": RotationalRMSProp,
+    "rf_rmsprop": RootFreeRMSProp, "rotational_rf_rmsprop": RotationalRootFreeRMSProp,
+    "rf_adamw": RootFreeAdamW, "rotational_rf_adamw": RotationalRootFreeAdamW,
+    "shampoo": Shampoo, "rotational_shampoo": RotationalShampoo,
+    "if_shampoo": InverseFreeShampoo, "rotational_if_shampoo": RotationalInverseFreeShampoo,
 }
 
 
@@ -891,12 +1288,14 @@ def build(name, model, **hyper):
     """The optimizer `name` for all trainable parameters of a model, with the usual rule for each of them.
 
         2 dims and more (Linear, Conv, Embedding)    decay; turned, where the geometry is rotational
-        the same, but with a neuron that can't turn  decay under the plain rule (all zeros, one input, ...)
-        1 dim and less (biases, gains, norms)        no decay, plain rule: pulling a gain to 0 or a bias to 0 has no
-                                                     equilibrium to offer, only a smaller gain and bias
+        the same, but with a neuron that can't turn  decay under the plain rule (one input; all zeros, as the row of an
+                                                     Embedding's padding_idx: give that group by hand if it matters)
+        1 dim and less (biases, gains, norms)        no decay, plain rule: pulling a gain or a bias to 0 has no
+                                                     equilibrium to offer, only a smaller gain or bias
 
     Embeddings count as matrices: the row of a token is a neuron, decayed and turned like any other. The paper's
     GPT2-124M runs on OpenWebText did the same, its Wikitext runs left them out. Tied weights are one parameter.
+    (In a ConvTranspose dim 0 is the input: a filter of it is not a neuron. Exempt it if that matters.)
 
     Args     model: an nn.Module. Parameters with requires_grad=False are left out: thaw first, or add_param_group later
              hyper: of the class, OPTIMIZERS[name]
@@ -910,7 +1309,7 @@ def build(name, model, **hyper):
         raise ValueError("build: the model has no trainable parameters")
     owner = {}
     for n, p in named:
-        first = owner.setdefault((p.device, p.data_ptr()) if p.numel() else n, n)
+        first = owner.setdefault((p.device, p.data_ptr()) if p.numel() and not p.is_meta else n, n)
         if first != n:
             raise ValueError(f"build: {first} and {n} share memory but are two parameters, which would be updated "
                              "twice: tie them by assigning the same nn.Parameter to both modules")
@@ -924,6 +1323,8 @@ def build(name, model, **hyper):
         groups = [{"params": [(n, p) for n, p in matrices if n not in stuck], "rotational": True},
                   {"params": [(n, p) for n, p in matrices if n in stuck], "rotational": False}]
     groups.append({"params": vectors, "weight_decay": 0.0})
+    if "lr_cov_scale" in kind.takes():              # if_shampoo: the authors' choice for norms and biases
+        groups[-1]["lr_cov_scale"] = 0.25
     return kind([group for group in groups if group["params"]], **hyper)
 
 
@@ -933,7 +1334,8 @@ def table(optimizer):
     for index, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, index)
-            rule = "rotational" if optimizer.geometry_of(p, group) is ROTATIONAL else "plain"
+            turned = isinstance(optimizer, Optimizer) and optimizer.geometry_of(p, group) is ROTATIONAL
+            rule = "rotational" if turned else "plain"
             rows.append((name, "x".join(map(str, p.shape)) or "scalar", rule, f"{group['lr']:g}",
                          f"{group['weight_decay']:g}"))
     widths = [max(len(row[k]) for row in rows) for k in range(5)]
@@ -1054,8 +1456,9 @@ def random_walk(optimizer, w, steps, sigma=1.0, every=20, generator=None):
 def state_bytes(kind):
     """Bytes of optimizer state per float32 weight, counted on a 1000 x 1000 matrix, with momentum if there is any."""
     w = torch.nn.Parameter(torch.randn(1000, 1000))
-    optimizer = kind([w], **({"momentum": 0.9} if "momentum" in kind.direction.defaults else {}))
-    w.grad = torch.ones_like(w)
+    options = {"momentum": 0.9, "batch_size": 1}
+    optimizer = kind([w], **{key: value for key, value in options.items() if key in kind.takes()})
+    w.grad = torch.zeros_like(w)
     optimizer.step()
     return sum(s.numel() * s.element_size() for s in optimizer.state[w].values() if torch.is_tensor(s)) / w.numel()
 
@@ -1068,6 +1471,11 @@ WALKS = [
     ("adam", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.2}, 1.0),
     ("adam", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.2}, 2.0),
     ("rmsprop", {"lr": 0.01, "alpha": 0.999, "eps": 1e-8, "weight_decay": 0.2, "momentum": 0.0}, 1.0),
+    ("rf_rmsprop", {"lr": 0.01, "alpha": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.01,
+                    "batch_size": 100}, 0.1),
+    ("rf_adamw", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "batch_size": 100}, 0.1),
+    ("if_shampoo", {"lr": 0.01, "momentum": 0.9, "damping": 1e-4, "lr_cov": 0.01, "weight_decay": 0.01,
+                    "update_every": 10, "batch_size": 100}, 0.1),
     ("lion", {"lr": 0.001, "betas": (0.9, 0.99), "weight_decay": 0.5}, 1.0),
 ]
 NEURONS, C = 64, 256
@@ -1075,6 +1483,9 @@ NEURONS, C = 64, 256
 
 def lesson(plot=None):
     """Print the table of optimizers and the random walk; with `plot`, draw the walk into that file as well."""
+    if plot and not importlib.util.find_spec("matplotlib"):
+        print("optim.py: --plot needs matplotlib: pip install matplotlib", file=sys.stderr)
+        sys.exit(2)
     torch.manual_seed(0)
     print("An optimizer is a direction (which way) times a geometry (how far, on which surface).\n")
     print(f"{'name':20s} {'geometry':11s} {'state':>12s}   direction")
@@ -1086,7 +1497,8 @@ def lesson(plot=None):
         print(f"{name:20s} {geometry:11s} {state_bytes(kind):5.1f} B/weight   {formula}")
 
     print(f"\nA random walk: {NEURONS} neurons of {C} weights, 3 times too short, and gradients of pure noise.")
-    print("AdamW finds its angle; its rotational variant, with the same lr and decay, has it from the first step on:\n")
+    print("AdamW takes long to find its angle; its rotational variant, with the same lr and decay, only has to fill\n"
+          "its averages first:\n")
     name, hyper, sigma = WALKS[1]
     target = equilibrium(DIRECTIONS[name], hyper, C, sigma)
     traces = {}
@@ -1101,7 +1513,7 @@ def lesson(plot=None):
     print(f"{'':6s}   {target[1]:.4f} {'=' * round(target[1] * width):36s}   {target[1]:.4f}   "
           "= sqrt(2 lr wd (1-b1)/(1+b1))")
 
-    print("\nWhere each plain optimizer settles, from the formulas of table 1 of the rotational equilibrium paper:\n")
+    print("\nWhere plain optimizers settle, by the formulas of `equilibrium` (the paper's table 1, and ours):\n")
     print(f"{'optimizer':10s} {'|gradient|':>10s} {'norm: formula':>14s} {'measured':>9s} {'':>7s} "
           f"{'angle: formula':>15s} {'measured':>9s}")
     for name, hyper, sigma in WALKS:
@@ -1112,26 +1524,23 @@ def lesson(plot=None):
         settled = [(norm, angle) for step, norm, angle in trace if step > 3500]
         norm, angle = (sum(column) / len(settled) for column in zip(*settled))
 
-        def line(label, target):
-            print(f"{label:10s} {sigma:10g} {target[0]:14.4f} {norm:9.4f} {norm / target[0] - 1:+7.2%} "
-                  f"{target[1]:15.5f} {angle:9.5f} {angle / target[1] - 1:+7.2%}", flush=True)
-        line(name if name != "adam" else "adam + L2", target)
+        predictions = {name if name != "adam" else "adam + L2": target}
         if name == "lion":                          # every Lion step has length lr sqrt(C): the norm gives the angle
             exact = lion_walk_norm(hyper, C)
-            line("  exact", (exact, hyper["lr"] * math.sqrt(C) / exact))
-    print("\nOne rule stands out: the angle of adam + L2 depends on the size of the gradient, so layers with small\n"
+            predictions["  exact"] = exact, hyper["lr"] * math.sqrt(C) / exact
+        for label, target in predictions.items():
+            print(f"{label:10s} {sigma:10g} {target[0]:14.4f} {norm:9.4f} {norm / target[0] - 1:+7.2%} "
+                  f"{target[1]:15.5f} {angle:9.5f} {angle / target[1] - 1:+7.2%}", flush=True)
+    print("\nLook at adam + L2: its angle depends on the gradient's size (so does rmsprop's), so layers with small\n"
           "gradients turn fast and others slowly. AdamW, Lion and SGD turn all layers alike in the end, rotational\n"
-          "variants from the first step on. (lion: the paper fits a line to the sign; 'exact' uses the arcsine law.)")
+          "variants from the start. (lion: the paper fits a line to the sign; 'exact' uses the arcsine law instead.)")
     if plot:
         draw(traces, plot)
 
 
 def draw(traces, path):
     """Norm and angle over the steps of every walk, as a figure."""
-    try:
-        import matplotlib
-    except ImportError:
-        sys.exit("optim.py: --plot needs matplotlib: pip install matplotlib")
+    import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
     figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7), constrained_layout=True)
@@ -1146,10 +1555,63 @@ def draw(traces, path):
     print(f"\nfigure: {path}")
 
 
+def gpt2_parameters(layers, device):
+    """Parameters of the shapes of GPT-2 124M's (tied head), with gradients."""
+    block = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (2304,), (768,), (3072,), (768,), (768,), (768,)]
+    shapes = [(50304, 768), (1024, 768), *block * layers, (768,), (768,)]
+    params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
+    for p in params:
+        p.grad = torch.randn_like(p) * 1e-3
+    return params
+
+
+def milliseconds(step, repeats):
+    """Median time of a step. On a GPU the clock waits for the work to be done."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(1e3 * (time.perf_counter() - started))
+    return sorted(times)[repeats // 2]
+
+
+def bench():
+    """Print the time of one step of every optimizer beside torch.optim.AdamW(fused=True), on this machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    layers = 12 if device == "cuda" else 1
+    count = sum(p.numel() for p in gpt2_parameters(layers, "meta"))
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"One step on GPT-2's shapes with {layers} layer{'s' * (layers > 1)}, {count / 1e6:.0f} M parameters, "
+          f"float32, on {machine}, torch {torch.__version__}.\n"
+          "Ratios are to torch.optim.AdamW(fused=True), measured anew before each optimizer.\n")
+    print(f"{'name':24s} {'state':>12s} {'fused AdamW':>12s} {'eager':>18s} {'compiled':>18s}  {'compiling':>9s}")
+    params = gpt2_parameters(layers, device)
+    fused = torch.optim.AdamW(params, lr=1e-6, fused=True)
+    fused.step()
+    for name, kind in OPTIMIZERS.items():
+        reference = milliseconds(fused.step, 9)
+        options = {"batch_size": 1024} if "batch_size" in kind.takes() else {}
+        line = f"{name:24s} {state_bytes(kind):5.1f} B/weight {reference:9.1f} ms"
+        for compiled in (False, True):
+            optimizer = kind(params, lr=1e-6, compile=compiled, **options)
+            started = time.perf_counter()
+            optimizer.step()                        # makes the state, and the code
+            first = time.perf_counter() - started
+            optimizer.param_groups[0]["lr"] /= 2
+            optimizer.step()
+            time_of_one = milliseconds(optimizer.step, 5)
+            line += f" {time_of_one:8.1f} ms {time_of_one / reference:5.2f}x"
+        print(f"{line}  {first:7.1f} s", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description="The lesson of optim.py: the table of optimizers and a random walk.")
     parser.add_argument("--plot", metavar="FILE", help="also draw norm and angle over the steps (.png, .pdf, .svg)")
-    lesson(parser.parse_args().plot)
+    parser.add_argument("--bench", action="store_true", help="instead: time one step of every optimizer (some minutes)")
+    args = parser.parse_args()
+    bench() if args.bench else lesson(args.plot)
 
 
 if __name__ == "__main__":
