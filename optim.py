@@ -1488,13 +1488,13 @@ def lesson(plot=None):
         sys.exit(2)
     torch.manual_seed(0)
     print("An optimizer is a direction (which way) times a geometry (how far, on which surface).\n")
-    print(f"{'name':20s} {'geometry':11s} {'state':>12s}   direction")
+    print(f"{'name':22s} {'geometry':11s} {'state':>12s}   direction")
     for name, kind in OPTIMIZERS.items():
         geometry = "rotational" if kind.geometry is ROTATIONAL else "plain"
         formula = kind.direction.formula
         if geometry == "rotational":                # the decay sets the angle; only adam's v still sees it
             formula = "d = mean(g) / rms(g + wd w)" if kind.direction.turning else formula.replace(" + wd w", "")
-        print(f"{name:20s} {geometry:11s} {state_bytes(kind):5.1f} B/weight   {formula}")
+        print(f"{name:22s} {geometry:11s} {state_bytes(kind):5.1f} B/weight   {formula}")
 
     print(f"\nA random walk: {NEURONS} neurons of {C} weights, 3 times too short, and gradients of pure noise.")
     print("AdamW takes long to find its angle; its rotational variant, with the same lr and decay, only has to fill\n"
@@ -1505,6 +1505,7 @@ def lesson(plot=None):
     for kind in (AdamW, RotationalAdamW):
         w = torch.nn.Parameter(torch.randn(NEURONS, C) * (target[0] / 3 / math.sqrt(C)))
         traces[kind.__name__] = random_walk(kind([w], **hyper), w, 1600)
+    drawn = {"RotationalAdamW": (traces["RotationalAdamW"], (target[0] / 3, target[1]))}        # it keeps its norm
     print(f"{'step':>6s}   {'AdamW: radians per step':41s}  {'RotationalAdamW':s}")
     width = 36 / max(angle for trace in traces.values() for step, _, angle in trace)
     for (step, _, a), (_, _, b) in zip(*traces.values()):
@@ -1520,7 +1521,7 @@ def lesson(plot=None):
         target = equilibrium(DIRECTIONS[name], hyper, C, sigma)
         w = torch.nn.Parameter(torch.randn(NEURONS, C) * (target[0] / 3 / math.sqrt(C)))
         trace = random_walk(OPTIMIZERS[name]([w], **hyper), w, 7000, sigma)
-        traces[f"{name}, sigma = {sigma:g}"] = trace
+        drawn[f"{name}, sigma = {sigma:g}"] = trace, target
         settled = [(norm, angle) for step, norm, angle in trace if step > 3500]
         norm, angle = (sum(column) / len(settled) for column in zip(*settled))
 
@@ -1535,23 +1536,31 @@ def lesson(plot=None):
           "gradients turn fast and others slowly. AdamW, Lion and SGD turn all layers alike in the end, rotational\n"
           "variants from the start. (lion: the paper fits a line to the sign; 'exact' uses the arcsine law instead.)")
     if plot:
-        draw(traces, plot)
+        draw(drawn, plot)
 
 
-def draw(traces, path):
-    """Norm and angle over the steps of every walk, as a figure."""
+def draw(walks, path):
+    """Norm and angle over the steps, as multiples of their predictions: {label: (trace, (norm, angle))} -> a figure."""
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 7), constrained_layout=True)
-    for label, trace in traces.items():
+    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(10, 7), constrained_layout=True)
+    for number, (label, (trace, (norm, angle))) in enumerate(walks.items()):
         steps, norms, angles = zip(*trace)
-        above.plot(steps, [norm / norms[-1] for norm in norms], label=label)
-        below.plot(steps, angles, label=label)
-    above.set(ylabel="neuron norm / its last value", title="Random walk: norm and angle settle where lr and wd say")
-    below.set(ylabel="angle per step (radians)", xlabel="step", xscale="log", yscale="log")
-    above.legend(fontsize=8)
-    figure.savefig(path, dpi=150)
+        colour = pyplot.get_cmap("tab20")(number)
+        above.plot(steps, [x / norm for x in norms], label=label, color=colour)
+        below.plot(steps, [x / angle for x in angles], color=colour)
+    above.set(ylabel="neuron norm / predicted norm", xscale="log", yscale="log",
+              title="Random walk: norm and angle settle where lr and weight decay send them")
+    below.set(ylabel="angle per step / predicted angle", xlabel="step", yscale="log")
+    for axes in (above, below):
+        axes.axhline(1, color="black", linestyle="--", linewidth=0.8)
+    figure.legend(loc="outside right center", fontsize=8)
+    try:
+        figure.savefig(path, dpi=150)
+    except (OSError, ValueError) as error:          # no such folder; no such format
+        print(f"optim.py: cannot draw {path}: {error}", file=sys.stderr)
+        sys.exit(2)
     print(f"\nfigure: {path}")
 
 
