@@ -326,11 +326,11 @@ def if_shampoo(g, state, h, decay=0):
     K, M = ([state[f"{letter}{i}"] for i in range(x.dim())] for letter in "KM")
     if h["refresh"]:
         A = on_every_mode(x * math.sqrt(h["batch_size"]), K)
-        spread = [(k * k).sum() / len(k) for k in K]                            # ||K_j||^2 / d_j
         H = []
         for i, k in enumerate(K):
-            rest = x.numel() / len(k)
-            c = math.prod((spread[j] for j in range(x.dim()) if j != i), start=torch.ones_like(spread[0]))
+            rest, c = x.numel() / len(k), 1                                     # products over the other modes:
+            for other in K[:i] + K[i + 1:]:                                     # of d_j, and of ||K_j||^2 / d_j
+                c = c * (other * other).sum() / len(other)
             if k.dim() == 1:
                 H.append((second_moment(A, i, True) / rest + h["damping"] * c * k * k - 1) / 2)
             else:
