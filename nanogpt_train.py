@@ -52,7 +52,7 @@ import optim
 PRESETS = {
     # the default without CUDA: the size of nanoGPT's CPU example, about a minute and a half on two cores
     "cpu": dict(data="python_docs", n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, batch_size=12,
-                grad_accum=1, steps=2000, warmup=100, eval_every=250, eval_batches=100, compile=0),
+                grad_accum=1, steps=2000, warmup=100, eval_every=500, eval_batches=60, compile=0),
     # the default with CUDA, then on python_docs: nanoGPT's config/train_shakespeare_char.py
     "shakespeare": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
                         grad_accum=1, steps=5000, warmup=100, eval_every=250, eval_batches=40, compile=1),
@@ -80,7 +80,7 @@ TUNED = {
     "rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=0.0),
     "rf_rmsprop": dict(lr=5e-4, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
     "rf_adamw": dict(lr=3e-3, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.1),
-    "shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10),
+    "shampoo": dict(lr=3e-4, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10),
     "if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
     "rotational_sgd": dict(lr=1.0, momentum=0.9, weight_decay=1.2e-4),
     "rotational_adam": dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.14),

@@ -129,8 +129,8 @@ def adam_ratio(g_m, g_v, state, h):
     m, v, (b1, b2) = state["exp_avg"], state["exp_avg_sq"], h["betas"]
     m.lerp_(g_m, 1 - b1)                            # m <- m + (1-b1) (g_m - m)
     v.mul_(b2).addcmul_(g_v, g_v, value=1 - b2)     # v <- b2 v + (1-b2) g_v^2
-    rms = (v / h["unbias2"]).sqrt()
-    return (m / h["unbias1"]) / (rms + h["eps"])
+    rms = (v / h["unbias2"]).sqrt_()
+    return (m / h["unbias1"]).div_(rms.add_(h["eps"]))
 
 
 # Three rules that differ in one thing: which of the two averages gets to see the decay.
@@ -620,16 +620,17 @@ def rotational(direction, w, g, state, h):
     """
     dims, n, U = neuron_dims(w, h), state["norm"], state["update_norm_sq"]
     d = direction.turning(g, state, h, h["weight_decay"] * w) if direction.turning else direction.update(g, state, h)
-    whole = (d * d).sum(dims, keepdim=True)
+    whole = neuron_norm(d, dims)
     if h["zero_mean"]:
-        d = d - d.mean(dims, keepdim=True)                                     # first: it would undo an exact tangent
-    d = d - w * ((d * w).sum(dims, keepdim=True) / n**2)                       # the radial part would only change ||w||
-    square = (d * d).sum(dims, keepdim=True)
-    square = square * (square > rounding(w) ** 2 * whole)                      # only rounding is left: stand still
-    U.lerp_(square, 1 - h["update_norm_decay_factor"])
+        d = d - d.mean(dims, keepdim=True)                          # first: afterwards it would undo the tangent
+    radial = (d * w).sum(dims, keepdim=True) / n**2
+    d = torch.addcmul(d, w, radial, value=-1)                       # d - w (d.w)/n^2: the rest would only change ||w||
+    size = neuron_norm(d, dims)
+    size = size * (size > rounding(w) * whole)                      # where only rounding is left, there is no direction
+    U.lerp_(size * size, 1 - h["update_norm_decay_factor"])
     rms = (U / h["unbias_update_norm"]).sqrt()
-    w.sub_(d * (h["angle"] * n * (square > 0) / (rms + h["rotational_eps"])))
-    w.mul_(n / neuron_norm(w, dims))                                           # back onto the sphere, exactly
+    w.addcmul_(d, h["angle"] * n * (size > 0) / (rms + h["rotational_eps"]), value=-1)
+    w.mul_(n / neuron_norm(w, dims))                                # back onto the sphere, exactly
 
 
 def rotational_init(w, h):
