@@ -76,7 +76,7 @@ TUNED = {
     "sgd": dict(lr=0.3, momentum=0.9, weight_decay=1e-4),
     "adam": dict(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0),
     "adamw": dict(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.1),
-    "lion": dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=0.3),
+    "lion": dict(lr=5e-4, betas=(0.9, 0.99), weight_decay=1.0),
     "rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=0.0),
     "rf_rmsprop": dict(lr=5e-4, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
     "rf_adamw": dict(lr=3e-3, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.1),

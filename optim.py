@@ -110,7 +110,7 @@ def sgd(g, state, h, decay=0):
     """Stochastic gradient descent with heavy-ball momentum:  m <- mu m + (g + decay);  d = m.
 
     Shapes   g, m, d: the parameter's               State   momentum_buffer (only if momentum > 0)
-    Units    d: loss / parameter, so lr has to be in parameter^2 / loss: the one direction that is not scale-free
+    Units    d: loss / parameter, so lr has to be in parameter^2 / loss, and depends on the scale of both
     Source   [HB]; equal to torch.optim.SGD
     """
     return heavy_ball(g + decay, state, h)
@@ -262,7 +262,7 @@ def shampoo(g, state, h, decay=0):
     and then heavy ball on d + decay. G_(i) is the gradient unfolded along mode i.
 
     State    L0, L1, .. = 0 at first; R0, R1, ..: the roots, 1 until they are first computed; momentum_buffer
-    Units    as many as the 1/(2k) add up to: d has none, like g over its RMS
+    Units    every L_i has those of g^2, and the powers -1/(2k) of k modes make 1/g of it: d has no unit
     Notice   a root takes an eigendecomposition, in float32 at least: eigenvalues that differ by less than the rounding
              of the largest come out as noise, and a negative power blows noise up. That is why roots are recomputed
              only every `update_every` steps, and why this direction refuses bfloat16
@@ -425,17 +425,20 @@ def mode_factors(w, h, **starts):
 
 
 def shampoo_objection(h):
+    """Shampoo's `dtype` must be one that roots survive."""
     if h["dtype"] in (torch.bfloat16, torch.float16):
         return (f"dtype={h['dtype']}: inverse roots need float32 or float64. Rounding to {h['dtype']} makes small "
                 "eigenvalues noise, and a negative power blows it up; if_shampoo has no roots and runs in bfloat16")
 
 
 def shampoo_state(w, h):
+    """L = 0 and R = 1 for every mode; no preconditioning until the first roots."""
     state = zeros("momentum_buffer")(w, h) | mode_factors(w, h, L=0, R=1)
     return state | ({"graft_sq": torch.zeros_like(w)} if h["graft"] == "adam" else {})
 
 
 def if_shampoo_state(w, h):
+    """K = 1 and M = 0 for every mode, and the heavy-ball buffer: all in the recursion's own dtype."""
     dtype = h["dtype"] or w.dtype
     return {k: v.to(dtype) for k, v in zeros("momentum_buffer")(w, h).items()} | mode_factors(w, h, K=1, M=0)
 
