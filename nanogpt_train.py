@@ -79,7 +79,7 @@ TUNED = {
     "lion": dict(lr=5e-4, betas=(0.9, 0.99), weight_decay=1.0),
     "rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=0.0),
     "rf_rmsprop": dict(lr=5e-4, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "rf_adamw": dict(lr=3e-3, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.1),
+    "rf_adamw": dict(lr=1e-2, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.1),
     "shampoo": dict(lr=3e-4, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10),
     "if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
     "rotational_sgd": dict(lr=1.0, momentum=0.9, weight_decay=1.2e-4),
