@@ -331,19 +331,21 @@ def if_shampoo(g, state, h, decay=0):
             rest, c = x.numel() / len(k), 1                                     # products over the other modes:
             for other in K[:i] + K[i + 1:]:                                     # of d_j, and of ||K_j||^2 / d_j
                 c = c * (other * other).sum() / len(other)
+            # the factors of the sum go into A and K before they are squared: K has d_i^2 entries, each pass counts
+            curvature = second_moment(A / math.sqrt(2 * rest), i, k.dim() == 1)
+            damped = k * (h["damping"] * c / 2) ** 0.5
             if k.dim() == 1:
-                H.append((second_moment(A, i, True) / rest + h["damping"] * c * k * k - 1) / 2)
+                H.append(curvature + damped * damped - 0.5)
             else:
-                S = second_moment(A, i, False) / rest + h["damping"] * c * (k.T @ k)
-                S.diagonal().sub_(1)                                            # minus I
-                H.append(S / 2)
+                H.append(torch.addmm(curvature, damped.T, damped))
+                H[-1].diagonal().sub_(0.5)                                      # minus I / 2
         for k, m, new in zip(K, M, H):
             m.lerp_(new, 1 - h["riemannian_momentum"])
             stride = h["lr_cov"] * h["lr_cov_scale"] / torch.linalg.vector_norm(m).clamp(min=1)
             k.sub_(stride * (k * m if k.dim() == 1 else k @ m))
     scale = 1
     for k in K:
-        s = k.abs().max().sqrt().clamp(min=1)
+        s = torch.linalg.vector_norm(k, math.inf).sqrt().clamp(min=1)
         small, scale = k / s, scale * s**2
         if k.dim() == 2 and len(k) ** 2 > x.numel():        # K (K^T x) costs less than (K K^T) x
             x = torch.tensordot(torch.tensordot(x, small, dims=([0], [0])), small, dims=([-1], [1]))
@@ -1624,7 +1626,7 @@ def main():
     parser = argparse.ArgumentParser(description="The lesson of optim.py: the table of optimizers and a random walk.")
     parser.add_argument("--plot", metavar="FILE", help="also draw norm and angle over the steps (.png, .pdf, .svg)")
     parser.add_argument("--bench", metavar="NAME", nargs="*",
-                        help="instead: time one step of these optimizers, or of all (half a minute each: they are compiled)")
+                        help="instead: time one step of these optimizers, or of all (a minute each: they get compiled)")
     args = parser.parse_args()
     if args.bench is None:
         lesson(args.plot)
