@@ -423,7 +423,7 @@ class Characters:
 
 class GPT2Tokens:
     """GPT-2's byte pairs, from tiktoken (which downloads them once). 50,257, padded to a multiple of 64: faster."""
-    chars, n_vocab = None, 50304
+    n_vocab = 50304
 
     def __init__(self):
         import tiktoken
@@ -922,8 +922,8 @@ def main():
         read_now = evaluate_now or done % 10 == 0 or done % s["save_every"] == 0
         stop_now = bool(stopped_by)                 # asked once a step: a signal may come between any two lines
         if WORLD > 1:                               # all stop, or none; agreed upon only when the GPUs are read anyway
-            votes = torch.tensor([float(stop_now)], device=device)
             if read_now:
+                votes = torch.tensor([float(stop_now)], device=device)
                 torch.distributed.all_reduce(votes)
             stop_now = read_now and votes.item() > 0
         save_now = done % s["save_every"] == 0 or done == s["steps"] or stop_now

@@ -883,9 +883,12 @@ class Optimizer(torch.optim.Optimizer):
             if not p.is_floating_point():
                 raise ValueError(f"{kind}: {name} is {p.dtype}: only real floating-point parameters are supported "
                                  "(a complex one can be stored as two real ones: torch.view_as_real)")
-            objection = self.geometry_of(p, group).objection(p, group)
-            if objection:
-                raise ValueError(f"{kind}: {name} {tuple(p.shape)} {objection}")
+            self._check_parameter(p, group, name)
+
+    def _check_parameter(self, p, group, name):
+        objection = self.geometry_of(p, group).objection(p, group)
+        if objection:
+            raise ValueError(f"{type(self).__name__}: {name} {tuple(p.shape)} {objection}")
 
     def geometry_of(self, p, group):
         """The geometry of a parameter: that of the class, or the plain one for biases, gains and what a group exempts.
@@ -907,16 +910,14 @@ class Optimizer(torch.optim.Optimizer):
                 if p.grad is not None and p.grad.layout is not torch.strided:
                     raise ValueError(f"{type(self).__name__}: {name_of(group, i, index)} has a sparse gradient, which "
                                      "is not supported: build nn.Embedding with sparse=False")
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             work, hyper_at = [], {}
-            for p in group["params"]:
+            for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
                 geometry, state = self.geometry_of(p, group), self.state[p]
                 if not state:
-                    objection = geometry.objection(p, group)    # the weight may have been overwritten in between
-                    if objection:
-                        raise ValueError(f"{type(self).__name__}: a parameter of shape {tuple(p.shape)} {objection}")
+                    self._check_parameter(p, group, name_of(group, i, index))   # it may have been overwritten since
                     geometry.prepare(p, group)
                     w = working_copy(p)
                     state.update(step=0, **self.direction.init(w, group), **geometry.init(w, group))
