@@ -12,8 +12,10 @@ Each run writes config.json, log.jsonl (one JSON object a line) and ckpt.pt unde
 input, 3 the loss is not a number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
 
 The model is GPT-2 as in nanoGPT; with rotational optimizers every Linear has a learnable gain per output neuron, since
-their weights keep their norm (--gains). References: Radford et al. 2019 (GPT-2); Karpathy's nanoGPT, whose sizes and
-spirit are kept; Kosson et al. 2024 (Rotational Equilibrium) for the presets gpt2 and wikitext.
+their weights keep their norm (--gains). Modular optimizers train the GPT of the modular norm paper instead, whose parts
+have sensitivity 1 (--arch). References: Radford et al. 2019 (GPT-2); Karpathy's nanoGPT, whose sizes and spirit are
+kept; Kosson et al. 2024 (Rotational Equilibrium) for the presets gpt2 and wikitext; Large et al. 2024 (Scalable
+Optimization in the Modular Norm) for --arch modular.
 """
 import argparse
 import ast
@@ -85,6 +87,14 @@ TUNED = {
     "rf_adamw": dict(lr=1e-2, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.1),
     "shampoo": dict(lr=3e-4, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10),
     "if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
+    "modular_sgd": dict(lr=0.5, momentum=0.9, weight_decay=0.0),
+    "modular_adam": dict(lr=0.35, betas=(0.9, 0.99), weight_decay=0.0),
+    "modular_lion": dict(lr=0.5, betas=(0.9, 0.99), weight_decay=0.0),
+    "modular_rmsprop": dict(lr=0.5, alpha=0.99, momentum=0.9, weight_decay=0.0),
+    "modular_rf_rmsprop": dict(lr=0.5, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
+    "modular_rf_adamw": dict(lr=0.5, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.0),
+    "modular_shampoo": dict(lr=0.5, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, update_every=10),
+    "modular_if_shampoo": dict(lr=0.5, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
     "rotational_sgd": dict(lr=1.0, momentum=0.9, weight_decay=1.2e-4),
     "rotational_adam": dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.14),
     "rotational_adamw": dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.14),
@@ -166,6 +176,8 @@ def parse_arguments():
     g.add_argument("--n_embd", type=whole(1))
     g.add_argument("--block_size", type=whole(1), help="context length")
     g.add_argument("--dropout", type=in_range(float, 0, 1))
+    g.add_argument("--arch", choices=("gpt2", "modular"),
+                   help="GPT-2, or the GPT of the modular norm paper (default with modular optimizers)")
     g.add_argument("--bias", type=flag, metavar="{0,1}", help="biases in Linear and LayerNorm, as in GPT-2 (default 0)")
     g.add_argument("--gains", choices=("auto", "0", "1"),
                    help="a learnable gain per output neuron of every Linear; auto: with rotational optimizers")
@@ -226,7 +238,12 @@ def settle(args):
     s["hyper"] = override(s, TUNED.get(s["opt"], {}) | s.pop("tuned", {}).get(s["opt"], {}), kind)
     if "batch_size" in kind.takes():                # over how many tokens the loss is a mean
         s["hyper"].setdefault("batch_size", s["batch_size"] * s["grad_accum"] * s["block_size"])
-    s["gains"] = int(kind.geometry is optim.ROTATIONAL) if s["gains"] == "auto" else int(s["gains"])
+    s.setdefault("arch", "modular" if kind.geometry is optim.MODULAR else "gpt2")
+    if s["gains"] == "auto":
+        s["gains"] = int(kind.geometry is optim.ROTATIONAL and s["arch"] == "gpt2")
+    s["gains"] = int(s["gains"])
+    if s["arch"] == "modular" and (s["bias"] or s["gains"]):
+        fail("--arch modular has no biases and no gains: leave out --bias and --gains, or use --arch gpt2")
     s.setdefault("save_every", s["eval_every"])
     s.setdefault("out_dir", f"out/nanogpt-{s['opt']}-{pathlib.Path(s['data']).stem}")
     if s["n_embd"] % s["n_head"]:
@@ -241,7 +258,7 @@ def settle(args):
 
 def override(s, hyper, kind):
     """Merge --lr ... --opt_kwargs into the tuned hyperparameters; what the optimizer does not know is an error."""
-    takes, hyper = [key for key in kind.takes() if key not in ("compile", "rotational")], dict(hyper)
+    takes, hyper = [key for key in kind.takes() if key not in {"compile"} | optim.PER_GROUP], dict(hyper)
 
     def check(key, flag):
         if key not in takes:
@@ -610,16 +627,100 @@ class GPT(nn.Module):
         logits = self.head(self.norm(h))                                            # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
-    @torch.no_grad()
-    def generate(self, ids, count, temperature, generator):
-        """Continue the list of tokens `ids` by `count` sampled ones, each (1, T) -> (1, V) -> 1 token."""
-        device, new = self.tokens.weight.device, []
-        for _ in range(count):
-            x = torch.tensor([(ids + new)[-self.block_size:]], device=device)
-            logits = self(x)[0].double().cpu()
-            p = F.softmax((logits - logits.max()) / temperature, dim=-1)
-            new.append(torch.multinomial(p, 1, generator=generator).item())
-        return new
+    def modular_tree(self):
+        """The modular tree of a network that was not made for it. What is lost: a sum x + f(x) is written as if it were
+        an average, which only the norms that read it make harmless; the gains of these norms are outside the tree;
+        attention is sharper than sensitivity 1 allows, and its three parts share one norm; and the tied weight can only
+        be one thing: it is the head's, and its use as an embedding a bond. So updates are still balanced by layer, but
+        no bound holds, and the best learning rate moves with the depth."""
+        def each(layer):
+            return optim.weight(*map(layer, self.blocks))
+        attention = each(lambda b: b.attention.out) @ optim.bond("attention") @ each(lambda b: b.attention.qkv)
+        mlp = each(lambda b: b.down) @ optim.bond("gelu") @ each(lambda b: b.up)
+        blocks = modular_blocks(attention @ optim.bond("layernorm"), mlp @ optim.bond("layernorm"), len(self.blocks))
+        embedding = optim.bond("tied embedding") + optim.weight(self.positions)
+        return optim.weight(self.head) @ optim.bond("layernorm") @ blocks @ embedding
+
+
+def modular_blocks(attention, mlp, n_layer):
+    """The tree of 2 n_layer half-blocks, each the average  (1 - s) x + s f(x)  with s = 1 / (2 n_layer), of mass 5."""
+    s = 1 / (2 * n_layer)
+    first, then = ((1 - s) * optim.bond("x") + s * f for f in (attention, mlp))
+    return ((then @ first) ** n_layer).tare(5)
+
+
+class ModularBlock(nn.Module):
+    """Two half-blocks  x <- (1 - s) x + s f(x): attention, then MLP. Norms have no gain, and nothing has a bias."""
+
+    def __init__(self, n_layer, n_head, n_embd, dropout):
+        super().__init__()
+        self.n_head, self.s = n_head, 1 / (2 * n_layer)
+        self.q, self.k, self.v, self.out = (nn.Linear(n_embd, n_embd, bias=False) for _ in range(4))
+        self.up, self.down = nn.Linear(n_embd, 4 * n_embd, bias=False), nn.Linear(4 * n_embd, n_embd, bias=False)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        h = parameter_free_norm(x)
+        q, k, v = (layer(h).view(B, T, self.n_head, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        # The paper divides the logits by d = C / H, not by its root, and q, k and v by 3 each, which gives attention
+        # sensitivity 1. Both together: logits over 9 d, and the output over 3.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.n_head / (9 * C)) / 3
+        x = torch.lerp(x, self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C))), self.s)
+        h = math.sqrt(2) * F.gelu(self.up(parameter_free_norm(x)))         # gelu alone has sensitivity 1 / sqrt(2)
+        return torch.lerp(x, self.dropout(self.down(h)), self.s)
+
+
+def parameter_free_norm(x):
+    """LayerNorm without gain and bias. The paper's has no eps either."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-12)
+
+
+class ModularGPT(nn.Module):
+    """The GPT of the modular norm paper (Large et al. 2024): every part has sensitivity 1, whatever width and depth
+    are. The authors keep weights of norm 1 and multiply by their usual size in the forward pass; here that size is in
+    the weight itself, and in optim.py's update: the same function, step for step."""
+
+    def __init__(self, n_vocab, n_layer, n_head, n_embd, block_size, dropout):
+        super().__init__()
+        self.block_size = block_size
+        self.tokens, self.positions = nn.Embedding(n_vocab, n_embd), nn.Embedding(block_size, n_embd)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(ModularBlock(n_layer, n_head, n_embd, dropout) for _ in range(n_layer))
+        self.head = nn.Linear(n_embd, n_vocab, bias=False)
+        optim.initialise(self.modular_tree())
+
+    def forward(self, x, y=None):
+        """As GPT.forward."""
+        h = self.dropout((self.tokens(x) + self.positions.weight[:x.shape[1]]) / 2)
+        for block in self.blocks:
+            h = block(h)
+        if y is None:
+            return self.head(parameter_free_norm(h[:, -1]))
+        return F.cross_entropy(self.head(parameter_free_norm(h)).flatten(0, 1), y.flatten())
+
+    def modular_tree(self):
+        """The expression of this network; print it for the share of every weight."""
+        def each(name):
+            return optim.weight(*(getattr(block, name) for block in self.blocks))
+        norm, third = optim.bond("layernorm"), 1 / 3
+        attention = each("out") @ optim.bond("attention") @ (third * each("q"), third * each("k"), third * each("v"))
+        mlp = each("down") @ optim.bond("sqrt(2) gelu") @ each("up")
+        embedding = 0.5 * optim.weight(self.tokens) + 0.5 * optim.weight(self.positions)
+        return optim.weight(self.head) @ norm @ modular_blocks(attention @ norm, mlp @ norm, len(self.blocks)) \
+            @ embedding.tare(1)
+
+
+@torch.no_grad()
+def generate(model, ids, count, temperature, generator):
+    """Continue the list of tokens `ids` by `count` sampled ones, each (1, T) -> (1, V) -> 1 token."""
+    device, new = model.tokens.weight.device, []
+    for _ in range(count):
+        x = torch.tensor([(ids + new)[-model.block_size:]], device=device)
+        logits = model(x)[0].double().cpu()
+        p = F.softmax((logits - logits.max()) / temperature, dim=-1)
+        new.append(torch.multinomial(p, 1, generator=generator).item())
+    return new
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -657,7 +758,8 @@ def lock(folder):
 
 
 CHECKPOINT = {"config", "model", "optimizer", "step", "seconds", "loss_sum", "loss_count", "fingerprint"}
-CONFIG = {"opt", "hyper", "gains", "schedule", "grad_clip", "seed", "bias", "tokenizer", "data_dir", *PRESETS["cpu"]}
+CONFIG = {"opt", "hyper", "arch", "gains", "schedule", "grad_clip", "seed", "bias", "tokenizer", "data_dir",
+          *PRESETS["cpu"]}
 
 
 def load_checkpoint(out_dir, device):
@@ -747,8 +849,9 @@ def main():
     torch.manual_seed(s["seed"])
     if device == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
-    model = GPT(tokenizer.n_vocab, s["n_layer"], s["n_head"], s["n_embd"], s["block_size"], s["dropout"],
-                bool(s["bias"]), bool(s["gains"])).to(device)
+    shape = tokenizer.n_vocab, s["n_layer"], s["n_head"], s["n_embd"], s["block_size"], s["dropout"]
+    model = ModularGPT(*shape) if s["arch"] == "modular" else GPT(*shape, bool(s["bias"]), bool(s["gains"]))
+    model.to(device)
     hyper = s["hyper"] | ({"dtype": getattr(torch, s["hyper"]["dtype"])} if "dtype" in s["hyper"] else {})
     try:
         optimizer = optim.build(s["opt"], model, compile=bool(s["compile"]), **hyper)
@@ -774,9 +877,9 @@ def main():
     autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
     say(f"{s['opt']} ({', '.join(f'{k} {v}' for k, v in s['hyper'].items())}) on {s['data']}: {len(train):,} + "
-        f"{len(val):,} tokens, vocabulary {tokenizer.n_vocab}; GPT with {sum(p.numel() for p in model.parameters()):,} "
-        f"parameters{', gains' if s['gains'] else ''}; {device}, {dtype}{', compiled' if s['compile'] else ''}; "
-        f"-> {out_dir}")
+        f"{len(val):,} tokens, vocabulary {tokenizer.n_vocab}; {type(model).__name__} with "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s['gains'] else ''}; "
+        f"{device}, {dtype}{', compiled' if s['compile'] else ''}; -> {out_dir}")
     if s["show_table"]:
         say(optim.table(optimizer))
 
@@ -797,7 +900,7 @@ def main():
         if s["sample"] and RANK == 0:
             model.eval()
             generator = torch.Generator().manual_seed(s["seed"])
-            text = tokenizer.decode(prompt + model.generate(prompt, s["sample"], s["temperature"], generator))
+            text = tokenizer.decode(prompt + generate(model, prompt, s["sample"], s["temperature"], generator))
             say(f"---\n{text}\n---")
         say(f"val_loss {val_loss:.4f} (perplexity {math.exp(min(val_loss, 700)):.2f}) after {done} steps of {s['opt']} "
             f"in {seconds:.0f} s: {out_dir}")

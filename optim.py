@@ -6,20 +6,21 @@ optim.py: optimizers as  direction x geometry,  in one file that can be read fro
 
 Every optimizer here is one direction followed by one geometry. Learn the rows and the columns and you know them all:
 
-    direction                                     | plain                | rotational
-    ----------------------------------------------+----------------------+------------------------
-    sgd         heavy-ball momentum               | SGD                  | RotationalSGD
-    adam        L2 inside the gradient            | Adam                 | RotationalAdam
-    adamw       decoupled decay                   | AdamW                | RotationalAdamW
-    lion        sign of an average                | Lion                 | RotationalLion
-    rmsprop     gradient over its RMS             | RMSProp              | (by name:
-    rf_rmsprop  gradient over its mean square     | RootFreeRMSProp      |  "rotational_rmsprop",
-    rf_adamw    average over mean square          | RootFreeAdamW        |  "rotational_rf_rmsprop",
-    shampoo     inverse roots of d x d matrices   | Shampoo              |  and so on, in
-    if_shampoo  the same without roots, inverses  | InverseFreeShampoo   |  OPTIMIZERS)
+    direction                                     | plain                | rotational       | modular
+    ----------------------------------------------+----------------------+------------------+------------
+    sgd         heavy-ball momentum               | SGD                  | RotationalSGD    | ModularSGD
+    adam        L2 inside the gradient            | Adam                 | RotationalAdam   |
+    adamw       decoupled decay                   | AdamW                | RotationalAdamW  | ModularAdam
+    lion        sign of an average                | Lion                 | RotationalLion   | (by name:
+    rmsprop     gradient over its RMS             | RMSProp              | (by name:        |  "modular_lion",
+    rf_rmsprop  gradient over its mean square     | RootFreeRMSProp      |  "rotational_    |  "modular_
+    rf_adamw    average over mean square          | RootFreeAdamW        |  rmsprop", and   |  rmsprop", and
+    shampoo     inverse roots of d x d matrices   | Shampoo              |  so on, in       |  so on, in
+    if_shampoo  the same without roots, inverses  | InverseFreeShampoo   |  OPTIMIZERS)     |  OPTIMIZERS)
 
     plain        w <- w - lr * d, and decay pulls w towards 0: inside d, or beside it
     rotational   every neuron keeps its length and turns by a controlled average angle; decay only sets that angle
+    modular      the update of the whole network has size lr, in a norm made from its architecture
 
 Use it like torch.optim, of which every class here is a true subclass:
 
@@ -45,15 +46,19 @@ A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 p
 Where the two factors cannot quite be separated (half of the lesson):
   1. Decay enters in three places: decoupled (adamw, lion, rf_adamw), inside the gradient (adam, rmsprop), or after the
      preconditioner and before the heavy ball (rf_rmsprop, both shampoos; for sgd the two are the same). So a direction
-     takes the decay term as an argument. The plain geometry fills it, unless decay is decoupled; the rotational one
-     leaves it out (but for adam: adam_turning).
+     takes the decay term as an argument. The plain geometry fills it, unless decay is decoupled; the others leave it
+     out (but for adam: adam_turning).
   2. The rotational geometry needs one number of the direction, its kappa: see "What one gradient does over all time".
   3. Biases and gains have no neurons to turn. They use the plain geometry, whatever the optimizer is called.
   4. The root-free directions need to know over how many examples the loss is a mean: batch_size.
+  5. The modular geometry has to know the whole architecture: the model states it (modular_tree), `build` reads it. And
+     the paper's SGD and Adam average in a way of their own (warm_sgd, warm_adam).
 
 Papers:
   [RE]    Kosson, Messmer, Jaggi. Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks.
           ICML 2024, arXiv:2305.17212
+  [MN]    Large, Liu, Huh, Bahng, Isola, Bernstein. Scalable Optimization in the Modular Norm. NeurIPS 2024,
+          arXiv:2405.14813
   [Adam]  Kingma, Ba. Adam: A Method for Stochastic Optimization. ICLR 2015, arXiv:1412.6980
   [AdamW] Loshchilov, Hutter. Decoupled Weight Decay Regularization. ICLR 2019, arXiv:1711.05101
   [Lion]  Chen et al. Symbolic Discovery of Optimization Algorithms. NeurIPS 2023, arXiv:2302.06675
@@ -151,6 +156,34 @@ def adam_turning(g, state, h, decay=0):
     """Only v sees it: the denominator is that of Adam+L2, but the decay takes no part in the motion itself. This is the
     form that adam takes under the rotational geometry ([RE], section 5.3): the one direction that has two forms."""
     return adam_ratio(g, g + decay, state, h)
+
+
+def warm_average(average, x, b, h):
+    """An average that needs no bias correction, since it starts at its first x:  m <- m + (1-b)^((t-1)/t) (x - m).
+
+    The exponent runs from 0 at t = 1, where the whole of x is taken, to 1, where a running average is left.
+    """
+    average.add_((x - average).mul_((1 - b) ** h["warmth"]))
+    return average
+
+
+def warm_sgd(g, state, h, decay=0):
+    """The average gradient, started warm:  d = m. The modular norm's SGD ([MN]'s code), which rescales d in any case.
+
+    Shapes   g, m, d: the parameter's               State   exp_avg = m
+    """
+    return warm_average(state["exp_avg"], g, h["momentum"], h)
+
+
+def warm_adam(g, state, h, decay=0):
+    """Adam with averages started warm and without eps:  d = m / sqrt(v), and 0 where that is 0/0. The modular norm's
+    Adam ([MN]'s code): there is no need for an eps where nothing depends on the size of d.
+
+    Shapes   g, m, v, d: the parameter's            State   exp_avg = m, exp_avg_sq = v
+    """
+    b1, b2 = h["betas"]
+    m, v = warm_average(state["exp_avg"], g, b1, h), warm_average(state["exp_avg_sq"], g * g, b2, h)
+    return (m / v.sqrt()).nan_to_num_(0, 0, 0)      # infinite where g^2 is too small for its type, though g is not
 
 
 def lion(g, state, h, decay=0):
@@ -469,6 +502,11 @@ def unbias_both(h, t):
     return {"unbias1": 1 - b1**t, "unbias2": 1 - b2**t}
 
 
+def warmth(h, t):
+    """The exponent of the warm-started averages."""
+    return {"warmth": (t - 1) / t}
+
+
 @dataclass(frozen=True, eq=False)
 class Direction:
     """One row of the table: the function above, and what the rest of the file has to know about it."""
@@ -501,6 +539,12 @@ DIRECTIONS = {
     "adamw": Direction(
         adamw, zeros("exp_avg", "exp_avg_sq"), "d = mean(g) / rms(g)", True, ADAM_DEFAULTS, unbias_both,
         kappa=average_kappa),
+    "warm_sgd": Direction(
+        warm_sgd, zeros("exp_avg"), "d = mean(g)", True, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0}, warmth,
+        kappa=heavy_ball_kappa, contribution=lambda h, sigma: sigma),
+    "warm_adam": Direction(
+        warm_adam, zeros("exp_avg", "exp_avg_sq"), "d = mean(g) / rms(g)", True,
+        {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}, warmth, kappa=average_kappa),
     "lion": Direction(
         lion, zeros("exp_avg"), "d = sign(b1 m + (1-b1) g)", True,
         {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}, kappa=lion_kappa, contribution=lion_contribution),
@@ -697,11 +741,87 @@ def why_stuck(p, group):
     return None
 
 
+def spectral_norm(d, u):
+    """The largest factor by which the matrix d can lengthen a vector, by one step of power iteration:
+
+        v = d u / ||d u||;   norm = ||d^T v||;   u <- d^T v / norm
+
+    u is kept, and d changes little from step to step, so one step each is enough: it approaches the norm from below.
+    A convolution is a matrix for every kernel position, and has a norm for each.
+
+    Shapes   d: (out, in, ...), u: (in, ...), v: (out, ...), norm: (...), the dots being the kernel's
+    Notice   an update of zero would make u NaN for good: then u stays as it is. One that is orthogonal to u would hide
+             for good: then v starts again from a vector that has no reason to be orthogonal to anything
+    """
+    v = torch.einsum("oi...,i...->o...", d, u)
+    size = torch.linalg.vector_norm(v, dim=0)
+    anywhere = torch.arange(len(d), dtype=d.dtype, device=d.device).cos().view(-1, *[1] * (d.dim() - 2))
+    v = torch.where(size > 0, v / size, anywhere)
+    longer = torch.einsum("oi...,o...->i...", d, v)
+    norm = torch.linalg.vector_norm(longer, dim=0)
+    u.copy_(torch.where((norm > 0) & norm.isfinite(), longer / norm, u))
+    return norm
+
+
+def modular(direction, w, g, state, h):
+    """Rescale d in the norm that suits the layer ([MN], section 3), so that lr is the size of the whole network's
+    update in a norm built from its architecture. Each weight gets its share of it: see "The modular tree".
+
+    Formula  w <- w - lr share scale d / norm(d);   then decay:  w <- (1 - lr share wd) w,  or rows back to norm `scale`
+                    norm                                       scale             after the update
+             Linear      spectral                              sqrt(out/in)      decay
+             Conv        spectral, for each kernel position    sqrt(out/in)/k^2  decay
+             Embedding   "rows": Euclidean, for each row       sqrt(dim)         rows are put back, whatever wd is
+    Shapes   w, g, d: (out, in, ...), or (rows, dim)
+    Units    none: the scale of d does not matter, and scale is the size that a weight of that layer has by its own
+             (`initialise`). lr = 1 would change every layer by as much as it is large, or by its share of that
+    Notice   a zero update, or a zero row of one, moves nothing
+    """
+    d, rows = direction.update(g, state, h), h["norm"] == "rows"
+    scale = h["scale"] or usual_size(w.shape, h["norm"])
+    norm = torch.linalg.vector_norm(d, dim=1, keepdim=True) if rows else spectral_norm(d, state["u"])
+    w.sub_(d * torch.where(norm > 0, h["lr"] * h["share"] * scale / norm, 0))
+    if rows:
+        size = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        w.mul_(torch.where(size > 0, scale / size, 1))
+    elif h["weight_decay"]:
+        w.mul_(1 - h["lr"] * h["share"] * h["weight_decay"])
+
+
+def usual_size(shape, norm):
+    """The norm that a weight of this shape has when its outputs are as large as its inputs: entries of size 1, in both
+    (a row of an embedding answers to an input of size 1)."""
+    if norm == "rows":
+        return math.sqrt(shape[1])
+    return math.sqrt(shape[0] / shape[1]) / math.prod(shape[2:])
+
+
+def modular_init(w, h):
+    """u, where power iteration starts: random, but the same in every process and every run."""
+    if h["norm"] == "rows":
+        return {}
+    generator = torch.Generator().manual_seed(h["seed"])
+    return {"u": torch.randn(w.shape[1:], generator=generator, dtype=torch.float64).to(w.device, w.dtype)}
+
+
+def has_modular_norm(p, group):
+    """Vectors and scalars (biases, gains) take the plain rule."""
+    return p.dim() > 1 and p.numel() > 0
+
+
+def why_no_norm(p, group):
+    """What is wrong with the norm of p, in words; None if nothing is."""
+    if group["norm"] == "rows" and p.dim() > 2:
+        return "cannot have norm='rows', which takes (rows, dim): set norm='spectral' for its group"
+    return None
+
+
 @dataclass(frozen=True, eq=False)
 class Geometry:
     """One column of the table: the function above, and what the rest of the file has to know about it."""
+    name: str
     move: Callable                                  # (direction, w, g, state, h): changes w
-    key: str                                        # a state entry by which a parameter under it is known
+    key: str | None = None                          # a state entry by which a parameter under it is known, if need be
     init: Callable = lambda w, h: {}                # (w, h) -> dict of state tensors, before the first step
     scalars: Callable = lambda direction, h, t: {}  # numbers that depend on the step
     defaults: dict = field(default_factory=dict)    # hyperparameters it adds
@@ -710,12 +830,18 @@ class Geometry:
     prepare: Callable = lambda p, group: None       # what it does to a parameter on adding it
 
 
-PLAIN = Geometry(plain, key="step")
+PLAIN = Geometry("plain", plain)
 ROTATIONAL = Geometry(
-    rotational, "norm", rotational_init, rotational_scalars,
+    "rotational", rotational, "norm", rotational_init, rotational_scalars,
     {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True, "rotational_eps": 1e-8,
      "rotational": None, "weight_decay": 1e-2},     # without decay there is no angle
     applies=rotates, objection=why_stuck, prepare=centre)
+MODULAR = Geometry(
+    "modular", modular, None, modular_init,
+    defaults={"lr": 0.25, "weight_decay": 0.0, "share": 1.0, "norm": "spectral", "scale": None, "seed": 0},
+    applies=has_modular_norm, objection=why_no_norm)
+
+PER_GROUP = {"rotational", "lr_cov_scale", "share", "norm", "scale"}        # what differs from weight to weight
 
 
 # ======================================================================================================================
@@ -798,6 +924,10 @@ RANGES = {                                          # NaN fails every comparison
     "max_dim": (lambda x: x >= 0, "a number >= 0"),
     "graft": (lambda x: x in (None, "sgd", "adam"), "None, 'sgd' or 'adam'"),
     "dtype": (lambda x: x is None or x.is_floating_point, "None or a floating-point torch.dtype"),
+    "share": (is_size, "a finite number >= 0"),
+    "norm": (lambda x: x in ("spectral", "rows"), "'spectral' or 'rows'"),
+    "scale": (lambda x: x is None or 0 < x < math.inf, "None or a finite number > 0"),
+    "seed": (lambda x: isinstance(x, int) and 0 <= x < 2**63, "a whole number >= 0"),
 }
 # what a group may carry beside hyperparameters: names, and what torch's schedulers leave in it
 FREE_KEYS = {"params", "param_names", "name",
@@ -895,7 +1025,8 @@ class Optimizer(torch.optim.Optimizer):
         Settled at the first step, for good: a decay that a schedule brings down to 0 must end in an angle of 0, not in
         a sudden change of geometry."""
         state = self.state.get(p)
-        mine = self.geometry.key in state if state else self.geometry.applies(p, group)
+        key = self.geometry.key
+        mine = key in state if key and state else self.geometry.applies(p, group)
         return self.geometry if mine else PLAIN
 
     @torch.no_grad()
@@ -910,6 +1041,7 @@ class Optimizer(torch.optim.Optimizer):
                 if p.grad is not None and p.grad.layout is not torch.strided:
                     raise ValueError(f"{type(self).__name__}: {name_of(group, i, index)} has a sparse gradient, which "
                                      "is not supported: build nn.Embedding with sparse=False")
+        heavy = self.direction.gain is heavy_ball_gain
         for index, group in enumerate(self.param_groups):
             work, hyper_at = [], {}
             for i, p in enumerate(group["params"]):
@@ -921,7 +1053,7 @@ class Optimizer(torch.optim.Optimizer):
                     geometry.prepare(p, group)
                     w = working_copy(p)
                     state.update(step=0, **self.direction.init(w, group), **geometry.init(w, group))
-                if group.get("momentum") and "momentum_buffer" not in state:        # switched on in mid-run
+                if heavy and group["momentum"] and "momentum_buffer" not in state:          # switched on in mid-run
                     state["momentum_buffer"] = self.direction.init(working_copy(p), group)["momentum_buffer"]
                 state["step"] += 1
                 key = (geometry, state["step"], p.device)
@@ -1160,6 +1292,46 @@ class RotationalLion(Optimizer):
                          rotational_eps=rotational_eps, compile=compile)
 
 
+class ModularSGD(Optimizer):
+    """The average gradient, rescaled in the modular norm.
+
+    Formula  m <- m + (1 - momentum)^((t-1)/t) (g - m);   w <- w - lr share scale m / norm(m)
+             then  w <- (1 - lr share weight_decay) w,  or an embedding's rows back to norm `scale`
+    Shapes   2 dims or more: the weights of Linear, Conv, Embedding. The others (biases, gains) follow w <- w - lr m
+    State    1 tensor like w, and 1 like w[0]: where power iteration is
+    Groups   norm ("spectral", or "rows" for embeddings), share, and scale of the weights; None: by shape. optim.build
+             makes groups from the model's modular_tree(). Without groups every weight is taken for a Linear's or a
+             Conv's, with share 1: layers are balanced, but not by what they do to each other
+    Options  seed: of the vector that power iteration starts from
+    Units    none: lr is the size of the network's update in its modular norm. Tune it on a small model
+    Errors   ValueError: lr, weight_decay, share < 0 or not finite; scale <= 0; momentum outside [0, 1)
+    Source   Large et al. 2024, with the averages of the authors' code
+    """
+    direction, geometry = DIRECTIONS["warm_sgd"], MODULAR
+
+    def __init__(self, params, lr=0.25, momentum=0.9, weight_decay=0.0, *, seed=0, compile=False):
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, seed=seed, compile=compile)
+
+
+class ModularAdam(Optimizer):
+    """Adam's direction, rescaled in the modular norm: one learning rate for every width and depth.
+
+    Formula  m <- m + (1-b1)^((t-1)/t) (g - m);   v <- v + (1-b2)^((t-1)/t) (g^2 - v);   d = m / sqrt(v), 0 for 0/0
+             w <- w - lr share scale d / norm(d)
+             then  w <- (1 - lr share weight_decay) w,  or an embedding's rows back to norm `scale`
+    Shapes   2 dims or more: the weights of Linear, Conv, Embedding. The others (biases, gains) follow w <- w - lr d
+    State    2 tensors like w, and 1 like w[0]: where power iteration is
+    Groups   and options: as in ModularSGD
+    Units    none: lr is the size of the network's update in its modular norm. Tune it on a small model
+    Errors   ValueError: lr, weight_decay, share < 0 or not finite; scale <= 0; betas outside [0, 1)
+    Source   Large et al. 2024, with the averages of the authors' code, which has no eps either
+    """
+    direction, geometry = DIRECTIONS["warm_adam"], MODULAR
+
+    def __init__(self, params, lr=0.25, betas=(0.9, 0.99), weight_decay=0.0, *, seed=0, compile=False):
+        super().__init__(params, lr=lr, betas=betas, weight_decay=weight_decay, seed=seed, compile=compile)
+
+
 class RootFreeRMSProp(Optimizer):
     """RMSProp without the square root: a diagonal second-order method.
 
@@ -1254,7 +1426,8 @@ class InverseFreeShampoo(Optimizer):
 
 def compose(name, direction, geometry):
     """A class for a pair that no paper has named. It takes the hyperparameters of both, as keywords."""
-    doc = f"The direction {direction} on the rotational geometry: options as in its plain class and in RotationalSGD."
+    doc = (f"The direction {direction} under the {geometry.name} geometry: options as in its plain class and in "
+           f"{'RotationalSGD' if geometry is ROTATIONAL else 'ModularSGD'}.")
     return type(name, (Optimizer,), {"direction": DIRECTIONS[direction], "geometry": geometry, "__doc__": doc,
                                      "__module__": __name__})
 
@@ -1264,6 +1437,308 @@ RotationalRootFreeRMSProp = compose("RotationalRootFreeRMSProp", "rf_rmsprop", R
 RotationalRootFreeAdamW = compose("RotationalRootFreeAdamW", "rf_adamw", ROTATIONAL)
 RotationalShampoo = compose("RotationalShampoo", "shampoo", ROTATIONAL)
 RotationalInverseFreeShampoo = compose("RotationalInverseFreeShampoo", "if_shampoo", ROTATIONAL)
+ModularLion = compose("ModularLion", "lion", MODULAR)
+ModularRMSProp = compose("ModularRMSProp", "rmsprop", MODULAR)
+ModularRootFreeRMSProp = compose("ModularRootFreeRMSProp", "rf_rmsprop", MODULAR)
+ModularRootFreeAdamW = compose("ModularRootFreeAdamW", "rf_adamw", MODULAR)
+ModularShampoo = compose("ModularShampoo", "shampoo", MODULAR)
+ModularInverseFreeShampoo = compose("ModularInverseFreeShampoo", "if_shampoo", MODULAR)
+
+
+# ======================================================================================================================
+# The modular tree: which share of the network's update each weight gets
+#
+# A network is written as an expression of its layers ([MN], section 3 and table 1). Two numbers belong to every part:
+#
+#   mass          how much of the learning is to happen in it. A weight has mass 1 unless told otherwise
+#   sensitivity   by how much its output can change for a change of its input, where all is of its usual size. 1 is best
+#
+#                              mass             sensitivity
+#   weight(layer)              1                1             nn.Linear, nn.Conv2d, nn.Embedding
+#   bond(name, s)              0                s             everything without weights: relu, attention, layer norm
+#   M2 @ M1  (M1 is first)     m1 + m2          s1 * s2
+#   (M1, M2)  side by side     m1 + m2          s1 + s2
+#   M1 + M2                    = bond("+", 1) @ (M1, M2)
+#   a * M                      = bond("a", |a|) @ M
+#   M ** L                     L m              s^L           L copies of M, each with its own weights, in a row
+#   M.tare(m)                  m                s             all masses in it rescaled to give m in sum
+#
+# The update of size 1 of the whole is shared out from the top. What comes later amplifies what comes earlier, so
+#
+#   M2 @ M1:   M1 gets  target * mass1/mass / sensitivity2,   M2 gets  target * mass2/mass
+#   (M1, M2):  each gets  target * its mass/mass
+#
+# and then, to first order, no single step of modular norm 1 changes the output by more than 1, however deep or wide.
+# ======================================================================================================================
+
+
+class Tree:
+    """A part of a network: see the table above. Immutable; print(tree) shows the share of every weight."""
+    mass: float
+    sensitivity: float
+
+    def __matmul__(self, first):
+        return Composition(self, as_tree(first))
+
+    def __rmatmul__(self, then):
+        return Composition(as_tree(then), self)
+
+    def __add__(self, other):
+        return Composition(bond("+"), Parallel((self, as_tree(other))))
+
+    def __rmul__(self, factor):
+        if not (isinstance(factor, (int, float)) and math.isfinite(factor)):
+            raise TypeError(f"a part of a network can be multiplied by a finite number, not by {factor!r}")
+        return Composition(bond(f"{factor:.4g} *", abs(factor)), self)
+
+    def __pow__(self, copies):
+        return Power(self, copies)
+
+    def tare(self, mass):
+        """The same with all masses in it rescaled so that their sum is `mass`."""
+        return Tare(self, mass)
+
+    def weights(self, target=1.0, unit=1.0):
+        """Yield (leaf, mass, share) in the order of the forward pass. target: the size of this part's update; unit:
+        what a mass of 1 in here counts outside."""
+        raise NotImplementedError
+
+    def part(self, i, parts):
+        """The i-th of the copies that ** makes: run i of every leaf's layers."""
+        raise NotImplementedError
+
+    def __str__(self):
+        rows = [("weight", "norm", "scale", "mass", "share")]
+        for leaf, mass, share in self.weights():
+            rows.append((leaf.words(), leaf.norm, *(f"{x:.4g}" for x in (leaf.scale, mass, share))))
+        widths = [max(len(row[k]) for row in rows) for k in range(5)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
+        return "\n".join([*lines, f"mass {self.mass:.4g}, sensitivity {self.sensitivity:.4g}: {self!r}"])
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Leaf(Tree):
+    """Layers with a weight each, one for every copy that ** will make of the leaf: use `weight`."""
+    layers: tuple
+    mass: float
+    sensitivity = 1.0
+
+    @property
+    def layer(self):
+        if len(self.layers) != 1:
+            raise ValueError(f"{self!r} stands for {len(self.layers)} layers: it needs as many copies, by **")
+        return self.layers[0]
+
+    @property
+    def norm(self):
+        return "rows" if isinstance(self.layers[0], torch.nn.Embedding) else "spectral"
+
+    @property
+    def scale(self):
+        return usual_size(self.layers[0].weight.shape, self.norm)
+
+    def weights(self, target=1.0, unit=1.0):
+        self.layer                                  # refuses a leaf of several layers
+        yield self, self.mass * unit, target
+
+    def part(self, i, parts):
+        each, rest = divmod(len(self.layers), parts)
+        if rest:
+            raise ValueError(f"** {parts} needs {parts} layers, or a multiple of it, in every weight(...): {self!r} "
+                             f"has {len(self.layers)}")
+        return Leaf(self.layers[i * each:(i + 1) * each], self.mass)
+
+    def words(self):
+        return f"{type(self.layers[0]).__name__} {'x'.join(map(str, self.layers[0].weight.shape))}"
+
+    def __repr__(self):
+        return self.words() + (f" (of {len(self.layers)})" if len(self.layers) > 1 else "")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Bond(Tree):
+    """A part without weights: use `bond`."""
+    name: str
+    sensitivity: float
+    mass = 0.0
+
+    def weights(self, target=1.0, unit=1.0):
+        return iter(())
+
+    def part(self, i, parts):
+        return self
+
+    def __repr__(self):
+        return self.name
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Composition(Tree):
+    """M2 @ M1."""
+    then: Tree
+    first: Tree
+
+    @property
+    def mass(self):
+        return self.first.mass + self.then.mass
+
+    @property
+    def sensitivity(self):
+        return self.first.sensitivity * self.then.sensitivity
+
+    def weights(self, target=1.0, unit=1.0):
+        if self.first.mass and not self.then.sensitivity:
+            raise ValueError(f"{self!r}: the weights in {self.first!r} cannot reach the output through something of "
+                             "sensitivity 0")
+        yield from self.first.weights(self.first.mass and target * self.first.mass / self.mass / self.then.sensitivity,
+                                      unit)
+        yield from self.then.weights(self.then.mass and target * self.then.mass / self.mass, unit)
+
+    def part(self, i, parts):
+        return Composition(self.then.part(i, parts), self.first.part(i, parts))
+
+    def __repr__(self):
+        if isinstance(self.then, Bond) and self.then.name == "+":
+            return "(" + " + ".join(map(repr, self.first.parts)) + ")"
+        if isinstance(self.then, Bond) and self.then.name.endswith(" *"):
+            inner = repr(self.first)
+            return f"{self.then.name} ({inner})" if isinstance(self.first, Composition) else f"{self.then.name} {inner}"
+        return f"{self.then!r} @ {self.first!r}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Parallel(Tree):
+    """(M1, M2, ...)."""
+    parts: tuple
+
+    @property
+    def mass(self):
+        return sum(part.mass for part in self.parts)
+
+    @property
+    def sensitivity(self):
+        return sum(part.sensitivity for part in self.parts)
+
+    def weights(self, target=1.0, unit=1.0):
+        for part in self.parts:
+            yield from part.weights(part.mass and target * part.mass / self.mass, unit)
+
+    def part(self, i, parts):
+        return Parallel(tuple(part.part(i, parts) for part in self.parts))
+
+    def __repr__(self):
+        return "(" + ", ".join(map(repr, self.parts)) + ")"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Power(Tree):
+    """M ** L: L copies of M, one after the other."""
+    one: Tree
+    copies: int
+
+    def __post_init__(self):
+        if not isinstance(self.copies, int) or self.copies < 1:
+            raise ValueError(f"** {self.copies!r}: the number of copies must be a whole number >= 1")
+
+    @property
+    def mass(self):
+        return self.copies * self.one.mass
+
+    @property
+    def sensitivity(self):
+        return self.one.sensitivity ** self.copies
+
+    def weights(self, target=1.0, unit=1.0):
+        for i in range(self.copies):                # what copy i does goes through the later ones
+            later = self.one.sensitivity ** (self.copies - 1 - i)
+            if self.mass and not later:
+                raise ValueError(f"{self!r}: its copies have sensitivity 0, so only the last one can reach the output")
+            yield from self.one.part(i, self.copies).weights(self.mass and target / self.copies / later, unit)
+
+    def part(self, i, parts):
+        return Power(self.one.part(i, parts), self.copies)
+
+    def __repr__(self):
+        return f"({self.one!r}) ** {self.copies}"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Tare(Tree):
+    """M.tare(m). Only the ratios of masses matter inside M, so nothing in there has to change."""
+    inside: Tree
+    mass: float
+
+    def __post_init__(self):
+        if not (is_size(self.mass) and self.inside.mass > 0):
+            raise ValueError(f"tare({self.mass!r}): the mass must be a finite number >= 0, and what it is given to "
+                             "must have some")
+
+    @property
+    def sensitivity(self):
+        return self.inside.sensitivity
+
+    def weights(self, target=1.0, unit=1.0):
+        yield from self.inside.weights(target, unit * self.mass / self.inside.mass)
+
+    def part(self, i, parts):
+        return Tare(self.inside.part(i, parts), self.mass)
+
+    def __repr__(self):
+        return f"({self.inside!r}).tare({self.mass:g})"
+
+
+def as_tree(x):
+    """A tuple of trees, as one; a tree, as it is."""
+    if isinstance(x, tuple):
+        return Parallel(tuple(map(as_tree, x)))
+    if not isinstance(x, Tree):
+        raise TypeError(f"{x!r} is no part of a modular tree: wrap a layer in optim.weight(...), and name what has no "
+                        "weights with optim.bond(...)")
+    return x
+
+
+def weight(*layers, mass=1.0):
+    """The weight of a layer, as a tree. Several layers stand for one, in as many copies as ** makes of it.
+
+    Args     layers: nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d (without groups), nn.Embedding; all of one shape
+    Errors   TypeError for other layers, ValueError for layers of different shapes, or mass < 0
+    """
+    convs = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    for layer in layers:
+        if not isinstance(layer, (torch.nn.Linear, torch.nn.Embedding, *convs)):
+            raise TypeError(f"optim.weight takes nn.Linear, nn.Conv2d, nn.Embedding, not {type(layer).__name__}")
+        if isinstance(layer, convs) and layer.groups != 1:
+            raise TypeError("optim.weight: a convolution with groups has no known modular norm")
+    if len({(type(layer), layer.weight.shape) for layer in layers}) != 1:
+        raise ValueError("optim.weight: give it one layer, or several of the same type and shape")
+    if not is_size(mass):
+        raise ValueError(f"optim.weight: mass={mass!r} must be a finite number >= 0")
+    return Leaf(layers, mass)
+
+
+def bond(name, sensitivity=1.0):
+    """Something without weights, as a tree: bond("relu", 0.5 ** 0.5), bond("attention"), bond("layernorm")."""
+    if not is_size(sensitivity):
+        raise ValueError(f"optim.bond: sensitivity={sensitivity!r} must be a finite number >= 0")
+    return Bond(name, sensitivity)
+
+
+@torch.no_grad()
+def initialise(tree):
+    """Fill the weights of a tree with random ones of their usual size, in place: where shares of an update mean what
+    they say. Linear: all singular values are sqrt(out/in). Conv: likewise for each kernel position, over k^2.
+    Embedding: rows of norm sqrt(dim).
+
+    Source   [MN]; the authors store the same divided by `scale` and multiply by it in the forward pass
+    """
+    for leaf, _, _ in tree.weights():
+        w = leaf.layer.weight
+        if leaf.norm == "rows":
+            w.normal_()
+            w.mul_(leaf.scale / torch.linalg.vector_norm(w, dim=1, keepdim=True))
+            continue
+        for position in w.flatten(2).unbind(2) if w.dim() > 2 else [w]:
+            position.copy_(leaf.scale * torch.nn.init.orthogonal_(torch.empty_like(position)))
 
 
 # ======================================================================================================================
@@ -1271,15 +1746,18 @@ RotationalInverseFreeShampoo = compose("RotationalInverseFreeShampoo", "if_shamp
 # ======================================================================================================================
 
 OPTIMIZERS = {
-    "sgd": SGD, "rotational_sgd": RotationalSGD,
+    "sgd": SGD, "rotational_sgd": RotationalSGD, "modular_sgd": ModularSGD,
     "adam": Adam, "rotational_adam": RotationalAdam,
-    "adamw": AdamW, "rotational_adamw": RotationalAdamW,
-    "lion": Lion, "rotational_lion": RotationalLion,
-    "rmsprop": RMSProp, "rotational_rmsprop": RotationalRMSProp,
+    "adamw": AdamW, "rotational_adamw": RotationalAdamW, "modular_adam": ModularAdam,
+    "lion": Lion, "rotational_lion": RotationalLion, "modular_lion": ModularLion,
+    "rmsprop": RMSProp, "rotational_rmsprop": RotationalRMSProp, "modular_rmsprop": ModularRMSProp,
     "rf_rmsprop": RootFreeRMSProp, "rotational_rf_rmsprop": RotationalRootFreeRMSProp,
+    "modular_rf_rmsprop": ModularRootFreeRMSProp,
     "rf_adamw": RootFreeAdamW, "rotational_rf_adamw": RotationalRootFreeAdamW,
-    "shampoo": Shampoo, "rotational_shampoo": RotationalShampoo,
+    "modular_rf_adamw": ModularRootFreeAdamW,
+    "shampoo": Shampoo, "rotational_shampoo": RotationalShampoo, "modular_shampoo": ModularShampoo,
     "if_shampoo": InverseFreeShampoo, "rotational_if_shampoo": RotationalInverseFreeShampoo,
+    "modular_if_shampoo": ModularInverseFreeShampoo,
 }
 
 
@@ -1304,11 +1782,16 @@ def build(name, model, **hyper):
     GPT2-124M runs on OpenWebText did the same, its Wikitext runs left them out. Tied weights are one parameter.
     (In a ConvTranspose dim 0 is the input: a filter of it is not a neuron. Exempt it if that matters.)
 
+    Under a modular geometry the model says more: model.modular_tree() is a Tree with every weight of 2 dims or more in
+    it, which gives each a norm, a scale and its share. Biases and gains, which are not in it, take the plain rule with
+    a hundredth of lr: a modular lr is about as large as the weights, not as one step of one entry.
+
     Args     model: an nn.Module. Parameters with requires_grad=False are left out: thaw first, or add_param_group later
              hyper: of the class, OPTIMIZERS[name]
     Returns  the optimizer, its groups holding names ("param_names"), so that `table` can print them
     Errors   ValueError: unknown name, nothing to train, two parameters that share memory without being tied, a
-             rotational optimizer without decay; whatever the class itself refuses
+             rotational optimizer without decay; a weight that is not in the tree, in it twice, or in no model; whatever
+             the class itself refuses
     """
     kind = find(name)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -1322,17 +1805,45 @@ def build(name, model, **hyper):
                              "twice: tie them by assigning the same nn.Parameter to both modules")
     vectors = [(n, p) for n, p in named if p.dim() < 2]
     matrices = [(n, p) for n, p in named if p.dim() >= 2]
-    if kind.geometry is not ROTATIONAL:
+    if kind.geometry is PLAIN:
         groups = [{"params": matrices}]
+    elif kind.geometry is MODULAR:
+        groups = modular_groups(model, matrices)
     else:
         h = kind.takes() | hyper | {"weight_decay": 1.0}        # no decay at all: for the class to complain about
         stuck = {n for n, p in matrices if p.numel() == 0 or why_stuck(p, h)}
         groups = [{"params": [(n, p) for n, p in matrices if n not in stuck], "rotational": True},
                   {"params": [(n, p) for n, p in matrices if n in stuck], "rotational": False}]
     groups.append({"params": vectors, "weight_decay": 0.0})
+    if kind.geometry is MODULAR:
+        groups[-1]["lr"] = 0.01 * hyper.get("lr", kind.takes()["lr"])
     if "lr_cov_scale" in kind.takes():              # if_shampoo: the authors' choice for norms and biases
         groups[-1]["lr_cov_scale"] = 0.25
     return kind([group for group in groups if group["params"]], **hyper)
+
+
+def modular_groups(model, matrices):
+    """Groups of the (name, parameter) pairs `matrices` by norm, scale and share, as model.modular_tree() has it."""
+    if not hasattr(model, "modular_tree"):
+        raise ValueError(f"build: a modular optimizer has to know the architecture, and {type(model).__name__} has no "
+                         "method modular_tree(): write one with optim.weight, optim.bond and the operators of Tree")
+    names, seen, groups = {p: n for n, p in model.named_parameters()}, set(), {}
+    for leaf, _, share in as_tree(model.modular_tree()).weights():
+        p = leaf.layer.weight
+        if p not in names:
+            raise ValueError(f"build: {leaf.words()} is in the modular tree, but not in the model")
+        if p in seen:
+            raise ValueError(f"build: {names[p]} is in the modular tree twice: it can have only one share (where it is "
+                             "tied, write the second use as a bond)")
+        seen.add(p)
+        if p.requires_grad:
+            rule = {"norm": leaf.norm, "scale": leaf.scale, "share": share}
+            groups.setdefault(tuple(rule.values()), {"params": [], **rule})["params"].append((names[p], p))
+    for n, p in matrices:
+        if p not in seen:
+            raise ValueError(f"build: {n} {tuple(p.shape)} is not in the modular tree: write it there with "
+                             "optim.weight(layer), or set requires_grad=False")
+    return list(groups.values())
 
 
 def table(optimizer):
@@ -1341,8 +1852,9 @@ def table(optimizer):
     for index, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, index)
-            turned = isinstance(optimizer, Optimizer) and optimizer.geometry_of(p, group) is ROTATIONAL
-            rule = "rotational" if turned else "plain"
+            rule = optimizer.geometry_of(p, group).name if isinstance(optimizer, Optimizer) else "plain"
+            if rule == "modular":
+                rule += f" {group['norm']}, share {group['share']:.4g}"
             rows.append((name, "x".join(map(str, p.shape)) or "scalar", rule, f"{group['lr']:g}",
                          f"{group['weight_decay']:g}"))
     widths = [max(len(row[k]) for row in rows) for k in range(5)]
@@ -1375,7 +1887,7 @@ class RotationProbe:
     Rows     name; norm: mean ||w|| of the neurons after the step; angle: mean angle turned, radians; predicted_norm,
              predicted_angle: for rotational parameters the kept norm and the angle that is set; for plain ones the
              equilibrium of a random walk with the lr and decay of this step and, where it matters, the gradient of
-             this step ([RE], table 1), nan where there is no decay, or no theory for the optimizer
+             this step ([RE], table 1), nan where there is no decay, or no theory for the optimizer (modular ones)
     Measures parameters with two dims or more that had a gradient. Memory: a copy of these, during a measured step
     """
 
@@ -1416,7 +1928,10 @@ class RotationProbe:
         """(norm, angle) in equilibrium; C weights to a neuron."""
         if isinstance(self.optimizer, Optimizer):
             direction, state = self.optimizer.direction, self.optimizer.state[p]
-            if "norm" in state:
+            geometry = self.optimizer.geometry_of(p, group)
+            if geometry is MODULAR:                 # normalised updates have no equilibrium of this kind
+                return math.nan, math.nan
+            if geometry is ROTATIONAL:
                 angle = rotational_scalars(direction, group, state["step"])["angle"]
                 return state["norm"].mean().item(), math.atan(angle)
         else:
@@ -1497,11 +2012,10 @@ def lesson(plot=None):
     print("An optimizer is a direction (which way) times a geometry (how far, on which surface).\n")
     print(f"{'name':22s} {'geometry':11s} {'state':>12s}   direction")
     for name, kind in OPTIMIZERS.items():
-        geometry = "rotational" if kind.geometry is ROTATIONAL else "plain"
         formula = kind.direction.formula
-        if geometry == "rotational":                # the decay sets the angle; only adam's v still sees it
+        if kind.geometry is not PLAIN:              # decay is the geometry's; only adam's v still sees it
             formula = "d = mean(g) / rms(g + wd w)" if kind.direction.turning else formula.replace(" + wd w", "")
-        print(f"{name:22s} {geometry:11s} {state_bytes(kind):5.1f} B/weight   {formula}")
+        print(f"{name:22s} {kind.geometry.name:11s} {state_bytes(kind):5.1f} B/weight   {formula}")
 
     print(f"\nA random walk: {NEURONS} neurons of {C} weights, 3 times too short, and gradients of pure noise.")
     print("AdamW takes long to find its angle; its rotational variant, with the same lr and decay, only has to fill\n"
