@@ -631,14 +631,14 @@ class GPT(nn.Module):
         """The modular tree of a network that was not made for it. What is lost: a sum x + f(x) is written as if it were
         an average, which only the norms that read it make harmless; the gains of these norms are outside the tree;
         attention is sharper than sensitivity 1 allows, and its three parts share one norm; and the tied weight can only
-        be one thing: it is the head's, and its use as an embedding a bond. So updates are still balanced by layer, but
-        no bound holds, and the best learning rate moves with the depth."""
+        be one thing: it is the head's, and its use as an embedding a bond. (The positions take the spectral norm, too:
+        rows of norm sqrt(n_embd) would drown the tokens.) So updates are balanced by layer, but no bound holds."""
         def each(layer):
             return optim.weight(*map(layer, self.blocks))
         attention = each(lambda b: b.attention.out) @ optim.bond("attention") @ each(lambda b: b.attention.qkv)
         mlp = each(lambda b: b.down) @ optim.bond("gelu") @ each(lambda b: b.up)
         blocks = modular_blocks(attention @ optim.bond("layernorm"), mlp @ optim.bond("layernorm"), len(self.blocks))
-        embedding = optim.bond("tied embedding") + optim.weight(self.positions)
+        embedding = optim.bond("tied embedding") + optim.weight(self.positions, norm="spectral")
         return optim.weight(self.head) @ optim.bond("layernorm") @ blocks @ embedding
 
 

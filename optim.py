@@ -1521,6 +1521,7 @@ class Leaf(Tree):
     """Layers with a weight each, one for every copy that ** will make of the leaf: use `weight`."""
     layers: tuple
     mass: float
+    norm: str
     sensitivity = 1.0
 
     @property
@@ -1528,10 +1529,6 @@ class Leaf(Tree):
         if len(self.layers) != 1:
             raise ValueError(f"{self!r} stands for {len(self.layers)} layers: it needs as many copies, by **")
         return self.layers[0]
-
-    @property
-    def norm(self):
-        return "rows" if isinstance(self.layers[0], torch.nn.Embedding) else "spectral"
 
     @property
     def scale(self):
@@ -1546,7 +1543,7 @@ class Leaf(Tree):
         if rest:
             raise ValueError(f"** {parts} needs {parts} layers, or a multiple of it, in every weight(...): {self!r} "
                              f"has {len(self.layers)}")
-        return Leaf(self.layers[i * each:(i + 1) * each], self.mass)
+        return Leaf(self.layers[i * each:(i + 1) * each], self.mass, self.norm)
 
     def words(self):
         return f"{type(self.layers[0]).__name__} {'x'.join(map(str, self.layers[0].weight.shape))}"
@@ -1598,12 +1595,14 @@ class Composition(Tree):
         return Composition(self.then.part(i, parts), self.first.part(i, parts))
 
     def __repr__(self):
-        if isinstance(self.then, Bond) and self.then.name == "+":
+        if self.then_is("+"):
             return "(" + " + ".join(map(repr, self.first.parts)) + ")"
-        if isinstance(self.then, Bond) and self.then.name.endswith(" *"):
-            inner = repr(self.first)
-            return f"{self.then.name} ({inner})" if isinstance(self.first, Composition) else f"{self.then.name} {inner}"
+        if self.then_is(" *"):
+            return f"{self.then.name} {braced(self.first)}"
         return f"{self.then!r} @ {self.first!r}"
+
+    def then_is(self, ending):
+        return isinstance(self.then, Bond) and self.then.name.endswith(ending)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -1659,7 +1658,7 @@ class Power(Tree):
         return Power(self.one.part(i, parts), self.copies)
 
     def __repr__(self):
-        return f"({self.one!r}) ** {self.copies}"
+        return f"{braced(self.one)} ** {self.copies}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -1684,7 +1683,13 @@ class Tare(Tree):
         return Tare(self.inside.part(i, parts), self.mass)
 
     def __repr__(self):
-        return f"({self.inside!r}).tare({self.mass:g})"
+        return f"{braced(self.inside)}.tare({self.mass:g})"
+
+
+def braced(tree):
+    """repr of a tree, in parentheses unless it brings its own or needs none."""
+    bare = isinstance(tree, (Leaf, Bond, Parallel)) or isinstance(tree, Composition) and tree.then_is("+")
+    return repr(tree) if bare else f"({tree!r})"
 
 
 def as_tree(x):
@@ -1697,10 +1702,11 @@ def as_tree(x):
     return x
 
 
-def weight(*layers, mass=1.0):
+def weight(*layers, mass=1.0, norm=None):
     """The weight of a layer, as a tree. Several layers stand for one, in as many copies as ** makes of it.
 
     Args     layers: nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d (without groups), nn.Embedding; all of one shape
+             norm: None takes "rows" for an Embedding and "spectral" for all others
     Errors   TypeError for other layers, ValueError for layers of different shapes, or mass < 0
     """
     convs = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
@@ -1713,7 +1719,9 @@ def weight(*layers, mass=1.0):
         raise ValueError("optim.weight: give it one layer, or several of the same type and shape")
     if not is_size(mass):
         raise ValueError(f"optim.weight: mass={mass!r} must be a finite number >= 0")
-    return Leaf(layers, mass)
+    if norm not in (None, "spectral") and not (norm == "rows" and layers[0].weight.dim() == 2):
+        raise ValueError(f"optim.weight: norm={norm!r} must be 'spectral', or 'rows' for a weight of 2 dims")
+    return Leaf(layers, mass, norm or ("rows" if isinstance(layers[0], torch.nn.Embedding) else "spectral"))
 
 
 def bond(name, sensitivity=1.0):

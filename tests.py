@@ -1438,6 +1438,7 @@ def test_errors_of_modular_trees():
     refused(ValueError, ["same type and shape"], lambda: w(nn.Linear(4, 5), nn.Linear(5, 4)))
     refused(ValueError, ["same type and shape"], lambda: w())
     refused(ValueError, ["mass=-1"], lambda: w(stranger, mass=-1))
+    refused(ValueError, ["norm='rows'"], lambda: w(nn.Conv2d(3, 4, 3), norm="rows"))
     refused(ValueError, ["sensitivity=nan"], lambda: optim.bond("x", math.nan))
     refused(ValueError, ["tare(2)"], lambda: optim.bond("x").tare(2))
     refused(ValueError, ["** 0"], lambda: w(stranger) ** 0)
