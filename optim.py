@@ -364,25 +364,25 @@ def if_shampoo(g, state, h, decay=0):
             rest, c = x.numel() / len(k), 1                                     # products over the other modes:
             for other in K[:i] + K[i + 1:]:                                     # of d_j, and of ||K_j||^2 / d_j
                 c = c * (other * other).sum() / len(other)
-            # the factors of the sum go into A and K before they are squared: K has d_i^2 entries, each pass counts
-            curvature = second_moment(A / math.sqrt(2 * rest), i, k.dim() == 1)
-            damped = k * (h["damping"] * c / 2) ** 0.5
+            # K has d_i^2 entries, and each pass over them counts: the products bring the factors of the sum with them
+            curvature, damped = second_moment(A, i, k.dim() == 1), k * (h["damping"] * c / 2) ** 0.5
             if k.dim() == 1:
-                H.append(curvature + damped * damped - 0.5)
+                H.append(curvature / (2 * rest) + damped * damped - 0.5)
             else:
-                H.append(torch.addmm(curvature, damped.T, damped))
+                H.append(curvature.addmm_(damped.T, damped, beta=1 / (2 * rest)))
                 H[-1].diagonal().sub_(0.5)                                      # minus I / 2
         for k, m, new in zip(K, M, H):
             m.lerp_(new, 1 - h["riemannian_momentum"])
             stride = h["lr_cov"] * h["lr_cov_scale"] / torch.linalg.vector_norm(m).clamp(min=1)
-            k.sub_(stride * (k * m if k.dim() == 1 else k @ m))
+            k.addcmul_(k * m if k.dim() == 1 else k @ m, stride, value=-1)
     scale = 1
     for k in K:
         s = torch.linalg.vector_norm(k, math.inf).sqrt().clamp(min=1)
-        small, scale = k / s, scale * s**2
+        scale = scale * s**2
         if k.dim() == 2 and len(k) ** 2 > x.numel():        # K (K^T x) costs less than (K K^T) x
-            x = torch.tensordot(torch.tensordot(x, small, dims=([0], [0])), small, dims=([-1], [1]))
+            x = torch.tensordot(torch.tensordot(x / s, k, dims=([0], [0])) / s, k, dims=([-1], [1]))
         else:
+            small = k / s
             x = on_every_mode(x, [small * small if k.dim() == 1 else small @ small.T])
     return heavy_ball((x * scale).reshape(g.shape) + decay, state, h).to(g.dtype)
 

@@ -749,6 +749,42 @@ def test_if_shampoo_equals_transcription():
         equals_transcription("if_shampoo", shapes, base | other, lrs, groups)
 
 
+def literal_if_shampoo(w, g, state, h):
+    """One step for a matrix with the formulas as they stand, each A_i by itself, traces and K K^T by products."""
+    K, M, (rows, columns) = state["K"], state["M"], w.shape
+    G = math.sqrt(h["batch_size"]) * g
+    A = [((K[0].T @ G) @ (K[1] / math.sqrt(columns))).T, ((K[0] / math.sqrt(rows)).T @ G) @ K[1]]      # (rest, d_i)
+    c = [torch.trace(K[1].T @ K[1]) / columns, torch.trace(K[0].T @ K[0]) / rows]
+    H = [0.5 * (A[i].T @ A[i] + h["damping"] * c[i] * (K[i].T @ K[i]) - torch.eye(len(K[i]))) for i in range(2)]
+    for i in range(2):
+        M[i] = h["riemannian_momentum"] * M[i] + (1 - h["riemannian_momentum"]) * H[i]
+        K[i] = K[i] - h["lr_cov"] / max(1.0, torch.linalg.norm(M[i]).item()) * (K[i] @ M[i])
+    d = (K[0] @ K[0].T) @ g @ (K[1] @ K[1].T)
+    state["m"] = h["momentum"] * state["m"] + (d + h["weight_decay"] * w)
+    return w - h["lr"] * state["m"]
+
+
+def test_if_shampoo_costs_less_than_its_formulas():
+    """On the matrices of a ViT-small block a step gives the numbers of the literal formulas, in less time."""
+    # In less than two thirds of it on an idle machine; here only that it is less, since others may be at work.
+    shapes = [(1152, 384), (384, 384), (1536, 384), (384, 1536)]
+    h = {"lr": 1e-3, "momentum": 0.9, "damping": 1e-3, "lr_cov": 0.1, "riemannian_momentum": 0.5, "weight_decay": 0.01,
+         "batch_size": 128}
+    params = [nn.Parameter(0.02 * p.detach()) for p in parameters(shapes, torch.float32)]
+    optimizer, theirs, times = optim.InverseFreeShampoo(params, update_every=1, **h), values(params), []
+    states = [{"K": [torch.eye(n) for n in shape], "M": [torch.zeros(n, n) for n in shape], "m": torch.zeros(shape)}
+              for shape in shapes]
+    for step in noise(shapes, 2, torch.float32):
+        began = time.process_time()
+        run(optimizer, [step])
+        between = time.process_time()
+        theirs = [literal_if_shampoo(w, g, state, h) for w, g, state in zip(theirs, step, states)]
+        times.append((between - began) / (time.process_time() - between))
+    for p, w in zip(params, theirs):
+        close(p, w, 1e-5, f"{tuple(p.shape)}")
+    assert min(times) < 1, f"it takes {min(times):.2f} of the time of the literal formulas"
+
+
 def test_if_shampoo_refreshes_on_time():
     """Preconditioner steps follow 'the one after step t is at t + min(max(floor(log_4(t+1)), 1), update_every)'."""
     for update_every in (1, 2, 3, 4, 7, 100):
