@@ -632,7 +632,8 @@ class GPT(nn.Module):
         an average, which only the norms that read it make harmless; the gains of these norms are outside the tree;
         attention is sharper than sensitivity 1 allows, and its three parts share one norm; and the tied weight can only
         be one thing: it is the head's, and its use as an embedding a bond. (The positions take the spectral norm, too:
-        rows of norm sqrt(n_embd) would drown the tokens.) So updates are balanced by layer, but no bound holds."""
+        rows of norm sqrt(n_embd) would drown the tokens.) So updates are balanced by layer, but no bound holds, and lr
+        means something else: on the small model 0.1 is better than ModularGPT's 0.35."""
         def each(layer):
             return optim.weight(*map(layer, self.blocks))
         attention = each(lambda b: b.attention.out) @ optim.bond("attention") @ each(lambda b: b.attention.qkv)
