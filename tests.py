@@ -10,10 +10,12 @@ A test is a function; its docstring is the claim it checks. Add one by writing i
 """
 import contextlib
 import copy
+import gzip
 import hashlib
 import http.server
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -26,6 +28,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -40,6 +43,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nanogpt_train
 import optim
+import translate_train
 
 
 class Skip(unittest.SkipTest):
@@ -2425,6 +2429,507 @@ def test_script_schedule():
         assert nanogpt_train.lr_at(10, 1.0, s) == 1.0 and abs(nanogpt_train.lr_at(60, 1.0, s) - middle) < 1e-12
     s = {"warmup": 10, "steps": 110, "schedule": "cosine"}
     assert abs(nanogpt_train.lr_at(35, 1.0, s) - (2 + 2**0.5) / 4) < 1e-12       # (1 + cos 45 degrees) / 2
+
+
+# ======================================================================================================================
+# translate_train.py
+# ======================================================================================================================
+
+TRANSLATE = pathlib.Path(__file__).resolve().parent / "translate_train.py"
+TINY_TRANSLATE = ("--n_layer 1 --n_head 2 --n_embd 16 --n_ffn 32 --vocab 300 --max_tokens 200 --dropout 0.1 --steps 24 "
+                  "--warmup 2 --eval_every 8 --save_every 6 --beam 2").split()
+
+
+def start_translation(folder, *arguments):
+    """Start translate_train.py in a folder of its own, with one thread."""
+    return subprocess.Popen([sys.executable, str(TRANSLATE), "--device", "cpu", *arguments], cwd=folder,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+
+
+def run_translation(folder, *arguments, status=0, text=""):
+    process = start_translation(folder, *arguments)
+    out, err = process.communicate(text, timeout=300)
+    assert process.returncode == status, f"status {process.returncode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
+    return out, err
+
+
+def call_translation(*arguments):
+    """translate_train.main() in this process -> (exit status, what it wrote to stderr)."""
+    stderr, argv = io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = ["translate_train.py", *arguments]
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            translate_train.main()
+        return 0, stderr.getvalue()
+    except SystemExit as stop:
+        return stop.code, stderr.getvalue()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def write_corpus(folder, train=200, zipped=False):
+    """A small corpus, train, val and test, in PREFIX.de and PREFIX.en or their .gz -> the PREFIX of train."""
+    folder.mkdir(exist_ok=True)
+    for part, count in (("train", train), ("val", 20), ("test", 15)):
+        grammar = translate_train.Grammar("valid" if part == "val" else part, seed=part)
+        pairs = [grammar.pair() for _ in range(count)]
+        for language, lines in zip(("de", "en"), zip(*pairs)):
+            data = "".join(line + "\n" for line in lines).encode()
+            (folder / f"{part}.{language}{'.gz' * zipped}").write_bytes(gzip.compress(data) if zipped else data)
+    return str(folder / "train")
+
+
+def test_translate_number_words():
+    """Numbers, ordinals, years, times and prices are spelled as German and English spell them."""
+    for n, de, en in [
+        (0, "null", "zero"), (1, "eins", "one"), (16, "sechzehn", "sixteen"), (17, "siebzehn", "seventeen"),
+        (21, "einundzwanzig", "twenty-one"), (30, "dreißig", "thirty"), (66, "sechsundsechzig", "sixty-six"),
+        (70, "siebzig", "seventy"), (101, "einhunderteins", "one hundred and one"),
+        (1000, "eintausend", "one thousand"), (1001, "eintausendeins", "one thousand and one"),
+        (1983, "eintausendneunhundertdreiundachtzig", "one thousand nine hundred and eighty-three"),
+        (21000, "einundzwanzigtausend", "twenty-one thousand"),
+        (101_011, "einhunderteintausendelf", "one hundred and one thousand and eleven"),
+        (1_000_000, "eine Million", "one million"),
+        (2_300_017, "zwei Millionen dreihunderttausendsiebzehn", "two million three hundred thousand and seventeen"),
+    ]:
+        assert (translate_train.german(n), translate_train.english(n)) == (de, en), n
+    assert [translate_train.german(n, ein="") for n in (100, 1000, 1100, 100_000)] == [
+        "hundert", "tausend", "tausendeinhundert", "hunderttausend"]
+    for n, de, en in [
+        (1, "erste", "first"), (2, "zweite", "second"), (3, "dritte", "third"), (5, "fünfte", "fifth"),
+        (7, "siebte", "seventh"), (8, "achte", "eighth"), (9, "neunte", "ninth"), (12, "zwölfte", "twelfth"),
+        (16, "sechzehnte", "sixteenth"), (19, "neunzehnte", "nineteenth"), (20, "zwanzigste", "twentieth"),
+        (21, "einundzwanzigste", "twenty-first"), (30, "dreißigste", "thirtieth"),
+        (66, "sechsundsechzigste", "sixty-sixth"), (100, "einhundertste", "one hundredth"),
+        (101, "einhunderterste", "one hundred and first"), (1007, "eintausendsiebte", "one thousand and seventh"),
+    ]:
+        assert (translate_train.german_ordinal(n, "e"), translate_train.english_ordinal(n)) == (de, en), n
+    assert translate_train.german_ordinal(21, "er") == "einundzwanzigster"
+    for y, de, en in [(1983, "neunzehnhundertdreiundachtzig", "nineteen eighty-three"),
+                      (2000, "zweitausend", "two thousand"), (1900, "neunzehnhundert", "nineteen hundred"),
+                      (1105, "elfhundertfünf", "eleven oh five"),
+                      (2005, "zweitausendfünf", "two thousand and five"),
+                      (2023, "zweitausenddreiundzwanzig", "twenty twenty-three")]:
+        assert (translate_train.german_year(y), translate_train.english_year(y)) == (de, en), y
+    for h, m, de, en in [(7, 30, "halb acht", "half past seven"), (12, 30, "halb eins", "half past twelve"),
+                         (7, 15, "Viertel nach sieben", "a quarter past seven"),
+                         (12, 50, "zehn vor eins", "ten to one"), (7, 45, "Viertel vor acht", "a quarter to eight"),
+                         (1, 5, "fünf nach eins", "five past one"),
+                         (7, 25, "fünf vor halb acht", "twenty-five past seven"),
+                         (7, 35, "fünf nach halb acht", "twenty-five to eight")]:
+        assert (translate_train.german_clock(h, m), translate_train.english_clock(h, m)) == (de, en), (h, m)
+    for h, m, de, en in [(23, 15, "dreiundzwanzig Uhr fünfzehn", "eleven fifteen p.m."),
+                         (0, 5, "null Uhr fünf", "twelve oh five a.m."), (8, 0, "acht Uhr", "eight a.m."),
+                         (12, 0, "zwölf Uhr", "twelve p.m."), (1, 31, "ein Uhr einunddreißig", "one thirty-one a.m.")]:
+        assert (translate_train.german_time(h, m), translate_train.english_time(h, m)) == (de, en), (h, m)
+    assert translate_train.german_price(3, 50, "ein") == "drei Euro fünfzig"
+    assert translate_train.german_price(1, 0, "einen") == "einen Euro"
+    assert translate_train.english_price(1, 20) == "one euro twenty"
+    assert translate_train.english_price(3, 0) == "three euros"
+
+
+def test_translate_nothing_of_the_test_is_trained_on():
+    """No number, date, time or price of the test or validation set, and no sentence, occurs in the training set."""
+    contents, sources = {}, {}
+    for part, count in (("train", 24_000), ("valid", 500), ("test", 1000)):
+        grammar = translate_train.Grammar(part, seed=part)
+        drawn = {}
+        while len(drawn) < count:
+            drawn.setdefault(*grammar.pair())
+        assert list(drawn.items()) == translate_train.numbers(part), part
+        contents[part], sources[part] = grammar.contents, set(drawn)
+        for name in ("number", "ordinal", "date", "clock", "time"):
+            assert any(content[0] == name for content in contents[part]), (part, name)
+    for a, b in (("train", "test"), ("train", "valid"), ("valid", "test")):
+        assert not contents[a] & contents[b] and not sources[a] & sources[b], (a, b)
+    # independent of the grammar's own books: no long number word of the test set is a word of the training set
+    words = {part: {word for de in sources[part] for word in re.findall(r"\w{25,}", de)} for part in sources}
+    assert len(words["test"]) > 100 and not words["test"] & words["train"], len(words["test"])
+    pairs = dict(translate_train.numbers("train"))
+    assert all(text == text.strip() and "  " not in text for pair in pairs.items() for text in pair)
+
+
+SAMPLES = ["", " ", "halb acht", "  zwei  Leerzeichen ", "Grüße: 5 €, 30 %!", "e\u0301 a\u0308\u0323", "\0\x01\x1c\x85",
+           "👩‍👩‍👧‍👦 🇩🇪", "日本語のテキスト", "\u2028\u2029\ufeff\ufffd", "<end><pad>", "tab\tand\r", "İıſß", "\U0010ffff"]
+
+
+def test_translate_byte_pairs_come_back():
+    """Any Unicode text survives encoding and decoding unchanged, and its ids never include a mark."""
+    chance = random.Random(0)
+    codec = translate_train.BytePairs(translate_train.learn_byte_pairs(
+        [side for pair in translate_train.numbers("valid") for side in pair] + SAMPLES * 3, 300))
+    again = translate_train.BytePairs.from_json(json.loads(json.dumps(codec.to_json())))
+    for i in range(400):
+        sizes = [0x80, 0x250, 0x3000, 0x110000]
+        text = SAMPLES[i] if i < len(SAMPLES) else "".join(
+            chr(chance.randrange(chance.choice(sizes))) for _ in range(20)).encode(errors="ignore").decode()
+        ids, = codec.encode([text])
+        assert codec.decode(ids) == text, repr(text)
+        assert not ids or max(ids) < codec.pad
+        assert again.encode([text]) == [ids], repr(text)
+
+
+def test_translate_byte_pairs_equal_recounting():
+    """The incremental trainer learns what counting all pairs again for every token does; tiktoken joins as it did."""
+    chance = random.Random(1)
+    for case in range(12):
+        lines = ["".join(chance.choice("aab c.") for _ in range(chance.randint(0, 40))) for _ in range(8)]
+        if case >= 8:
+            lines = [side for pair in translate_train.numbers("valid")[case * 20:case * 20 + 20] for side in pair]
+        tokens = translate_train.learn_byte_pairs(lines, 60)
+        words = [[bytes([byte]) for byte in word.encode()]
+                 for line in lines for word in re.findall(translate_train.WORD, " " + line)]
+        assert b"".join(b"".join(word) for word in words) == "".join(" " + line for line in lines).encode()
+        for k in range(60):
+            counts = {}
+            for word in words:
+                for a, b in zip(word, word[1:]):
+                    counts[a + b] = counts.get(a + b, 0) + 1
+            best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)
+            if best is None or counts[best] < 2:
+                assert len(tokens) == k
+                break
+            assert tokens[k] == best, (case, k, tokens[k], best)
+            for word in words:
+                i = 0
+                while i + 1 < len(word):
+                    if word[i] + word[i + 1] == best:
+                        word[i:i + 2] = [best]
+                    i += 1
+        codec = translate_train.BytePairs(tokens)
+        cut = [[codec.core.decode_single_token_bytes(i) for i in ids] for ids in codec.encode(lines)]
+        assert [token for line in cut for token in line] == [token for word in words for token in word], case
+
+
+def test_translate_batches():
+    """An epoch has every pair once, in batches no larger than asked, hardly padded; its seed repeats its order."""
+    pairs = translate_train.numbers("valid") + [("wort " * 300, "word")]
+    lines = [side for pair in pairs[:-1] for side in pair]
+    bpe = translate_train.BytePairs(translate_train.learn_byte_pairs(lines, 300))
+    batches = translate_train.Batches(pairs, bpe, 256)
+    assert batches.too_long == 1
+    real = held = 0
+    one, two = batches.epoch([1, 0]), batches.epoch([1, 1])
+    for indices in one:
+        source, x, y = batches.get(indices, "cpu")
+        assert max(source.numel(), x.numel()) <= 256 and x.shape == y.shape and torch.equal(x[:, 1:], y[:, :-1])
+        for i, row, begun, said in zip(indices, source, x, y):
+            assert bpe.decode(row[row != bpe.pad].tolist()) == pairs[i][0] and row[row != bpe.pad][-1] == bpe.end
+            assert bpe.decode(said[said != bpe.pad].tolist()) == pairs[i][1] and said[said != bpe.pad][-1] == bpe.end
+            assert begun[0] == bpe.begin
+        real += (source != bpe.pad).sum().item() + (y != bpe.pad).sum().item()
+        held += source.numel() + y.numel()
+    assert abs(batches.padding - (1 - real / held)) < 1e-12 and batches.padding < 0.15
+    for epoch in (one, two):
+        assert sorted(i for batch in epoch for i in batch) == list(range(500))
+    assert sorted(map(len, one)) == sorted(map(len, two)) == sorted(batches.sizes)
+    assert not all(np.array_equal(a, b) for a, b in zip(one, two))
+    assert all(np.array_equal(a, b) for a, b in zip(one, batches.epoch([1, 0]), strict=True))
+    assert max(translate_train.Batches(pairs, bpe, 256, 3).sizes) == 3
+
+
+def test_translate_bleu():
+    """BLEU equals sacrebleu 2.6.0 (nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp), whose figures stand here."""
+    plain = (["The cat sat on the mat.", 'He said: "It costs $3.50, not 4,000-odd!"',
+              "the twenty-first of March nineteen eighty-three", "A man, a plan & a canal (1904-1914)."],
+             ["The cat is sitting on the mat.", 'He said, "it costs $3.50, not 4,000-odd."',
+              "the twenty-first of March nineteen eighty-three", "A man, a plan and a canal: 1904-1914."])
+    short = (["half past seven", "It's 5 o'clock", " ", " no match here at all"],
+             ["half past eight", "It is five o'clock", "x", "something completely different was said"])
+    signs = (["&quot;Tom&amp;Jerry&quot; don't run.", "Zürich (pop. 400,000) is big...", "1,5 or 2.5?"],
+             ['"Tom & Jerry" do not run.', "Zürich (pop. 400.000) is large.", "1.5 or 2,5?"])
+    both = tuple(a + b for a, b in zip(plain, signs))
+    for (ours, right), score in ((plain, 54.8959), (short, 11.9791), (signs, 37.4783), (both, 49.1775),
+                                 ((["half past"], ["half past seven in the evening"]), 0.0)):
+        assert abs(translate_train.bleu(ours, right) - score) < 1e-4, (ours, score)
+    assert abs(translate_train.bleu(plain[1], plain[1]) - 100) < 1e-9
+
+
+def small_translator(n_vocab=9, seed=0, **changes):
+    """A Translator with large random weights, so that every token matters; the last ids are pad, begin, end."""
+    torch.manual_seed(seed)
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_ffn=32, norm="post", dropout=0.0, bias=True, gain=False) | changes
+    model = translate_train.Translator(n_vocab, n_vocab - 3, **sizes).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+def test_translate_model():
+    """The iwslt preset has fairseq's size; no token sees a later one; padding and gains of 1 change nothing."""
+    s = translate_train.PRESETS["iwslt"]
+    with torch.device("meta"):
+        model = translate_train.Translator((8848 + 6632) // 2, 0, s["n_layer"], s["n_head"], s["n_embd"], s["n_ffn"],
+                                           s["norm"], s["dropout"], True, False)
+    assert sum(p.numel() for p in model.parameters()) == 39_469_056     # as fairseq reports it, at its two vocabularies
+    for norm in ("pre", "post"):
+        model = small_translator(norm=norm)
+        source, target = torch.randint(6, (3, 7)), torch.randint(6, (3, 5))
+        with torch.no_grad():
+            logits = model(source, target)
+            changed = target.clone()
+            changed[:, 3] = (changed[:, 3] + 1) % 6
+            same = (model(source, changed) == logits).all(dim=2).all(dim=0)
+            assert same.tolist() == [True] * 3 + [False] * 2, (norm, same)
+            padded = F.pad(source, (0, 4), value=6)
+            assert torch.allclose(model(padded, F.pad(target, (0, 2), value=6))[:, :5], logits, atol=1e-5), norm
+            other = source.clone()
+            other[:, 6] = (other[:, 6] + 1) % 6
+            assert not (model(other, target) == logits).any(), "deaf for the end of the source"
+            twin = small_translator(norm=norm, gain=True)
+            twin.load_state_dict(model.state_dict(), strict=False)
+            for p in (p for name, p in twin.named_parameters() if name.endswith("gain")):
+                p.fill_(1.0)
+            assert torch.equal(twin(source, target), logits)
+            layer, h = twin.encoder[0].ffn.up, torch.randn(2, 16)
+            layer.gain.fill_(3.0)
+            assert torch.allclose(layer(h), 3 * (h @ layer.weight.T) + layer.bias, atol=1e-5)
+
+
+def test_translate_loss():
+    """The loss is the mean over the tokens that are no padding; smoothing gives every token its part."""
+    model = small_translator()
+    source, x, y = torch.randint(6, (2, 5)), torch.randint(6, (2, 4)), torch.tensor([[0, 1, 2, 8], [3, 8, 6, 6]])
+    with torch.no_grad():
+        logp = model(source, x).double().log_softmax(dim=-1)
+        rows = [logp[0, 0], logp[0, 1], logp[0, 2], logp[0, 3], logp[1, 0], logp[1, 1]]
+        for smoothing in (0.0, 0.1):
+            by_hand = -np.mean([(1 - smoothing) * row[token].item() + smoothing * row.mean().item()
+                                for row, token in zip(rows, (0, 1, 2, 8, 3, 8))])
+            assert abs(translate_train.loss_of(model, 6, source, x, y, smoothing).item() - by_hand) < 1e-5
+
+
+def slow_beam_search(model, source, begin, end, beam, penalty, longest):
+    """Beam search of one sentence (1, S), as its docstring says it: no cache, no batch, plain lists."""
+    live, finished, limit = [(0.0, [])], [], int(source.shape[1] * longest[0] + longest[1])
+    for t in range(1, limit + 1):
+        ways = []
+        for score, said in live:
+            logp = model(source, torch.tensor([[begin, *said]]))[0, -1].log_softmax(dim=0).tolist()
+            ways += [(score + logp[token], said, token) for token in range(len(logp)) if t < limit or token == end]
+        ways.sort(key=lambda way: -way[0])
+        finished += [(score / t**penalty, said) for score, said, token in ways[:beam] if token == end]
+        if len(finished) >= beam:
+            break
+        live = [(score, [*said, token]) for score, said, token in ways if token != end][:beam]
+    return max(finished)[1]
+
+
+@torch.no_grad()
+def test_translate_beam_search():
+    """Batched beam search with its cache equals a slow one; with a beam as large as the tree, exhaustive search."""
+    lengths, found = [7, 3, 5, 1], set()
+    for norm in ("pre", "post"):
+        for seed in range(3):
+            model = small_translator(norm=norm, seed=seed)
+            source = torch.full((4, 7), model.pad)
+            for row, length in zip(source, lengths):
+                row[:length] = torch.randint(6, (length,))
+            for beam, penalty in ((1, 1.0), (3, 0.0), (4, 1.0), (5, 0.6)):
+                ours = translate_train.beam_search(model, source, 7, 8, beam, penalty)
+                for i, length in enumerate(lengths):
+                    slow = slow_beam_search(model, source[i:i + 1, :length], 7, 8, beam, penalty, (1.2, 10))
+                    assert ours[i] == slow, (norm, seed, beam, penalty, ours[i], slow)
+                    found.add(len(slow))
+    assert len(found) > 3, "sentences of hardly any lengths: this says little"
+    for seed in range(4):
+        model = small_translator(n_vocab=4, seed=seed)
+        source = torch.zeros(1, 3, dtype=torch.long)
+        best = (-math.inf, None)
+        for length in range(4):                     # all sentences of up to 3 tokens, then `end`
+            for said in itertools.product((0, 1, 2), repeat=length):
+                logp = model(source, torch.tensor([[2, *said]]))[0].double().log_softmax(dim=1)
+                total = sum(logp[i, token].item() for i, token in enumerate([*said, 3]))
+                best = max(best, (total / (length + 1) ** 0.8, list(said)))
+        assert translate_train.beam_search(model, source, 2, 3, 4**4, 0.8, (0, 4)) == [best[1]], seed
+
+
+def test_translate_end_to_end():
+    """A run on one's own files leaves all that it promises, and its checkpoint alone translates text and lines."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        train = write_corpus(folder / "corpus", zipped=True)
+        flags = " ".join(TINY_TRANSLATE).replace("--steps 24", "--epochs 2").split()
+        out, _ = run_translation(folder, *flags, "--data", train, "--out_dir", "run", "--opt", "rotational_rf_rmsprop")
+        log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+        first, last, config = log[0], log[-1], json.loads((folder / "run/config.json").read_text())
+        hypotheses = (folder / "run/hypotheses.en").read_text().splitlines()
+        references = gzip.decompress((folder / "corpus/test.en.gz").read_bytes()).decode().splitlines()
+        assert last["final"] is True and last["bleu"] == translate_train.bleu(hypotheses, references)
+        assert len(hypotheses) == 15 and f"BLEU {last['bleu']:.2f}" in out.splitlines()[-1], out
+        assert out.count("\n  -> ") == 10, "not ten translations"
+        assert last["val_loss"] < first["val_loss"] - 0.3 and not any(record.get("final") for record in log[:-1])
+        assert "angle" in log[-2]["rotation"]["encoder.0.ffn.up.weight"]
+        pairs = [(de, en) for de, en in zip(*(gzip.decompress((folder / f"corpus/train.{language}.gz").read_bytes())
+                                              .decode().splitlines() for language in ("de", "en")))]
+        codec = translate_train.BytePairs.from_json(json.loads((folder / "run/bpe.json").read_text()))
+        batches = translate_train.Batches(pairs, codec, 200)
+        assert log[-1]["step"] == config["steps"] == 2 * len(batches.sizes) and codec.n_vocab == 300
+        tokens = sum(len(ids) + 1 for ids in codec.encode([en for _, en in pairs]))
+        assert config["hyper"]["batch_size"] == round(tokens / len(batches.sizes))      # the usual number, root-free
+        assert last["padding"] == round(batches.padding, 4)
+        shutil.rmtree(folder / "corpus")            # not needed any more
+        alone, _ = run_translation(folder, "--translate", "halb acht", "--out_dir", "run")
+        lines, _ = run_translation(folder, "--translate", "-", "--out_dir", "run", text="neun\n\nhalb acht\n")
+        assert lines.split("\n")[1:] == ["", *alone.split("\n")] and len(alone.split("\n")) == 2, (alone, lines)
+
+
+def test_translate_killed_and_resumed():
+    """Killed at random moments and resumed each time: weights, log and hypotheses as undisturbed, bit for bit."""
+    chance = random.Random(3)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        train = write_corpus(folder / "corpus")
+        flags = [*" ".join(TINY_TRANSLATE).replace("--steps 24", "--steps 120").split(), "--data", train]
+        run_translation(folder, *flags, "--opt", "rotational_adamw", "--out_dir", "calm")
+        process, kills = start_translation(folder, *flags, "--opt", "rotational_adamw", "--out_dir", "killed"), 0
+        checkpoint = folder / "killed/ckpt.pt"
+        while kills < 2:
+            before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+            while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
+                time.sleep(0.002)                   # until it has trained on, past the checkpoint that it started from
+            time.sleep(chance.uniform(0, 0.2))
+            process.kill()
+            assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
+            process.communicate()
+            kills += 1
+            process = start_translation(folder, "--resume", "--out_dir", "killed")
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert call_translation("--resume", "--out_dir", str(folder / "killed"))[0] == 0        # nothing left to do
+        left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True) for run in ("calm", "killed"))
+        for key in left["model"]:
+            assert torch.equal(left["model"][key], right["model"][key]), key
+        logs = [[{k: v for k, v in record.items() if k != "decode_seconds"} for record in read_log(folder / run)]
+                for run in ("calm", "killed")]
+        assert logs[0] == logs[1], "the logs differ"
+        assert left["bpe"] == right["bpe"]
+        assert (folder / "calm/hypotheses.en").read_bytes() == (folder / "killed/hypotheses.en").read_bytes()
+
+
+def test_translate_stops_on_signal():
+    """SIGINT lets the step end, saves, says how to go on, exits with 130."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        flags = " ".join(TINY_TRANSLATE).replace("--steps 24", "--steps 5000 --save_every 5000").split()
+        process = start_translation(folder, *flags, "--data", write_corpus(folder / "corpus"), "--out_dir", "run")
+        while not (folder / "run/log.jsonl").exists() or not (folder / "run/log.jsonl").read_text():
+            time.sleep(0.01)                        # the line of step 0: training begins
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and "Traceback" not in err, (process.returncode, err)
+        assert "--resume --out_dir run" in out.strip().splitlines()[-1], out
+        assert 0 <= torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] < 5000
+
+
+def test_translate_bad_input():
+    """Every bad flag, file or value: status 2 and one line that names the mend; a loss that is no number: status 3."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        train = write_corpus(folder / "corpus")
+        for name, de, en in [("unequal", b"a\nb\n", b"a\n"), ("hollow", b"a\n \nb\n", b"a\nb\nc\n"), ("none", b"", b""),
+                             ("latin1", "gut\nfünf\n".encode("latin-1"), b"good\nfive\n"), ("alone", b"a\n", None),
+                             ("lonely", b"a\n", b"a\n")]:
+            (folder / name).mkdir()
+            (folder / name / "train.de").write_bytes(de)
+            if en is not None:
+                (folder / name / "train.en").write_bytes(en)
+        (folder / "zip").mkdir()
+        for language in ("de", "en"):
+            (folder / f"zip/train.{language}.gz").write_bytes(gzip.compress(b"a line\n" * 999)[:-9])
+        (folder / "broken").mkdir()
+        (folder / "broken/ckpt.pt").write_bytes(b"not a checkpoint")
+        (folder / "file").write_text("")
+        (folder / "data/multi30k").mkdir(parents=True)
+        (folder / "data/multi30k/train.de.gz").write_bytes(b"something else")
+        common = [*TINY_TRANSLATE, "--data", train, "--data_dir", str(folder / "data")]
+        assert call_translation(*common, "--out_dir", str(folder / "run"))[0] == 0
+        run = ["--resume", "--out_dir", str(folder / "run")]
+        for arguments, words in [
+            (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
+            (["--warmup-updates", "1"], "did you mean --warmup?"),
+            (["--lr", "nan"], "out of range"),
+            (["--vocab", "200"], "out of range"),
+            (["--beam", "0"], "out of range"),
+            (["--label_smoothing", "2"], "out of range"),
+            (["--opt", "sgd", "--beta1", "0.9"], "takes no --beta1"),
+            (["--opt", "rotational_lion", "--weight_decay", "0"], "weight_decay > 0"),
+            (["--n_head", "3"], "not a multiple"),
+            (["--warmup", "24"], "make it smaller"),
+            (["--epochs", "2"], "--steps and --epochs"),
+            (["--max_tokens", "2"], "make it larger"),
+            (["--data", "number"], "did you mean numbers"),
+            (["--data", "multi30k"], "delete it"),
+            (["--data", str(folder / "unequal/train")], "has 2 lines"),
+            (["--data", str(folder / "hollow/train")], "line 2: empty"),
+            (["--data", str(folder / "none/train")], "is empty"),
+            (["--data", str(folder / "latin1/train")], "line 2: not UTF-8"),
+            (["--data", str(folder / "alone/train")], "train.en"),
+            (["--data", str(folder / "lonely/train")], "valid.de"),
+            (["--data", str(folder / "zip/train")], "cannot read"),
+            (["--test", str(folder / "corpus/tset")], "tset.de"),
+            (["--out_dir", str(folder / "file")], "--out_dir"),
+            (["--data_dir", str(folder / "file"), "--vocab", "301"], "--data_dir"),
+            (["--eval_only"], "--resume"),
+            (["--resume"], "--out_dir"),
+            (["--resume", "--out_dir", str(folder / "nowhere")], "no "),
+            (["--resume", "--out_dir", str(folder / "broken")], "not a whole checkpoint"),
+            (["--translate", "x", "--out_dir", str(folder / "nowhere")], "train one first"),
+            (["--translate", "\udcff", "--out_dir", str(folder / "run")], "UTF-8"),
+            ([*run, "--opt", "sgd"], "is not what"),
+            (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
+        ]:
+            flags = arguments if {"--resume", "--eval_only", "--translate"} & set(arguments) else [*common, *arguments]
+            if "--out_dir" not in flags:
+                flags = [*flags, "--out_dir", str(folder / "never")]
+            status, err = call_translation(*flags)
+            assert status == 2, f"{arguments}: status {status}, {err}"
+            assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
+            assert not (folder / "never").exists(), f"{arguments} left a folder behind"
+        (folder / "corpus/train.en").write_text("x\n" * 200)
+        status, err = call_translation(*run)
+        assert status == 2 and "not the text that this run began with" in err, err
+        wild = "--opt sgd --lr 1e25 --warmup 0 --grad_clip 0 --save_every 1".split()
+        write_corpus(folder / "corpus")
+        status, err = call_translation(*common, *wild, "--out_dir", str(folder / "wild"))
+        assert status == 3 and re.search(r"the loss is (nan|inf) at step \d+", err) and "Traceback" not in err, err
+
+
+def test_translate_iwslt14():
+    """IWSLT'14 is cleaned as the recipe says. (Tried on a made-up archive of the same layout.)"""
+    count, head = 60, "<url>http</url>\n<talkid>1</talkid>\n<keywords>k</keywords>\n<title>Der Titel</title>\n"
+    text = {language: head + "".join(f"Satz {i} {language} ({i}).\n" for i in range(count))
+            for language in ("de", "en")}
+    text["de"] += "eins zwei drei vier\n\n" + "wort " * 176 + "\n"
+    text["en"] += "one two\nempty\n" + "word " * 176 + "\n"
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        path = folder / "iwslt14-de-en.tgz"
+        with tarfile.open(path, "w:gz") as archive:
+            def add(name, data):
+                member = tarfile.TarInfo(f"de-en/{name}")
+                member.size = len(data.encode())
+                archive.addfile(member, io.BytesIO(data.encode()))
+            for language in ("de", "en"):
+                add(f"train.tags.de-en.{language}", text[language])
+                for i, name in enumerate("TED.dev2010 TEDX.dev2012 TED.tst2010 TED.tst2011 TED.tst2012".split()):
+                    add(f"IWSLT14.{name}.de-en.{language}.xml",
+                        f'<doc>\n<seg id="1"> Test {i} &amp; so’s {language} </seg>\n<seg id="2">Zwei</seg>\n</doc>\n')
+        address, checksum = translate_train.IWSLT14
+        translate_train.IWSLT14 = (address, translate_train.file_checksum(path, checksum))
+        try:
+            pairs = translate_train.load_corpus("iwslt14", folder, None)
+        finally:
+            translate_train.IWSLT14 = (address, checksum)
+    right = [("der titel", "der titel")] + [(f"satz {i} de ({i}).", f"satz {i} en ({i}).") for i in range(count)]
+    assert pairs["valid"] == [right[22], right[45]]
+    assert pairs["train"] == [pair for i, pair in enumerate(right) if i not in (22, 45)]
+    assert len(pairs["test"]) == 10 and pairs["test"][0] == ("test 0 & so's de", "test 0 & so's en")
 
 
 # ======================================================================================================================

@@ -11,16 +11,16 @@ data, byte pairs, BLEU, model, beam search, training.
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
 
 Each run writes config.json, log.jsonl (one JSON object a line), ckpt.pt, bpe.json (the vocabulary) and hypotheses.en
-(its translation of the test set) under --out_dir. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more,
-130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+(its translation of the test set) under --out_dir. Exit status: 0 done, 2 bad input, 3 the loss is not a number any
+more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
 
-The default data, `numbers`, comes out of a grammar in this file: German number words, ordinals, dates, clock times, prices
-and sentences about them, with their English translation. German turns numbers round (einundzwanzig: one-and-twenty),
-counts half hours up to the next hour (halb acht: half past seven) and puts verbs last. No number, date, time or price of
-the test set occurs anywhere in the training set.
+The default data, `numbers`, comes out of a grammar in this file: German number words, ordinals, dates, clock times,
+prices and sentences about them, with their English translation. German turns numbers round (einundzwanzig: one-and-
+twenty), counts half hours up to the next hour (halb acht: half past seven) and puts verbs last. No number, date, time
+or price of the test set occurs anywhere in the training set.
 
-References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU); Post
-2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
+References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
+Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
 """
 import argparse
 import ast
@@ -60,8 +60,8 @@ import optim
 # which nobody has tried at that size.
 PRESETS = {
     # the default: about a minute and a half on two cores
-    "cpu": dict(data="numbers", vocab=500, n_layer=2, n_head=4, n_embd=128, n_ffn=256, norm="pre", dropout=0.0,
-                max_tokens=1024, steps=1200, warmup=100, eval_every=300, compile=0),
+    "cpu": dict(data="numbers", vocab=1000, n_layer=2, n_head=4, n_embd=128, n_ffn=256, norm="post", dropout=0.0,
+                max_tokens=1024, steps=1000, warmup=100, eval_every=250, compile=0),
     # captions of images, for a CPU
     "multi30k": dict(data="multi30k", vocab=6000, n_layer=3, n_head=4, n_embd=256, n_ffn=512, norm="pre", dropout=0.2,
                      max_tokens=2048, steps=4000, warmup=400, eval_every=500, compile=0),
@@ -170,8 +170,8 @@ def parse_arguments():
     g.add_argument("--gains", choices=("auto", "0", "1"),
                    help="a learnable gain per output neuron of every Linear; auto: with rotational optimizers")
     g = p.add_argument_group("data and files")
-    g.add_argument("--data", metavar="NAME", help="numbers, multi30k, iwslt14, or PREFIX of PREFIX.de and PREFIX.en (or "
-                   ".de.gz, .en.gz) for training, beside which lie valid, val or dev and test, named the same way")
+    g.add_argument("--data", metavar="NAME", help="numbers, multi30k, iwslt14, or PREFIX of PREFIX.de and PREFIX.en (or"
+                   " .de.gz, .en.gz) for training, beside which lie valid, val or dev and test, named the same way")
     g.add_argument("--test", metavar="PREFIX", help="another test set: PREFIX.de and PREFIX.en (or .gz)")
     g.add_argument("--vocab", type=whole(260), help="tokens, both languages together: bytes, byte pairs, 3 marks")
     g.add_argument("--data_dir", help="where downloads and byte pairs are kept (default data)")
@@ -355,22 +355,20 @@ def german_year(y):
 def english_year(y):
     if 2000 <= y < 2010:
         return english(y)
-    rest = y % 100
-    return english(y // 100) + (" hundred" if rest == 0 else f" oh {english(rest)}" if rest < 10 else f" {english(rest)}")
+    century, rest = english(y // 100), y % 100
+    return f"{century} {english(rest) if rest > 9 else f'oh {english(rest)}' if rest else 'hundred'}"
 
 
 def german_clock(h, m):
-    """The time as one says it, h = 1 .. 12, m a multiple of 5. From 25 past on it is told by the next hour."""
+    """The time as one says it, h = 1 .. 12, m = 5, 10, .. 55. From 25 past on it is told by the next hour."""
     hour, following = german(h), german(h % 12 + 1)
-    return {0: "ein Uhr" if h == 1 else f"{hour} Uhr", 5: f"fünf nach {hour}", 10: f"zehn nach {hour}",
-            15: f"Viertel nach {hour}", 20: f"zwanzig nach {hour}", 25: f"fünf vor halb {following}",
-            30: f"halb {following}", 35: f"fünf nach halb {following}", 40: f"zwanzig vor {following}",
-            45: f"Viertel vor {following}", 50: f"zehn vor {following}", 55: f"fünf vor {following}"}[m]
+    return {5: f"fünf nach {hour}", 10: f"zehn nach {hour}", 15: f"Viertel nach {hour}", 20: f"zwanzig nach {hour}",
+            25: f"fünf vor halb {following}", 30: f"halb {following}", 35: f"fünf nach halb {following}",
+            40: f"zwanzig vor {following}", 45: f"Viertel vor {following}", 50: f"zehn vor {following}",
+            55: f"fünf vor {following}"}[m]
 
 
 def english_clock(h, m):
-    if m == 0:
-        return f"{english(h)} o'clock"
     words = {15: "a quarter", 30: "half"}.get(min(m, 60 - m)) or english(min(m, 60 - m))
     return f"{words} past {english(h)}" if m <= 30 else f"{words} to {english(h % 12 + 1)}"
 
@@ -414,8 +412,8 @@ PEOPLE = [((de + verbs_de).split("|"), (en + verbs_en).split("|")) for de, en, v
         ("die Ärztin", "the doctor"), ("mein Bruder", "my brother"), ("ihre Tochter", "her daughter")])]]
 VERBS = ("who", "have", "be", "must", "want", "know")
 
-# {time}, {date}, {year}, {price}, {count} and {nth} are drawn; so are {who} with its verbs, {things}, {city}, {day}. A 2
-# behind the name: a second one. German puts the verb last in a subordinate clause, its participle last in a main one,
+# {time}, {date}, {year}, {price}, {count} and {nth} are drawn; so are {who} with its verbs, {things}, {city}, {day}. A
+# 2 behind the name: a second one. German puts the verb last in a subordinate clause, its participle last in a main one,
 # and the subject behind the verb when something else comes first.
 SENTENCES = [
     ("der Zug nach {city} fährt um {time} ab.", "the train to {city} leaves at {time}."),
@@ -441,7 +439,7 @@ SENTENCES = [
 
 
 def part_of(content):
-    """train, valid or test, by a hash of the content: ("number", 21), ("date", 21, 3), ("time", 19, 30), ..."""
+    """train, valid or test, by a hash of the content: ("number", 1983), ("date", (21, "März")), ("clock", 7, 30), .."""
     return {0: "test", 1: "valid"}.get(hashlib.sha256(repr(content).encode()).digest()[0] % 16, "train")
 
 
@@ -460,7 +458,7 @@ class Grammar:
                 return values
 
     def any_size(self, digits):
-        """A whole number > 0 of 1 to `digits` digits, all lengths equally likely."""
+        """A whole number > 0 below 10, 100, .. or 10^digits, each of these being as likely."""
         return self.random.randrange(1, 10 ** self.random.randint(1, digits))
 
     def ein(self):
@@ -479,7 +477,7 @@ class Grammar:
         return self.sentence() if kind == "sentence" else self.slot(kind)
 
     def slot(self, name, one="ein"):
-        """-> (German, English) of a drawn number, time, date, price, ... `one`: a price's ein, or einen as an object."""
+        """-> (German, English) of a number, time, date, price, .. `one`: a price's ein, or einen if it is an object."""
         if name == "number":
             n, = self.draw("number", lambda: self.any_size(7))
             return german(n, ein=self.ein()), english(n)
@@ -488,7 +486,7 @@ class Grammar:
             return german_ordinal(n, "e", self.ein()), english_ordinal(n)
         if name == "time":
             if self.random.random() < 0.5:
-                clock = self.draw("clock", range(1, 13), range(0, 60, 5))
+                clock = self.draw("clock", range(1, 13), range(5, 60, 5))
                 return german_clock(*clock), english_clock(*clock)
             t = self.draw("time", range(24), range(60))
             return german_time(*t), english_time(*t)
@@ -496,11 +494,11 @@ class Grammar:
             (day, month), = self.draw("date", DAYS)
             return f"{german_ordinal(day, 'en')} {month}", f"the {english_ordinal(day)} of {MONTHS[month]}"
         if name == "year":
-            y, = self.draw("year", range(1100, 2100))
+            y, = self.draw("number", range(1100, 2100))
             return german_year(y), english_year(y)
         if name == "price":
-            price = self.draw("price", lambda: self.any_size(3), (0, *range(5, 100)))
-            return german_price(*price, one), english_price(*price)
+            (euros,), cents = self.draw("number", lambda: self.any_size(3)), self.random.choice((0, *range(5, 100)))
+            return german_price(euros, cents, one), english_price(euros, cents)
         if name == "count":                         # never one, nor a hundred and one: that would ask for a singular
             n, = self.draw("number", lambda: self.any_size(3))
             return self.slot(name) if n % 100 == 1 else (german(n, ein=self.ein()), english(n))
@@ -535,7 +533,7 @@ def numbers(part):
 
 MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 MULTI30K_FILES = {
-    "train.de.gz": "sha256:a2c89666db00c495cd8513b9d708d5a3acc205d7de312ef2bf5fb7ebc1540aee",
+    "train.de.gz": "sha256:726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
     "train.en.gz": "sha256:d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
     "val.de.gz": "sha256:f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
     "val.en.gz": "sha256:14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
@@ -581,14 +579,14 @@ def file_checksum(path, like):
 
 
 def read_lines(path):
-    """The lines of a UTF-8 text file, unpacked if it ends in .gz. Only \\n ends a line: str.splitlines would also cut at
-    rarer characters, and put the two languages out of step."""
+    """The lines of a UTF-8 text file, unpacked if it ends in .gz. Only \\n ends a line: str.splitlines would also cut
+    at rarer characters, and put the two languages out of step."""
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
             lines = file.read().decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         before = error.object[:error.start].count(b"\n")
-        fail(f"{path}, line {before + 1}: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
+        fail(f"{path}, line {before + 1}: not UTF-8 text. If it is in another encoding, convert it: iconv -t UTF-8")
     except (OSError, EOFError) as error:            # no permission; not a gzip file, or half of one
         fail(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
     if not lines[-1]:
@@ -624,7 +622,7 @@ def read_pairs(prefix):
 
 
 def beside(train, names):
-    """Where the validation or the test set of a corpus is: the first of these names in the folder of its training set."""
+    """Where the validation or test set of a corpus is: the first of these names in the folder of its training set."""
     for name in names:
         prefix = pathlib.Path(train).parent / name
         if find_file(prefix, "de"):
@@ -690,11 +688,11 @@ def load_corpus(name, data_dir, test):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Byte pairs: the vocabulary. Text -> UTF-8 bytes -> the most frequent pair of neighbours becomes a token, again and again
+# Byte pairs: the vocabulary. Text -> UTF-8 bytes; the most frequent pair of neighbours becomes a token, again and again
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Pairs are made inside of a word only, a word being letters and digits, or other signs, with the space before it; white
-# space that is left makes words of its own. Both Python's `re` and tiktoken understand this, and no character is missed.
+# space that is left makes words of its own. Python's `re` and tiktoken both understand this; no character is missed.
 WORD = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+"
 
 
@@ -703,8 +701,8 @@ def learn_byte_pairs(lines, count):
 
     Every word is a list of tokens, single bytes at first. Take the pair of neighbours that is most frequent in the text
     (the smaller bytes if two are), join it wherever it occurs, and go on. What makes it fast: a word is treated once,
-    however often it occurs; after a join only the counts of pairs in the words that hold it change (`where`); and a heap
-    gives the most frequent pair. Its entries go out of date, which is noticed when they come up.
+    however often it occurs; after a join only the counts of pairs in the words that hold it change (`where`); and a
+    heap gives the most frequent pair. Its entries go out of date, which is noticed when they come up.
 
     A pair is known by its bytes together: a + bc and ab + c are one pair, since they give the same token, and tiktoken,
     which knows nothing but bytes, will join both.
@@ -763,8 +761,8 @@ def join(word, token):
 class BytePairs:
     """Text <-> lists of token ids, by tiktoken with our own byte pairs. Any Unicode text comes back unchanged.
 
-    Ids: 256 single bytes, then `tokens` in the order learned, then the marks pad, begin, end. A line is given a space in
-    front, so that a word is the same token at the beginning of a line as within it; `decode` takes the space away.
+    Ids: 256 single bytes, then `tokens` in the order learned, then the marks pad, begin, end. A line is given a space
+    in front, so that a word is the same token at the beginning of a line as within it; `decode` takes the space away.
     """
 
     def __init__(self, tokens):
@@ -784,7 +782,8 @@ class BytePairs:
 
     def decode(self, ids):
         """-> one line; a sequence of bytes that is not UTF-8, which an untrained model may produce, shows as U+FFFD."""
-        return self.core.decode_bytes([i for i in ids if i < self.pad]).decode("utf-8", errors="replace").removeprefix(" ")
+        data = self.core.decode_bytes([i for i in ids if i < self.pad])
+        return data.decode("utf-8", errors="replace").removeprefix(" ")
 
     def save(self, path):
         write_atomically(path, json.dumps(self.to_json()).encode())
@@ -799,7 +798,8 @@ class BytePairs:
 
 
 def byte_pairs_of(pairs, vocab, data_dir, name):
-    """The byte pairs of a training set: learned once, then kept under --data_dir in a file named by what they are of."""
+    """The byte pairs of a training set: learned once, then kept under --data_dir in a file named by what they are of.
+    """
     lines = [line for pair in pairs for line in pair]
     key = hashlib.sha256("\n".join([str(vocab), WORD, *lines]).encode()).hexdigest()[:12]
     path = pathlib.Path(data_dir) / f"bpe-{name}-{vocab}-{key}.json"
@@ -825,7 +825,7 @@ class Batches:
     """Token ids of one part of the data, in batches of pairs sorted by length. In every epoch pairs of exactly the same
     lengths trade places and the batches come in another order, so there are as many batches, of the same sizes.
 
-    Args     pairs: of strings; max_tokens: of a batch, in each language, padding counted; batch_size: most pairs or None
+    Args     pairs: of strings; max_tokens: of a batch, in each language, padding counted; batch_size: most pairs, None
     Holds    source[i]: ids and end; target[i]: begin, ids and end; sizes: how many pairs are in each batch
              padding: share of what a batch holds that is only there to make it rectangular, both languages together
              too_long: pairs that are longer than a batch may be, which are left out (of training)
@@ -852,7 +852,7 @@ class Batches:
         if self.sizes:
             padded += self.sizes[-1] * longest.sum()
             self.padding = 1 - self.lengths.sum() / padded
-            self.tokens_per_batch = self.lengths[:, 1].sum() / len(self.sizes)      # of the target: the loss is their mean
+            self.tokens_per_batch = self.lengths[:, 1].sum() / len(self.sizes)      # the loss is the mean of so many
 
     def lengths_of(self, indices):
         """How many tokens the decoder has to say for each of these pairs."""
@@ -894,7 +894,7 @@ def rectangle(rows, pad, device):
 
 def tokenize_13a(line):
     """Words and signs of a line, cut as NIST's mteval-v13a.pl does it."""
-    line = line.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
+    line = line.rstrip().replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
     for entity, sign in (("&quot;", '"'), ("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         line = line.replace(entity, sign)
     line = re.sub(r"([\{-\~\[-\` -\&\(-\+\:-\@\/])", r" \1 ", f" {line} ")      # ASCII signs but ' , - .
@@ -910,7 +910,7 @@ def bleu(hypotheses, references):
         BP * exp( 1/4 sum over n = 1..4 of log p_n )        BP = min(1, exp(1 - reference words / hypothesis words))
 
     p_n: how many of all n-grams of the hypotheses are found in their own reference, each n-gram at most as often as it
-    occurs there. Counts of the whole corpus are summed before they are divided: this is not a mean over sentences. Where
+    occurs there. Counts of the whole corpus are summed before they are divided: this is not a mean over sentences. If
     no n-gram of a length is found, the first such p_n is taken as half an n-gram, the next as a quarter, and so on.
     """
     found, total, said, wanted = [0] * 4, [0] * 4, 0, 0
@@ -932,7 +932,7 @@ def bleu(hypotheses, references):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Model: Transformer. Shapes: B sentences of S source and T target tokens, C = n_embd, H heads, V tokens in the vocabulary
+# Model: Transformer. Shapes: B sentences, S source and T target tokens each, C = n_embd, H heads, V tokens in all
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1059,7 +1059,7 @@ class Translator(nn.Module):
         return self.dropout(table(x) * math.sqrt(C) + positions(start, count, C, x.device))
 
     def encode(self, source):
-        """(B, S) tokens -> what the decoder looks at: keys and values for each of its layers, and which are no padding."""
+        """(B, S) tokens -> what the decoder looks at: keys and values for each of its layers; which are no padding."""
         mask = (source != self.pad)[:, None, None]                                  # (B, 1, 1, S)
         h = self.embed(self.source, source, 0, source.shape[1])
         for layer in self.encoder:
@@ -1090,10 +1090,11 @@ def positions(start, count, width, device):
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
-def loss_of(model, source, x, y, smoothing=0.0):
+def loss_of(model, pad, source, x, y, smoothing=0.0):
     """Mean cross-entropy in nats per target token, padding left out; with smoothing, `smoothing` of the weight of each
     token goes to all tokens of the vocabulary in equal parts."""
-    return F.cross_entropy(model(source, x).flatten(0, 1), y.flatten(), ignore_index=model.pad, label_smoothing=smoothing)
+    logits = model(source, x)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=pad, label_smoothing=smoothing)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1102,17 +1103,17 @@ def loss_of(model, source, x, y, smoothing=0.0):
 
 
 @torch.no_grad()
-def beam_search(model, source, begin, end, beam, length_penalty):
-    """Translate a batch: source (B, S) tokens -> for each of the B the token ids of the best hypothesis found, no marks.
+def beam_search(model, source, begin, end, beam, length_penalty, longest=(1.2, 10)):
+    """Translate a batch: source (B, S) tokens -> for each of the B the ids of the best hypothesis found, without marks.
 
     Every sentence has K = beam hypotheses, all of t tokens. Of the V * K ways to go on, the 2 K best (by the sum of
     log-probabilities) are looked at: those of the first K that are `end` are finished, with score sum / length^penalty,
-    `end` counted; the K best of the others go on. A sentence is done when K of its hypotheses are finished, or when they
-    are 1.2 S + 10 tokens long, where all have to end. Beam 1 is greedy decoding.
+    `end` counted; the K best of the others go on. A sentence is done when K of its hypotheses are finished, or when
+    they are a S + b tokens long, (a, b) = longest, where all have to end. Beam 1 is greedy decoding.
     """
     B, K, device = len(source), beam, source.device
     memory, mask = model.encode(source)
-    limits = ((source != model.pad).sum(1) * 1.2 + 10).long()                       # (B,)
+    limits = ((source != model.pad).sum(1) * longest[0] + longest[1]).long()        # (B,)
     pasts = [[] for _ in memory]                    # keys and values of every layer, (B K, H, t, C / H)
     last = torch.full((B, K), begin, device=device)
     scores = torch.full((B, K), -math.inf, device=device)
@@ -1240,10 +1241,10 @@ def only_translate(args):
     s, device = ckpt["config"], pick_device(args.device or "auto")
     try:
         text = sys.stdin.buffer.read().decode("utf-8") if args.translate == "-" else args.translate
-        lines = text.removesuffix("\n").split("\n")
-        bpe.encode(lines)
-    except UnicodeError:                            # also of an argument that was not UTF-8: a lone surrogate
+        text.encode("utf-8")
+    except UnicodeError:                            # an argument that was not UTF-8 holds lone surrogates
         fail("--translate: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
+    lines = text.removesuffix("\n").split("\n")
     model = make_model(s, bpe).to(device)
     model.load_state_dict(ckpt["model"])
     full = [line for line in lines if line.strip()]
@@ -1336,9 +1337,9 @@ def main():
 
     print(f"{s['opt']} ({', '.join(f'{k} {v}' for k, v in s['hyper'].items())}) on {s['data']}: "
           f"{' + '.join(f'{len(p):,}' for p in pairs.values())} pairs, {len(train.sizes)} batches of "
-          f"{train.tokens_per_batch:,.0f} English tokens, {100 * train.padding:.1f} % padding, vocabulary {bpe.n_vocab}; "
-          f"Transformer with {sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s['gains'] else ''}; "
-          f"{device}, {dtype}{', compiled' if s['compile'] else ''}; -> {out_dir}")
+          f"{train.tokens_per_batch:,.0f} English tokens, {100 * train.padding:.1f} % padding, vocabulary "
+          f"{bpe.n_vocab}; Transformer with {sum(p.numel() for p in model.parameters()):,} parameters"
+          f"{', gains' if s['gains'] else ''}; {device}, {dtype}{', compiled' if s['compile'] else ''}; -> {out_dir}")
     for name, batches in (("training", train), ("validation", valid)):
         if batches.too_long:
             print(f"{batches.too_long} {name} pairs are longer than --max_tokens {s['max_tokens']} and left out")
@@ -1353,7 +1354,7 @@ def main():
         for indices in valid.epoch(None):
             source, x, y = valid.get(indices, device)
             with autocast:
-                loss = loss_of(model, source, x, y)
+                loss = loss_of(model, bpe.pad, source, x, y)
             tokens = int(valid.lengths_of(indices).sum())
             total, count = total + loss.double() * tokens, count + tokens
         model.train()
@@ -1371,7 +1372,7 @@ def main():
             epochs[epoch] = train.epoch([s["seed"], epoch])
         source, x, y = train.get(epochs[epoch][i], device)
         with autocast:
-            loss = loss_of(network, source, x, y, s["label_smoothing"])
+            loss = loss_of(network, bpe.pad, source, x, y, s["label_smoothing"])
         loss.backward()
         return loss.detach()
 
@@ -1397,7 +1398,7 @@ def main():
         for i in chosen:
             de, en = pairs["test"][i]
             print(f"  {de}\n  -> {hypotheses[i]}" + ("" if hypotheses[i] == en else f"\n     (reference: {en})"))
-        print(f"BLEU {score:.2f} on the {len(hypotheses)} test pairs (beam {s['beam']}, {len(hypotheses) / decoding:.0f} "
+        print(f"BLEU {score:.2f} on {len(hypotheses)} test pairs (beam {s['beam']}, {len(hypotheses) / decoding:.0f} "
               f"sentences/s), val_loss {val_loss:.4f} after {done} steps of {s['opt']} in {seconds:.0f} s, "
               f"{100 * train.padding:.1f} % padding: {out_dir}")
 
@@ -1487,7 +1488,7 @@ def main():
                             refresh=False)
 
     bar = tqdm(total=s["steps"], initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
-    if start == 0:
+    if not ckpt:
         log(step=0, val_loss=evaluate(), lr=0.0, seconds=0.0, tokens=0, padding=round(train.padding, 4))
         save()                                      # from here on, whatever happens can be resumed
     val_loss = None
