@@ -1030,7 +1030,9 @@ class DecoderLayer(nn.Module):
 
 
 class Translator(nn.Module):
-    def __init__(self, n_vocab, pad, n_layer, n_head, n_embd, n_ffn, norm, dropout, bias, gain):
+    """The Transformer of 2017. modular=True: the same network, started as the modular geometry wants it."""
+
+    def __init__(self, n_vocab, pad, n_layer, n_head, n_embd, n_ffn, norm, dropout, bias, gain, modular=False):
         super().__init__()
         self.pad, sizes = pad, (n_head, n_embd, n_ffn, norm, dropout, bias, gain)
         self.source = nn.Embedding(n_vocab, n_embd)
@@ -1052,16 +1054,47 @@ class Translator(nn.Module):
                     nn.init.zeros_(module.bias)
         for embedding in (self.source, self.target):
             nn.init.normal_(embedding.weight, std=n_embd**-0.5)
+        self.source_scale = self.target_scale = math.sqrt(n_embd)
+        if modular:                                 # there, rows of an embedding have norm sqrt(C) themselves
+            self.source_scale = 1.0
+            optim.initialise(self.modular_tree())
 
-    def embed(self, table, x, start, count):
-        """Tokens x at the positions start, .., start + count - 1 (count = 1: all at the same) -> (*x.shape, C)."""
-        C = table.embedding_dim
-        return self.dropout(table(x) * math.sqrt(C) + positions(start, count, C, x.device))
+    def modular_tree(self):
+        """The modular tree (see optim.py) of a network that was not made for it. What is lost: every decoder layer
+        reads the encoder's output, but here it comes in once, beside the target's embedding; a sum x + f(x) is written
+        as if it were an average, which only the norms around it make harmless, and their gains are outside of the
+        tree; attention is sharper than its bond says; and the tied weight is the head's, its other use a bond. So
+        updates are balanced between layers, but no bound holds, and the best lr may move with width and depth."""
+        def each(stack, path):
+            return optim.weight(*(layer.get_submodule(path) for layer in stack))
+
+        def attention(stack, name):                 # the paper's three factors 1/3 are in the bond
+            inputs = tuple(each(stack, f"{name}.{part}") for part in "qkv")
+            return each(stack, f"{name}.out") @ optim.bond("attention", 1 / 3) @ inputs
+
+        def ffn(stack):
+            return each(stack, "ffn.down") @ optim.bond("relu", 0.5**0.5) @ each(stack, "ffn.up")
+
+        def layers(stack, *parts):                  # all of them together of mass 5, as in the paper's GPT
+            s, one = 1 / (len(parts) * len(stack)), optim.bond("x")
+            for f in parts:
+                one = ((1 - s) * optim.bond("x") + s * (f @ optim.bond("layernorm"))) @ one
+            return (one ** len(stack)).tare(5)
+
+        encoder = layers(self.encoder, attention(self.encoder, "attention"), ffn(self.encoder))
+        decoder = layers(self.decoder, attention(self.decoder, "attention"), attention(self.decoder, "cross"),
+                         ffn(self.decoder))
+        read = (optim.bond("tied embedding"), encoder @ optim.weight(self.source))
+        return optim.weight(self.head) @ optim.bond("layernorm") @ decoder @ read
+
+    def embed(self, h, start, count):
+        """Embedded tokens h (.., C), at the positions start, .., start + count - 1 (count = 1: all at the same one)."""
+        return self.dropout(h + positions(start, count, h.shape[-1], h.device))
 
     def encode(self, source):
         """(B, S) tokens -> what the decoder looks at: keys and values for each of its layers; which are no padding."""
         mask = (source != self.pad)[:, None, None]                                  # (B, 1, 1, S)
-        h = self.embed(self.source, source, 0, source.shape[1])
+        h = self.embed(self.source(source) * self.source_scale, 0, source.shape[1])
         for layer in self.encoder:
             h = layer(h, mask)
         h = self.encoder_norm(h)
@@ -1070,14 +1103,14 @@ class Translator(nn.Module):
     def forward(self, source, target):
         """(B, S) and (B, T) tokens -> logits (B, T, V) of the token after each of the target."""
         memory, mask = self.encode(source)
-        h = self.embed(self.target, target, 0, target.shape[1])
+        h = self.embed(self.target(target) * self.target_scale, 0, target.shape[1])
         for layer, keys_values in zip(self.decoder, memory):
             h = layer(h, keys_values, mask)
         return self.head(self.decoder_norm(h))
 
     def step(self, last, t, memory, mask, pasts):
         """One token further: the t-th tokens (B, K) of K hypotheses a sentence -> logits (B, K, V) of the next ones."""
-        h = self.embed(self.target, last, t, 1)
+        h = self.embed(self.target(last) * self.target_scale, t, 1)
         for layer, keys_values, past in zip(self.decoder, memory, pasts):
             h = layer(h, keys_values, mask, past)
         return self.head(self.decoder_norm(h))
@@ -1218,7 +1251,7 @@ def load_checkpoint(out_dir, why):
 
 def make_model(s, bpe):
     return Translator(bpe.n_vocab, bpe.pad, s["n_layer"], s["n_head"], s["n_embd"], s["n_ffn"], s["norm"], s["dropout"],
-                      bool(s["bias"]), bool(s["gains"]))
+                      bool(s["bias"]), bool(s["gains"]), modular=s["opt"].startswith("modular_"))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
