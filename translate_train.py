@@ -83,6 +83,14 @@ TUNED = {
     "rf_adamw": dict(lr=1e-2, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.1),
     "shampoo": dict(lr=3e-4, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10),
     "if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
+    "modular_sgd": dict(lr=0.5, momentum=0.9, weight_decay=0.0),
+    "modular_adam": dict(lr=0.35, betas=(0.9, 0.99), weight_decay=0.0),
+    "modular_lion": dict(lr=0.5, betas=(0.9, 0.99), weight_decay=0.0),
+    "modular_rmsprop": dict(lr=0.5, alpha=0.99, momentum=0.9, weight_decay=0.0),
+    "modular_rf_rmsprop": dict(lr=0.5, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
+    "modular_rf_adamw": dict(lr=0.5, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.0),
+    "modular_shampoo": dict(lr=0.5, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, update_every=10),
+    "modular_if_shampoo": dict(lr=0.5, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
     "rotational_sgd": dict(lr=1.0, momentum=0.9, weight_decay=1.2e-4),
     "rotational_adam": dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.14),
     "rotational_adamw": dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.14),
@@ -244,7 +252,7 @@ def default_out_dir(opt, data):
 
 def override(s, hyper, kind):
     """Merge --lr ... --opt_kwargs into the tuned hyperparameters; what the optimizer does not know is an error."""
-    takes, hyper = [key for key in kind.takes() if key not in ("compile", "rotational")], dict(hyper)
+    takes, hyper = [key for key in kind.takes() if key not in {"compile"} | optim.PER_GROUP], dict(hyper)
 
     def check(key, flag):
         if key not in takes:
@@ -1251,7 +1259,7 @@ def load_checkpoint(out_dir, why):
 
 def make_model(s, bpe):
     return Translator(bpe.n_vocab, bpe.pad, s["n_layer"], s["n_head"], s["n_embd"], s["n_ffn"], s["norm"], s["dropout"],
-                      bool(s["bias"]), bool(s["gains"]), modular=s["opt"].startswith("modular_"))
+                      bool(s["bias"]), bool(s["gains"]), modular=optim.find(s["opt"]).geometry is optim.MODULAR)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
