@@ -2686,6 +2686,27 @@ def test_translate_model():
             assert torch.allclose(layer(h), 3 * (h @ layer.weight.T) + layer.bias, atol=1e-5)
 
 
+def test_translate_modular_tree():
+    """The modular tree has every matrix once: masses 5, 5, 1, 1 for encoder, decoder, embedding, head, shares by hand."""
+    for norm in ("pre", "post"):
+        model = small_translator(norm=norm, modular=True)
+        tree, shares = model.modular_tree(), {}
+        for group in optim.build("modular_adam", model).param_groups:
+            shares |= {name: group["share"] for name, p in zip(group["param_names"], group["params"]) if p.dim() > 1}
+        assert shares.keys() == {name for name, p in model.named_parameters() if p.dim() > 1}
+        assert abs(tree.mass - 12) < 1e-9 and abs(shares["target.weight"] - 1 / 12) < 1e-9      # the tied head
+        # a decoder layer is 3 parts that keep 5/6 and add 1/6: of sensitivity 1, 1 and, as relu's is, 1/sqrt(2)
+        layer = 5 / 6 + 1 / 6 * 0.5**0.5
+        masses = 5 / 2 / (4 + 4 + 2)                # 5 for two layers, of 10 matrices each
+        for i, after in ((0, layer), (1, 1.0)):
+            down = masses / 12 / (1 / 6) / after
+            assert abs(shares[f"decoder.{i}.ffn.down.weight"] - down) < 1e-9
+            assert abs(shares[f"decoder.{i}.ffn.up.weight"] - down * 2**0.5) < 1e-9
+            assert abs(shares[f"decoder.{i}.cross.out.weight"] - down / layer) < 1e-9
+            assert abs(shares[f"decoder.{i}.cross.v.weight"] - 3 * down / layer) < 1e-9
+        assert abs(shares["source.weight"] - 1 / 12 / layer**2 / (3 / 4 + 1 / 4 * 0.5**0.5) ** 2) < 1e-9
+
+
 def test_translate_loss():
     """The loss is the mean over the tokens that are no padding; smoothing gives every token its part."""
     model = small_translator()
