@@ -12,11 +12,11 @@ Train an image classifier with any optimizer of optim.py. One file, top to botto
 Each run writes config.json, log.jsonl (one JSON object a line) and ckpt.pt under --out_dir. Exit status: 0 done, 2 bad
 input, 3 the loss is not a number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
 
-All images stay on the device as bytes; crops and flips are made there, a batch at a time, with no worker processes. A
-weight before a normalisation needs no norm of its own choosing; the others (every Linear) get a learnable gain per output
-neuron under rotational optimizers, since there weights keep their norm (--gains). References: Kosson et al. 2024
-(Rotational Equilibrium), Large et al. 2024 (Modular Norm), Lin et al. 2024 (root-free methods) for the presets; each
-model names its own.
+All images stay on the device as bytes; crops and flips are made there, a batch at a time, with no worker processes.
+Rotational optimizers keep the norm of every neuron. Where a normalisation follows, that norm means nothing; elsewhere,
+in every Linear, a learnable gain per output neuron takes over (--gains). References: Kosson et al. 2024 (Rotational
+Equilibrium), Large et al. 2024 (Modular Norm) and Lin et al. 2024 (root-free methods) for the presets; each model names
+its own.
 """
 import argparse
 import ast
@@ -393,12 +393,14 @@ def load_data(name, data_dir):
             archive, sha256, folder, n_classes, label_bytes, train, test = CIFAR[name]
             path = download(TORONTO + archive, sha256, data_dir / archive)
             with tarfile.open(path) as tar:
-                parts = [b"".join(tar.extractfile(f"{folder}/{file}").read() for file in part) for part in (train, test)]
+                parts = [b"".join(tar.extractfile(f"{folder}/{file}").read() for file in part)
+                         for part in (train, test)]
             arrays = [array for blob in parts for array in parse_records(blob, label_bytes, n_classes, path)]
         else:
             arrays, n_classes = read_folder(name)
     except OSError as error:
-        fail(f"cannot read or write {error.filename or data_dir}: {error.strerror}. Choose another place with --data_dir")
+        fail(f"cannot read or write {error.filename or data_dir}: {error.strerror}. "
+             "Choose another place with --data or --data_dir")
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(np.ascontiguousarray(array))
@@ -426,7 +428,8 @@ def read_folder(name):
 
 
 def parse_records(blob, label_bytes, n_classes, source):
-    """CIFAR's records, each label bytes (the last one counts), then the planes of red, green and blue -> images, labels."""
+    """CIFAR's records -> images, labels. A record: label bytes, of which the last one counts, then the planes of red,
+    green and blue."""
     length = label_bytes + 3 * SIZE * SIZE
     if not blob or len(blob) % length:
         fail(f"{source} is damaged: {len(blob)} bytes are not a whole number of records of {length} bytes")
@@ -498,8 +501,8 @@ def inside(shape, u, v):
 
 
 def draw_shapes(count, rng):
-    """`count` pictures of the ten SHAPES in turn -> images, labels. Place, size, angle, stretch, colours, textures, noise
-    and what lies before and behind are random: neither a pixel nor a colour tells the class, only the outline does."""
+    """`count` pictures of the ten SHAPES in turn -> images, labels. Place, size, angle, stretch, colours, texture,
+    noise and clutter are random: no pixel and no colour tells the class, only the outline does."""
     def uniform(low, high, *shape):
         return rng.uniform(low, high, (count, *shape)).astype(np.float32)
 
@@ -537,19 +540,19 @@ def draw_shapes(count, rng):
 
 
 def load_shapes(data_dir, n_train=20_000, n_test=4_000):
-    """The drawn data set: train, train_labels, test, test_labels. Drawn once, in seconds, and kept in a file named by the
-    code that draws it: change the code, and the pictures are drawn again."""
+    """The drawn data set: train, train_labels, test, test_labels. Drawn once, in seconds, and kept in a file named by
+    the code that draws it: change the code, and the pictures are drawn again."""
     recipe = f"{n_train} {n_test} {SHAPES} {inspect.getsource(inside)} {inspect.getsource(draw_shapes)}"
     path = data_dir / f"shapes-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}.npz"
     keys = ("train", "train_labels", "test", "test_labels")
     if not path.exists():
+        data_dir.mkdir(parents=True, exist_ok=True)
         rng, chunk = np.random.default_rng(0), 1000
-        parts = [draw_shapes(chunk, rng) for _ in range((n_train + n_test) // chunk)]
+        parts = [draw_shapes(chunk, rng) for _ in tqdm(range((n_train + n_test) // chunk), desc="drawing", delay=2)]
         images, labels = (np.concatenate(part) for part in zip(*parts))
         arrays = images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
         buffer = io.BytesIO()
         np.savez(buffer, **dict(zip(keys, arrays)))
-        data_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(path, buffer.getbuffer())
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -577,8 +580,8 @@ def show(images, path):
 
 
 class Batches:
-    """Training batches, made on the device. Which images, and how they are cropped and mirrored, depends on (seed, step)
-    alone: a resumed run needs no random state, and the CPU and the GPU see the same images."""
+    """Training batches, made on the device. Which images, and how they are cropped and mirrored, depends on (seed,
+    step) alone: a resumed run needs no random state, and the CPU and the GPU see the same images."""
 
     def __init__(self, images, labels, mean, std, s, device):
         self.pad, self.s, self.device, self.mean, self.std = s["crop"], s, device, mean, std
@@ -614,7 +617,7 @@ class Batches:
         if self.s["cutout"]:
             half = self.s["cutout"] / 2
             hit_y, hit_x = ((m - half <= self.across) & (self.across < m + half) for m in (middle_y, middle_x))
-            x = x.masked_fill((hit_y[:, :, None] & hit_x[:, None, :])[:, None], 0)
+            x.masked_fill_((hit_y[:, :, None] & hit_x[:, None, :])[:, None], 0)     # in place: x keeps its layout
         return x, self.labels[index[:, 0]]
 
 
@@ -688,7 +691,7 @@ def he_initialise(model):
 
 
 class ResidualBlock(nn.Module):
-    """x -> relu(shortcut(x) + f(x)), f two 3x3 convolutions, or (bottleneck) 1x1, 3x3, 1x1 with 4 times the channels."""
+    """relu(shortcut(x) + f(x)), f two 3x3 convolutions; or (bottleneck) 1x1, 3x3, and 1x1 to 4 times the channels."""
 
     def __init__(self, n_in, channels, stride, bottleneck, parts):
         super().__init__()
@@ -799,8 +802,9 @@ class ViTBlock(nn.Module):
     def __init__(self, width, parts):
         super().__init__()
         self.heads = max(1, width // 64)
-        self.norm1, self.qkv, self.out = nn.LayerNorm(width), parts.linear(width, 3 * width), parts.linear(width, width)
-        self.norm2, self.up, self.down = nn.LayerNorm(width), parts.linear(width, 4 * width), parts.linear(4 * width, width)
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = parts.linear(width, 3 * width), parts.linear(width, width)
+        self.up, self.down = parts.linear(width, 4 * width), parts.linear(4 * width, width)
 
     def forward(self, x):                                                           # (B, T, C)
         B, T, C = x.shape
@@ -817,8 +821,8 @@ class ViT(nn.Module):
     def __init__(self, n_classes, width, depth, parts):
         super().__init__()
         if width >= 64 and width % (width // 64):
-            fail(f"--width {width}: vit has a head for every 64 channels, and {width} cannot be shared by {width // 64}: "
-                 "use a multiple of 64")
+            fail(f"--width {width}: vit has a head for every 64 channels, and {width} cannot be shared by "
+                 f"{width // 64}: use a multiple of 64")
         self.patches, self.positions = nn.Conv2d(3, width, 4, 4), nn.Embedding(1 + (SIZE // 4) ** 2, width)
         self.blocks = nn.ModuleList(ViTBlock(width, parts) for _ in range(depth))
         self.norm, self.head = nn.LayerNorm(width), parts.linear(width, n_classes)
@@ -878,7 +882,8 @@ class WellNormed(nn.Module):
 
     def modular_tree(self):
         def layer(*copies):                         # the i-th one belongs to the i-th block
-            return chain(optim.bond("rms divide"), optim.weight(*copies), optim.bond("abs"), optim.bond("mean subtract"))
+            return chain(optim.bond("rms divide"), optim.weight(*copies), optim.bond("abs"),
+                         optim.bond("mean subtract"))
         L = len(self.blocks)
         f = chain(*(layer(*copies) for copies in zip(*self.blocks)))
         block = (1 - 1 / L) * optim.bond("identity") + 1 / L * f if L > 1 else f
@@ -940,7 +945,8 @@ def well_normed_initialise(model):
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """A name for --model: its class, its usual width and depth (None: fixed), and whether --norm means anything to it."""
+    """What a name of --model stands for: a class, its usual width and depth (None: fixed), and whether it is made of
+    convolutions with a normalisation, so that --norm and --weight_standardization mean something to it."""
     build: Callable
     width: int
     depth: int | None = None
@@ -1003,8 +1009,8 @@ def lock(folder):
 
 
 CHECKPOINT = {"config", "model", "optimizer", "step", "seconds", "loss_sum", "right_sum", "count", "fingerprint"}
-CONFIG = {"hyper", "data", "model", "width", "depth", "batch_size", "steps", "warmup", "eval_every", "save_every", "compile",
-          *DEFAULTS}
+CONFIG = {"hyper", "data", "model", "width", "depth", "batch_size", "steps", "warmup", "eval_every", "save_every",
+          "compile", *DEFAULTS}
 
 
 def load_checkpoint(out_dir, device):
@@ -1121,8 +1127,8 @@ def main():
 
     print(f"{s['opt']} ({', '.join(f'{k} {v}' for k, v in s['hyper'].items())}) on {s['data']}: {n_train:,} + "
           f"{len(test):,} images, {images.n_classes} classes; {s['model']} with "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s['gains'] else ''}; {device}, {dtype}"
-          f"{', compiled' if s['compile'] else ''}; {s['steps']} steps -> {out_dir}")
+          f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s['gains'] else ''}; {device}, "
+          f"{dtype}{', compiled' if s['compile'] else ''}; {s['steps']} steps -> {out_dir}")
     if s["show_table"]:
         return print(optim.table(optimizer))
 
@@ -1291,8 +1297,8 @@ def main():
 
 
 def bench(batches, network, autocast, forward_backward, train_step, optimizer, s):
-    """Time three kinds of step in turn, and print their medians: forward and backward on a fixed batch and nothing else;
-    the same with data, accuracy and log; a whole step, with the optimizer."""
+    """Time three kinds of step in turn, and print their medians: forward and backward on a fixed batch and nothing
+    else; the same with data, accuracy and log; a whole step, with the optimizer."""
     x, y = batches(0)
     outcomes = []
 
