@@ -138,6 +138,14 @@ TUNED = {
     "rotational_shampoo": dict(lr=1e-3, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.5, graft="adam",
                                update_every=10),
     "rotational_if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.25),
+    "modular_sgd": dict(lr=0.5, momentum=0.9, weight_decay=0.0),
+    "modular_adam": dict(lr=0.5, betas=(0.9, 0.99), weight_decay=0.0),
+    "modular_lion": dict(lr=0.5, betas=(0.9, 0.99), weight_decay=0.0),
+    "modular_rmsprop": dict(lr=0.05, alpha=0.99, momentum=0.9, weight_decay=0.0),
+    "modular_rf_rmsprop": dict(lr=0.5, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
+    "modular_rf_adamw": dict(lr=0.5, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.0),
+    "modular_shampoo": dict(lr=0.5, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, update_every=10),
+    "modular_if_shampoo": dict(lr=0.5, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
 }
 
 
@@ -516,7 +524,7 @@ def draw_shapes(count, rng):
     labels = np.arange(count) % len(SHAPES)
     y, x = np.meshgrid(*[((np.arange(SIZE, dtype=np.float32) + 0.5) / SIZE * 2 - 1)] * 2, indexing="ij")
     ground, figure = uniform(30, 225, 1, 1, 3), uniform(0, 1, 1, 1, 3)
-    figure = ground + np.where(ground < 128, 1, -1) * (60 + 90 * figure)            # stands out, in a colour of its own
+    figure = ground + np.where(ground < 128, 1, -1) * (80 + 80 * figure)            # stands out, in a colour of its own
     image = ground + waves() * uniform(-60, 60, 1, 1, 3)
 
     def blot():                                     # a small disc of any colour, anywhere
@@ -524,8 +532,8 @@ def draw_shapes(count, rng):
         paint(image, (uniform(0.08, 0.25, 1, 1) - far) * SIZE / 2, uniform(0, 255, 1, 1, 3))
 
     blot(), blot()
-    radius, angle, stretch = uniform(0.5, 0.85, 1, 1), uniform(-0.6, 0.6, 1, 1), np.exp(uniform(-0.15, 0.15, 1, 1))
-    dx, dy = (x - uniform(-0.25, 0.25, 1, 1)) / radius, (y - uniform(-0.25, 0.25, 1, 1)) / radius
+    radius, angle, stretch = uniform(0.6, 0.9, 1, 1), uniform(-0.6, 0.6, 1, 1), np.exp(uniform(-0.15, 0.15, 1, 1))
+    dx, dy = (x - uniform(-0.2, 0.2, 1, 1)) / radius, (y - uniform(-0.2, 0.2, 1, 1)) / radius
     u = (np.cos(angle) * dx + np.sin(angle) * dy) * stretch
     v = (np.cos(angle) * dy - np.sin(angle) * dx) / stretch
     depth = np.empty_like(u)
@@ -535,7 +543,7 @@ def draw_shapes(count, rng):
     slope = uniform(0, np.pi, 1, 1)                 # a line right across
     line = np.abs(np.cos(slope) * x + np.sin(slope) * y - uniform(-0.8, 0.8, 1, 1))
     paint(image, (uniform(0.03, 0.08, 1, 1) - line) * SIZE / 2, uniform(0, 255, 1, 1, 3))
-    image += uniform(2, 15, 1, 1, 1) * rng.standard_normal(image.shape, dtype=np.float32)
+    image += uniform(2, 12, 1, 1, 1) * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(image, 0, 255).astype(np.uint8), labels
 
 
@@ -628,8 +636,8 @@ def normalise(pixels, mean, std):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Models. Shapes: B images, C channels, H x W pixels, T tokens. Every model has a modular_tree(), its expression in the
-# algebra of optim.py: @ composes (right first), + adds, bonds are what has no weights
+# Models. Shapes: B images, C channels, H x W pixels, T tokens. A modular_tree() is the model as an expression of its
+# weights, for the modular optimizers: see "The modular tree" in optim.py
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -767,13 +775,15 @@ class VGG(nn.Module):
 
     def modular_tree(self):
         convs = [module for module in self.features if isinstance(module, nn.Conv2d)]
-        stem, *others = (optim.bond("norm, relu", 0.5**0.5) @ optim.weight(conv) for conv in convs)
+        # relu makes things smaller by sqrt(2), and the next normalisation makes up for it: sensitivity 1 in all
+        stem, *others = (optim.bond("norm, relu") @ optim.weight(conv) for conv in convs)
         return chain(stem, chain(*others).tare(20), optim.weight(self.head))
 
 
 class ConvMixer(nn.Module):
     """Trockman, Kolter 2022: 2x2 patches, then blocks of a depthwise 5x5 convolution around which x is added, and a
-    pointwise one; GELU and a normalisation after each."""
+    pointwise one; GELU and a normalisation after each. Not for modular optimizers: a depthwise convolution has no known
+    modular norm."""
 
     def __init__(self, n_classes, width, depth, parts):
         super().__init__()
@@ -789,13 +799,6 @@ class ConvMixer(nn.Module):
             h = h + block.space_norm(F.gelu(block.space(h)))
             h = block.channels_norm(F.gelu(block.channels(h)))
         return self.head(h.mean((2, 3)))
-
-    def modular_tree(self):
-        def layer(conv):
-            return optim.bond("gelu, norm", 0.5**0.5) @ optim.weight(conv)
-        blocks = chain(*(layer(block.channels) @ (optim.bond("identity") + layer(block.space))
-                         for block in self.blocks))
-        return chain(layer(self.patches), blocks.tare(20), optim.bond("average pool"), optim.weight(self.head))
 
 
 class ViTBlock(nn.Module):
@@ -900,7 +903,7 @@ class ResMLP(WellNormed):
         self.blocks = nn.ModuleList(nn.ModuleList(parts.linear(width, width, bias=False) for _ in range(2))
                                     for _ in range(depth))
         self.head = parts.linear(width, n_classes, bias=False)
-        well_normed_initialise(self)
+        optim.initialise(self.modular_tree())
 
     def enter(self, x):
         return self.first(x.flatten(1))                                             # (B, width)
@@ -919,28 +922,13 @@ class ResCNN(WellNormed):
         self.blocks = nn.ModuleList(nn.ModuleList(nn.Conv2d(width, width, 3, padding=1, bias=False) for _ in range(2))
                                     for _ in range(depth))
         self.head = parts.linear(width, n_classes, bias=False)
-        well_normed_initialise(self)
+        optim.initialise(self.modular_tree())
 
     def enter(self, x):
         return self.first(x)                                                        # (B, width, 32, 32)
 
     def leave(self, h):
         return self.head(h.mean((2, 3)))
-
-
-def well_normed_initialise(model):
-    """Orthogonal, times sqrt(out / in); of a convolution every kernel position so, and divided by their number."""
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.orthogonal_(module.weight, math.sqrt(module.out_features / module.in_features))
-        if isinstance(module, nn.Conv2d):
-            k = module.kernel_size[0]
-            with torch.no_grad():
-                for i in range(k):
-                    for j in range(k):
-                        position = torch.empty_like(module.weight[:, :, i, j])
-                        module.weight[:, :, i, j] = nn.init.orthogonal_(
-                            position, math.sqrt(module.out_channels / module.in_channels) / k**2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -967,11 +955,14 @@ MODELS = {
 
 
 def make_model(s, n_classes):
-    """The model of the settings s, on the CPU."""
+    """The model of the settings s, on the CPU, its weights drawn from torch's random numbers."""
     family = MODELS[s["model"]]
     parts = Parts(StandardizedConv2d if s["weight_standardization"] else nn.Conv2d, NORMS[s["norm"]],
                   functools.partial(Linear, gain=bool(s["gains"])))
-    return family.build(n_classes, s["width"], parts=parts, **({"depth": s["depth"]} if family.depth else {}))
+    model = family.build(n_classes, s["width"], parts=parts, **({"depth": s["depth"]} if family.depth else {}))
+    if optim.find(s["opt"]).geometry is optim.MODULAR and hasattr(model, "modular_tree"):
+        optim.initialise(model.modular_tree())      # a modular lr counts in sizes that weights have there
+    return model
 
 
 # ----------------------------------------------------------------------------------------------------------------------
