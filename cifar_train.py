@@ -73,7 +73,7 @@ def paper(setup, opt, **hyper):
 # `tuned` goes before the table TUNED below, for the optimizer that it names.
 PRESETS = {
     # the default without CUDA: about a minute on two cores
-    "cpu": dict(data="shapes", model="resnet18", width_mult=0.125, epochs=4, batch_size=64, warmup=60, compile=0),
+    "cpu": dict(data="shapes", model="resnet18", width_mult=0.125, epochs=3, batch_size=64, warmup=60, compile=0),
     # the default with CUDA, then on shapes; a sound set-up of no paper
     "resnet18": dict(data="cifar10", model="resnet18", epochs=30, batch_size=256, warmup=400, label_smoothing=0.1,
                      compile=1),
@@ -240,9 +240,9 @@ def parse_arguments():
     g.add_argument("--compile", type=flag, metavar="{0,1}", help="torch.compile the model and the optimizer")
     g.add_argument("--track", type=flag, metavar="{0,1}",
                    help="log how far neurons turn, at every evaluation (default 1)")
+    g.add_argument("--show_table", action="store_true", help="print the rule, lr and decay of every parameter")
     g = p.add_argument_group("instead of training")
     g.add_argument("--show", metavar="FILE", help="draw a sheet of training images, a class a row (needs matplotlib)")
-    g.add_argument("--show_table", action="store_true", help="print the rule, lr and decay of every parameter")
     g.add_argument("--bench", action="store_true", help="time a step and its parts")
     g.add_argument("--eval_only", action="store_true", help="with --resume: evaluate, do not train")
     return p.parse_args()
@@ -252,15 +252,22 @@ DEFAULTS = dict(opt="adamw", schedule="cosine", grad_clip=0.0, loss="ce", label_
                 weight_standardization=0, gains="auto", split=1.0, crop=4, flip=1, cutout=0, tta=0, data_dir="data",
                 device="auto", dtype="auto", track=1)
 # of one command, not of the run: not taken from the checkpoint on resuming
-COMMAND = dict(show=None, show_table=False, bench=False, eval_only=False)
+COMMAND = dict(show_table=False, show=None, bench=False, eval_only=False)
 # what may differ when a run is resumed; everything else is part of what the checkpoint means
 FREE_ON_RESUME = {"resume", "steps", "epochs", "out_dir", "data_dir", "save_every", "eval_every", "device", "dtype",
                   "compile", "track", *COMMAND}
 
 
+SAME = ({"steps", "epochs"}, {"width", "width_mult"})           # two ways to say one thing
+
+
 def explicit(args):
     """The flags that were really given, as a dict."""
-    return {key: value for key, value in vars(args).items() if value is not None and value is not False}
+    given = {key: value for key, value in vars(args).items() if value is not None and value is not False}
+    for pair in SAME:
+        if pair <= given.keys():
+            fail(f"--{' and --'.join(sorted(pair))} say the same thing: give one of them")
+    return given
 
 
 def settle(args):
@@ -272,11 +279,9 @@ def settle(args):
     base = dict(PRESETS[preset])
     if given.get("model", base["model"]) != base["model"]:      # a preset's sizes are its model's
         base = {key: value for key, value in base.items() if key not in ("width", "width_mult", "depth")}
-    for one, other in (("steps", "epochs"), ("width", "width_mult")):
-        if one in given and other in given:
-            fail(f"--{one} and --{other} say the same thing: give one of them")
-        if one in given or other in given:
-            base = {key: value for key, value in base.items() if key not in (one, other)}
+    for pair in SAME:                               # a flag replaces both of the preset's
+        if given.keys() & pair:
+            base = {key: value for key, value in base.items() if key not in pair}
     s = DEFAULTS | base | given | {"preset": preset, "device": device}
     if "preset" not in given and "data" not in given:
         s["data"] = "shapes"                        # nobody asked for a download
@@ -284,7 +289,7 @@ def settle(args):
         s["compile"] = 0                            # compiling for a CPU takes half a minute: only if asked for
 
     family = MODELS[s["model"]]
-    s["width"] = s.get("width") or max(1, int(family.width * s.pop("width_mult", 1)))
+    s["width"] = s.get("width") or max(1, int(family.width * s.get("width_mult", 1)))
     if s.get("depth") and not family.depth:
         fail(f"--depth: {s['model']} has only the depth in its name; those with a choice are "
              f"{', '.join(name for name in MODELS if MODELS[name].depth)}")
@@ -561,7 +566,9 @@ def load_shapes(data_dir, n_train=20_000, n_test=4_000):
         arrays = images[:n_train], labels[:n_train], images[n_train:], labels[n_train:]
         buffer = io.BytesIO()
         np.savez(buffer, **dict(zip(keys, arrays)))
-        write_atomically(path, buffer.getbuffer())
+        own = path.with_name(f"{path.name}.{os.getpid()}")      # two runs may draw it at once
+        write_atomically(own, buffer.getbuffer())
+        os.replace(own, path)
     try:
         with np.load(path, allow_pickle=False) as file:
             return [file[key] for key in keys]
@@ -1082,8 +1089,9 @@ def main():
     if len(test) == 0:
         fail(f"--split {s['split']} leaves no image to evaluate on: make it smaller")
     set_steps(s, given, n_train)
-    std, mean = torch.std_mean(train.float(), dim=(0, 1, 2), correction=0)          # per colour
-    mean, std = mean.to(device), std.to(device)
+    moments = [torch.std_mean(train[..., colour].float(), correction=0) for colour in range(3)]
+    std, mean = (torch.stack(values).to(device) for values in zip(*moments))
+    std = std.clamp(min=1)                          # a colour that hardly changes would become all noise
     batches = Batches(train, train_labels, mean, std, s, device)
     test, test_labels = test.to(device), test_labels.to(device)
 
@@ -1121,7 +1129,7 @@ def main():
           f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s['gains'] else ''}; {device}, "
           f"{dtype}{', compiled' if s['compile'] else ''}; {s['steps']} steps -> {out_dir}")
     if s["show_table"]:
-        return print(optim.table(optimizer))
+        print(optim.table(optimizer))
 
     @torch.no_grad()
     def evaluate():
