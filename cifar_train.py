@@ -256,8 +256,6 @@ COMMAND = dict(show_table=False, show=None, bench=False, eval_only=False)
 # what may differ when a run is resumed; everything else is part of what the checkpoint means
 FREE_ON_RESUME = {"resume", "steps", "epochs", "out_dir", "data_dir", "save_every", "eval_every", "device", "dtype",
                   "compile", "track", *COMMAND}
-
-
 SAME = ({"steps", "epochs"}, {"width", "width_mult"})           # two ways to say one thing
 
 
@@ -298,8 +296,10 @@ def settle(args):
         if s[key] != DEFAULTS[key] and not family.normed:
             fail(f"--{key}: {s['model']} has none to change; use it with "
                  f"{', '.join(name for name in MODELS if MODELS[name].normed)}")
-    if s["loss"] == "mse" and s["label_smoothing"]:
-        fail("--label_smoothing is of the cross-entropy: leave it out with --loss mse")
+    if s["loss"] == "mse":
+        if given.get("label_smoothing"):
+            fail("--label_smoothing is of the cross-entropy: leave it out with --loss mse")
+        s["label_smoothing"] = 0.0                  # a preset's
 
     try:
         kind = optim.find(s["opt"])
@@ -330,7 +330,7 @@ def set_steps(s, given, n_train):
 
 def override(s, hyper, kind):
     """Merge --lr ... --opt_kwargs into the tuned hyperparameters; what the optimizer does not know is an error."""
-    takes, hyper = [key for key in kind.takes() if key not in ("compile", "rotational")], dict(hyper)
+    takes, hyper = [key for key in kind.takes() if key not in {"compile"} | optim.PER_GROUP], dict(hyper)
 
     def check(key, flag):
         if key not in takes:
