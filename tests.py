@@ -10,6 +10,7 @@ A test is a function; its docstring is the claim it checks. Add one by writing i
 """
 import contextlib
 import copy
+import functools
 import gzip
 import hashlib
 import http.server
@@ -41,6 +42,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import cifar_train
 import nanogpt_train
 import optim
 import translate_train
@@ -2429,6 +2431,481 @@ def test_script_schedule():
         assert nanogpt_train.lr_at(10, 1.0, s) == 1.0 and abs(nanogpt_train.lr_at(60, 1.0, s) - middle) < 1e-12
     s = {"warmup": 10, "steps": 110, "schedule": "cosine"}
     assert abs(nanogpt_train.lr_at(35, 1.0, s) - (2 + 2**0.5) / 4) < 1e-12       # (1 + cos 45 degrees) / 2
+
+
+# ======================================================================================================================
+# cifar_train.py
+# ======================================================================================================================
+
+CIFAR_TINY = ("--model convmixer --width 4 --depth 1 --batch_size 20 --epochs 4 --warmup 3 --eval_every 5 "
+              "--save_every 5 --cutout 6").split()
+
+
+def cifar_start(folder, *arguments):
+    """Start cifar_train.py in a folder, with one thread, as start_script does with nanogpt_train.py."""
+    script = pathlib.Path(cifar_train.__file__).resolve()
+    return subprocess.Popen([sys.executable, str(script), "--device", "cpu", *arguments], cwd=folder,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True)
+
+
+def cifar_run(folder, *arguments):
+    """Run it to its end, which must be a good one -> stdout."""
+    process = cifar_start(folder, *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"status {process.returncode}:\n{out[-2000:]}\n{err[-2000:]}"
+    return out
+
+
+def cifar_main(*arguments):
+    """cifar_train.main() in this process -> (exit status, stderr). Faster than a new process."""
+    stderr, argv = io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv = ["cifar_train.py", "--device", "cpu", *arguments]
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
+            cifar_train.main()
+        return 0, stderr.getvalue()
+    except SystemExit as stop:
+        return stop.code, stderr.getvalue()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def cifar_folder(folder, n_train=100, n_test=40):
+    """Noise with a redness that tells the class, in the official layout of CIFAR-10, in folder/bins -> train images and
+    labels, test images and labels."""
+    (folder / "bins").mkdir()
+    rng = np.random.default_rng(5)
+    train_labels, test_labels = np.arange(n_train) % 10, np.arange(n_test) % 10
+    train, test = (rng.integers(0, 60, (n, 32, 32, 3), dtype=np.uint8) for n in (n_train, n_test))
+    for images, labels in ((train, train_labels), (test, test_labels)):
+        images[..., 0] += 20 * labels[:, None, None].astype(np.uint8)
+    parts = np.array_split(np.arange(n_train), 5)
+    for name, images, labels in [(f"data_batch_{i + 1}.bin", train[part], train_labels[part])
+                                 for i, part in enumerate(parts)] + [("test_batch.bin", test, test_labels)]:
+        with open(folder / "bins" / name, "wb") as file:
+            for image, label in zip(images, labels):        # a label, then the planes of red, green and blue
+                file.write(bytes([label]) + b"".join(image[:, :, colour].tobytes() for colour in range(3)))
+    return train, train_labels, test, test_labels
+
+
+@functools.cache
+def tiny_settings(*arguments):
+    """Settings of a new run with these flags, as cifar_train.py settles them."""
+    argv, sys.argv = sys.argv, ["cifar_train.py", "--device", "cpu", *arguments]
+    try:
+        return cifar_train.settle(cifar_train.parse_arguments())
+    finally:
+        sys.argv = argv
+
+
+def test_cifar_reads_official_layouts():
+    """CIFAR-10's and CIFAR-100's binary layouts are read pixel by pixel as documented, from a folder and an archive."""
+    rng = np.random.default_rng(0)
+    for name, label_bytes, classes, train, test in (
+            ("cifar10", 1, 10, [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
+            ("cifar100", 2, 100, ["train.bin"], ["test.bin"])):
+        with tempfile.TemporaryDirectory() as folder:
+            folder = pathlib.Path(folder)
+            inner = folder / {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
+            inner.mkdir()
+            expected = []
+            for part in (train, test):
+                blobs = [rng.integers(0, 256, (4, label_bytes + 3072), dtype=np.uint8) for _ in part]
+                for file, blob in zip(part, blobs):
+                    blob[:, label_bytes - 1] = rng.integers(0, classes, 4)
+                    (inner / file).write_bytes(blob.tobytes())
+                records = np.concatenate(blobs)
+                images = np.zeros((len(records), 32, 32, 3), np.uint8)
+                for n, row, column, colour in np.ndindex(images.shape):
+                    images[n, row, column, colour] = records[n, label_bytes + 1024 * colour + 32 * row + column]
+                expected += [images, records[:, label_bytes - 1].astype(np.int64)]
+            archive, _, *layout = cifar_train.CIFAR[name]
+            with tarfile.open(folder / archive, "w:gz") as tar:
+                tar.add(inner, inner.name)
+            original = cifar_train.CIFAR
+            sha256 = hashlib.sha256((folder / archive).read_bytes()).hexdigest()
+            try:                                    # the archive of the test has a checksum of its own
+                cifar_train.CIFAR = original | {name: (archive, sha256, *layout)}
+                both = cifar_train.load_data(str(inner), folder), cifar_train.load_data(name, folder)
+            finally:
+                cifar_train.CIFAR = original
+            for images in both:
+                read = (images.train, images.train_labels, images.test, images.test_labels)
+                same_bits(read, map(torch.from_numpy, expected), name)
+                assert images.n_classes == classes
+            assert both[0].fingerprint == both[1].fingerprint
+
+
+def test_cifar_shapes_need_more_than_a_line():
+    """The drawn classes: a linear softmax stays below 60 %, though above chance; drawn once, the same for everyone."""
+    with tempfile.TemporaryDirectory() as folder:
+        with contextlib.redirect_stderr(io.StringIO()):     # a progress bar
+            drawn, found = (cifar_train.load_shapes(pathlib.Path(folder), 5000, 1000) for _ in range(2))
+        assert len(os.listdir(folder)) == 1 and all(np.array_equal(a, b) for a, b in zip(drawn, found))
+    x, y, x_test, y_test = (torch.from_numpy(array) for array in drawn)
+    assert y.bincount().tolist() == [500] * 10 and y_test.bincount().tolist() == [100] * 10
+    x, x_test = ((part.flatten(1).float() - 128) / 64 for part in (x, x_test))
+    linear = nn.Linear(3072, 10)
+    optimizer = torch.optim.AdamW(linear.parameters(), lr=3e-4, weight_decay=0.1)
+    best = 0.0
+    for _ in range(6):
+        for batch in torch.randperm(len(x)).split(100):
+            optimizer.zero_grad()
+            F.cross_entropy(linear(x[batch]), y[batch]).backward()
+            optimizer.step()
+        with torch.no_grad():
+            best = max(best, (linear(x_test).argmax(1) == y_test).double().mean().item())
+    assert 0.12 < best < 0.6, best
+
+
+def test_cifar_augmentation():
+    """A batch equals a per-image transcription of crop, mirror, normalise and cutout; an epoch shows no image twice."""
+    rng = np.random.default_rng(3)
+    images = torch.from_numpy(rng.integers(0, 256, (50, 32, 32, 3), dtype=np.uint8))
+    labels, mean, std = torch.arange(50), torch.tensor([100.0, 120.0, 140.0]), torch.tensor([50.0, 60.0, 70.0])
+    for pad, flip, cutout in ((4, 1, 7), (0, 0, 0), (2, 1, 8)):
+        s = {"crop": pad, "flip": flip, "cutout": cutout, "batch_size": 12, "seed": 9}
+        batches = cifar_train.Batches(images, labels, mean, std, s, "cpu")
+        seen, shifts = [], set()
+        for step in range(8):                       # two epochs of 4 batches; two images are left over
+            x, y = batches(step)
+            assert x.shape == (12, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last)
+            for i, (n, top, left, mirrored, middle_y, middle_x) in enumerate(batches.draw(step).T.tolist()):
+                assert y[i] == n
+                shifts.add((top, left, mirrored))
+                if i >= 3:                          # pixel by pixel takes its time
+                    continue
+                by_hand = np.zeros((3, 32, 32))
+                for row in range(32):
+                    for column in range(32):
+                        source_y = row + top - pad
+                        source_x = (31 - column if mirrored else column) + left - pad
+                        inside = 0 <= source_y < 32 and 0 <= source_x < 32
+                        pixel = images[n, source_y, source_x].numpy() if inside else np.zeros(3)
+                        hidden = (cutout and middle_y - cutout / 2 <= row < middle_y + cutout / 2
+                                  and middle_x - cutout / 2 <= column < middle_x + cutout / 2)
+                        by_hand[:, row, column] = 0 if hidden else (pixel - mean.numpy()) / std.numpy()
+                close(x[i], by_hand, 1e-6, f"step {step}, image {i}")
+            seen.append(y.tolist())
+        epochs = [sum(seen[:4], []), sum(seen[4:], [])]
+        assert all(len(set(epoch)) == 48 for epoch in epochs) and epochs[0] != epochs[1]
+        assert (len(shifts) > 1) == bool(pad or flip)
+    draws = torch.cat([cifar_train.Batches(images, labels, mean, std, s | {"crop": 4}, "cpu").draw(step)
+                       for step in range(200)], dim=1)
+    assert draws[1].bincount(minlength=9).min() > 0 and draws[1].max() == 8, "a crop can begin in any of 9 rows"
+    assert 0.45 < draws[3].double().mean() < 0.55, "every other image is mirrored"
+
+
+def test_cifar_end_to_end():
+    """A short run learns, leaves config, log, checkpoint and a result in words; its numbers can be measured again."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        _, _, test, test_labels = cifar_folder(folder, 400, 100)
+        out = cifar_run(folder, *("--data bins --opt rotational_lion --model convmixer --width 16 --depth 1 "
+                                  "--epochs 4 --batch_size 20 --warmup 5 --out_dir run").split())
+        log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
+        assert [record["step"] for record in log] == list(range(0, 81, 20)) and log[-1]["final"]
+        assert log[-1]["test_acc"] > 0.35 and log[-1]["train_acc"] > 0.35, "chance is 0.1"
+        assert log[-1]["train_loss"] < log[1]["train_loss"]
+        for key in ("train_loss", "train_acc", "test_loss", "test_acc", "lr", "seconds", "epoch", "rotation"):
+            assert key in log[-1], key
+        turned = log[1]["rotation"]["blocks.0.channels.weight"]
+        assert abs(turned["angle"] / turned["predicted_angle"] - 1) < 0.35, "it should turn by about its angle"
+        config = json.loads((folder / "run/config.json").read_text())
+        assert (config["opt"], config["steps"], config["gains"]) == ("rotational_lion", 80, 1)
+        assert out.strip().splitlines()[-1].startswith(f"test_acc {100 * log[-1]['test_acc']:.2f} %"), out
+        again = cifar_run(folder, "--resume", "--eval_only", "--out_dir", "run")
+        assert again.strip().splitlines()[-1].startswith(f"test_acc {100 * log[-1]['test_acc']:.2f} %")
+
+        # once more from the checkpoint, an image at a time, in float64
+        ckpt = torch.load(folder / "run/ckpt.pt", weights_only=True)
+        model = cifar_train.make_model(ckpt["config"], 10).double().eval()
+        model.load_state_dict(ckpt["model"])
+        train = cifar_train.load_data(str(folder / "bins"), folder).train.double()
+        mean, std = train.mean((0, 1, 2)), train.std((0, 1, 2), correction=0)
+        losses, right = [], []
+        for image, label in zip(torch.from_numpy(test), test_labels):
+            logits = model(((image - mean) / std).permute(2, 0, 1)[None])[0]
+            losses.append((logits.logsumexp(0) - logits[label]).item())
+            right.append(logits.argmax().item() == label)
+        close(log[-1]["test_loss"], np.mean(losses), 1e-4, "test_loss")
+        assert abs(log[-1]["test_acc"] - np.mean(right)) < 1e-9
+
+
+def test_cifar_split_leaves_the_test_set_alone():
+    """--split trains on its share, evaluates on the rest of the training images, and never looks at the test images."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        cifar_folder(folder)
+        arguments = ["--data", str(folder / "bins"), *CIFAR_TINY, "--split", "0.8", "--batch_size", "10"]
+        assert cifar_main(*arguments, "--out_dir", str(folder / "a"))[0] == 0
+        (folder / "bins/test_batch.bin").write_bytes(bytes(3073 * 7))      # other test images
+        assert cifar_main(*arguments, "--out_dir", str(folder / "b"))[0] == 0
+        assert read_log(folder / "a") == read_log(folder / "b")
+        final = read_log(folder / "a")[-1]
+        assert final["step"] == 32 and final["final"], "4 epochs of 80 images in batches of 10"
+        assert (final["val_acc"] * 20) % 1 == 0 and "test_acc" not in final
+
+
+def test_cifar_killed_and_resumed():
+    """A run killed at any moment and resumed ends with the weights and the log of one never killed, bit for bit."""
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        cifar_folder(folder)
+        long = ["--data", "bins", *CIFAR_TINY, "--epochs", "30", "--eval_every", "50", "--save_every", "2",
+                "--opt", "rotational_adamw"]
+        cifar_run(folder, *long, "--out_dir", "calm")
+        process, kills = cifar_start(folder, *long, "--out_dir", "killed"), 0
+        killed = folder / "killed"
+        while process.poll() is None:
+            before = (killed / "ckpt.pt").stat().st_mtime_ns if (killed / "ckpt.pt").exists() else 0
+            while process.poll() is None and (not (killed / "ckpt.pt").exists()
+                                              or (killed / "ckpt.pt").stat().st_mtime_ns == before):
+                time.sleep(0.002)                   # until it has trained on, past the checkpoint that it started from
+            if kills < 2:
+                time.sleep(chance.uniform(0, 0.3))
+                process.kill()
+                kills += process.wait() == -signal.SIGKILL
+                process.communicate()
+                process = cifar_start(folder, "--resume", "--out_dir", "killed")
+            else:
+                _, err = process.communicate(timeout=300)
+                assert process.returncode == 0, err
+        assert kills == 2, "it ended before it could be killed twice"
+        left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True)["model"] for run in ("calm", "killed"))
+        for key in left:
+            assert torch.equal(left[key], right[key]), f"{key} differs"
+        assert read_log(folder / "calm") == read_log(killed), "the logs differ"
+
+
+def test_cifar_stops_on_signal():
+    """SIGTERM lets the step end, saves, says how to go on, exits with 143; going on gives the undisturbed numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        cifar_folder(folder)
+        longer = [*CIFAR_TINY, "--epochs", "30", "--eval_every", "75", "--save_every", "150", "--out_dir"]
+        cifar_run(folder, "--data", "bins", *longer, "calm")
+        process = cifar_start(folder, "--data", "bins", *longer, "stopped")
+        while not (folder / "stopped/log.jsonl").exists() or not (folder / "stopped/log.jsonl").read_text():
+            time.sleep(0.01)                        # the line of step 0: training begins
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 143, (process.returncode, err)
+        assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
+        assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 150
+        cifar_run(folder, "--resume", "--out_dir", "stopped")
+        assert read_log(folder / "calm") == read_log(folder / "stopped")
+
+
+def test_cifar_diverging():
+    """A loss that is no number stops the run with status 3, names the step, and leaves the last good checkpoint."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        cifar_folder(folder)
+        wild = "--opt sgd --lr 1e25 --warmup 0 --norm none --save_every 1 --out_dir".split()
+        status, err = cifar_main("--data", str(folder / "bins"), *CIFAR_TINY, *wild, str(folder / "run"))
+        step = re.search(r"(?:the loss is (?:nan|inf)|a weight is not a number) at step (\d+)", err.splitlines()[-1])
+        assert status == 3 and step and "Traceback" not in err, err
+        assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
+
+
+def test_cifar_bad_input():
+    """Every bad flag, file or value: exit status 2 and one line that names the mend, no traceback, nothing written."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        cifar_folder(folder)
+        for name, damage in (("cut", lambda blob: blob[:-1]), ("labels", lambda blob: b"\x0a" + blob[1:]),
+                             ("lacking", None)):
+            shutil.copytree(folder / "bins", folder / name)
+            path = folder / name / "data_batch_3.bin"
+            path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
+        (folder / "broken").mkdir()
+        (folder / "broken/ckpt.pt").write_bytes(b"not a checkpoint")
+        (folder / "file").write_text("")
+        common = ["--data", str(folder / "bins"), *CIFAR_TINY]
+        assert cifar_main(*common, "--out_dir", str(folder / "run"))[0] == 0
+        run = ["--resume", "--out_dir", str(folder / "run")]
+        for arguments, words in [
+            (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
+            (["--modle", "vit"], "did you mean --model?"),
+            (["--lr", "nan"], "out of range"),
+            (["--steps", "0"], "out of range"),
+            (["--steps", "9", "--epochs", "1"], "give one"),
+            (["--width", "9", "--width_mult", "1"], "give one"),
+            (["--model", "resnet21"], "invalid choice"),
+            (["--model", "resnet18"], "resmlp"),        # --depth 1 is among the flags
+            (["--model", "resmlp", "--norm", "group"], "none to change"),
+            (["--model", "vit", "--width", "200"], "multiple of 64"),
+            (["--loss", "mse", "--label_smoothing", "0.1"], "leave it out"),
+            (["--opt", "sgd", "--beta1", "0.9"], "takes no --beta1"),
+            (["--opt", "rotational_lion", "--weight_decay", "0"], "weight_decay > 0"),
+            (["--preset", "paper"], "invalid choice"),
+            (["--batch_size", "101"], "make it smaller"),
+            (["--warmup", "20"], "make it smaller"),
+            (["--split", "0"], "out of range"),
+            (["--split", "0.999", "--batch_size", "1"], None),
+            (["--data", "shape"], "did you mean shapes"),
+            (["--data", "cifar-10"], "did you mean cifar10"),
+            (["--data", str(folder / "file")], "no such folder"),
+            (["--data", str(folder)], "data_batch_1.bin"),
+            (["--data", str(folder / "cut")], "whole number of records"),
+            (["--data", str(folder / "labels")], "label 10"),
+            (["--data", str(folder / "lacking")], "data_batch_3.bin is missing"),
+            (["--data", "shapes", "--data_dir", str(folder / "file")], "--data_dir"),
+            (["--out_dir", str(folder / "file")], "--out_dir"),
+            (["--show", str(folder / "none/sheet.png")], "--show"),
+            (["--eval_only"], "--resume"),
+            (["--resume"], "--out_dir"),
+            (["--resume", "--out_dir", str(folder / "none")], "no "),
+            (["--resume", "--out_dir", str(folder / "broken")], "not a whole checkpoint"),
+            ([*run, "--opt", "sgd"], "is not what"),
+            ([*run, "--data", str(folder / "lacking")], "is not what"),
+            (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
+        ]:
+            if words is None:                       # a borderline case that is fine
+                assert cifar_main(*common, "--epochs", "1", *arguments, "--out_dir", str(folder / "fine"))[0] == 0
+                continue
+            flags = arguments if "--resume" in arguments else [*common, *arguments]
+            if "--out_dir" not in flags:
+                flags = [*flags, "--out_dir", str(folder / "never")]
+            status, err = cifar_main(*flags)
+            assert status == 2, f"{arguments}: status {status}, {err}"
+            assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
+            assert not (folder / "never").exists(), f"{arguments} left a folder behind"
+
+
+def test_cifar_every_optimizer_on_every_model():
+    """Every optimizer takes a step of every model with its tuned defaults, and every matrix and filter moves."""
+    x, y = normal(0, 4, 3, 32, 32, dtype=torch.float32), torch.tensor([0, 1, 2, 3])
+    for model_name, family in cifar_train.MODELS.items():
+        for name in optim.OPTIMIZERS:
+            assert name in cifar_train.TUNED, f"no tuned defaults for {name}"
+            depth = ["--depth", "2"] if family.depth else []
+            if model_name == "convmixer" and optim.find(name).geometry is optim.MODULAR:
+                continue                            # its depthwise convolutions have no modular norm
+            s = tiny_settings("--model", model_name, "--width", "4", *depth, "--opt", name, "--batch_size", "4")
+            torch.manual_seed(0)
+            model = cifar_train.make_model(s, 10)
+            optimizer = optim.build(name, model, **s["hyper"])
+            before = values(model.parameters())
+            cifar_train.loss_of(model(x), y, "ce").backward()
+            optimizer.step()
+            for (n, p), start in zip(model.named_parameters(), before):
+                assert p.isfinite().all(), f"{name} on {model_name}: {n} is not finite"
+                stays = p.dim() < 2 or n == "head.weight" and "rotational" in name  # one sign in all of a centred row
+                assert stays or not torch.equal(p, start), f"{name} on {model_name}: {n} did not move"
+
+
+def test_cifar_models():
+    """Sizes as published; residual blocks and the modular paper's networks equal their formulas, written out."""
+    def count(*arguments):
+        with torch.device("meta"):
+            return sum(p.numel() for p in cifar_train.make_model(tiny_settings(*arguments), 10).parameters())
+    resnet20 = (3 * 16 + 6 * 16 * 16 + 16 * 32 + 5 * 32 * 32 + 32 * 64 + 5 * 64 * 64) * 9          # 3x3 filters
+    resnet20 += 16 * 32 + 32 * 64 + 2 * (7 * 16 + 7 * 32 + 7 * 64) + 64 * 10 + 10       # projections, norms, head
+    assert count("--model", "resnet20", "--width_mult", "1") == resnet20
+    C = 192                                         # DeiT-tiny: Touvron et al. 2021, for patches and classes of CIFAR
+    block = 12 * C * C + 13 * C
+    assert count("--model", "vit") == 48 * C + C + 65 * C + 12 * block + 2 * C + 10 * C + 10
+    for name, millions in (("resnet18", 11.17), ("resnet34", 21.28), ("resnet50", 23.52), ("vgg16", 14.72)):
+        assert abs(count("--model", name, "--width_mult", "1") / 1e6 - millions) < 0.01, name
+
+    x = normal(1, 3, 3, 32, 32)
+    for name, L in (("resmlp", 1), ("resmlp", 3), ("rescnn", 2)):
+        model = cifar_train.make_model(tiny_settings("--model", name, "--width", "8", "--depth", str(L)), 10).double()
+        weights = [model.first.weight, *(layer.weight for pair in model.blocks for layer in pair), model.head.weight]
+        apply = (lambda w, h: h @ w.T) if name == "resmlp" else (lambda w, h: F.conv2d(h, w, padding=1))
+        for i, image in enumerate(x):
+            h = apply(weights[0], image.flatten() if name == "resmlp" else image)
+            for k in range(L):
+                f = h
+                for w in weights[1 + 2 * k:3 + 2 * k]:
+                    f = apply(w, f / f.square().mean().sqrt()).abs()
+                    f = f - f.mean()
+                h = (1 - 1 / L) * h + f / L
+            h = h if name == "resmlp" else h.mean((1, 2))
+            close(model(x)[i], weights[-1] @ h, 1e-9, f"{name} of {L} blocks")
+        for w in weights:                           # singular values sqrt(out / in), per kernel position over k^2
+            for matrix in w[None] if w.dim() == 2 else w.flatten(2).permute(2, 0, 1):
+                scale = math.sqrt(w.shape[0] / w.shape[1]) / (1 if w.dim() == 2 else 9)
+                values_by_hand = np.full(min(matrix.shape), scale)
+                close(torch.linalg.svdvals(matrix), values_by_hand, 1e-6, f"{name}: {tuple(w.shape)}")
+
+    conv = cifar_train.StandardizedConv2d(3, 5, 3, padding=1, bias=False).double()
+    rows = conv.weight.detach().flatten(1).numpy()
+    standard = np.stack([(row - row.mean()) / (row.std() + 1e-5) / np.sqrt(27) for row in rows])
+    close(conv(x), F.conv2d(x, torch.from_numpy(standard).view_as(conv.weight), padding=1), 1e-12, "standardised")
+    s = tiny_settings("--model", "resnet18", "--width", "4", "--weight_standardization", "1")
+    kinds = {type(module) for module in cifar_train.make_model(s, 10).modules() if isinstance(module, nn.Conv2d)}
+    assert kinds == {cifar_train.StandardizedConv2d}
+
+
+def test_cifar_schedule_and_loss():
+    """Cosine, linear, constant and step go where their formulas say; the losses equal sums written out."""
+    for name, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0), ("step", 0.1)):
+        s = {"warmup": 10, "steps": 110, "schedule": name}
+        assert [cifar_train.lr_at(t, 11.0, s) for t in range(10)] == [11.0 * (t + 1) / 11 for t in range(10)]
+        assert cifar_train.lr_at(10, 1.0, s) == 1.0 and abs(cifar_train.lr_at(60, 1.0, s) - middle) < 1e-12
+    s = {"warmup": 0, "steps": 210, "schedule": "step"}
+    drops = [cifar_train.lr_at(t, 1.0, s) for t in (69, 70, 139, 140, 209)]
+    close(drops, [1, 0.1, 0.1, 0.01, 0.01], 1e-12, "tenfold down at 1/3 and 2/3")
+    logits, y = normal(0, 5, 4), torch.tensor([3, 0, 1, 1, 2])
+    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
+    smooth = -np.mean([0.8 * np.log(p[i, y[i]]) + 0.2 * np.log(p[i]).mean() for i in range(5)])
+    close(cifar_train.loss_of(logits, y, "ce", 0.2), smooth, 1e-6, "smoothed cross-entropy")
+    square = np.mean([(logits[i, k].item() - (2.0 if k == y[i] else 0.0)) ** 2 for i in range(5) for k in range(4)])
+    close(cifar_train.loss_of(logits, y, "mse"), square, 1e-6, "mean square error, targets times sqrt(4)")
+
+
+def test_cifar_presets():
+    """Every preset can be started: its names exist, and its optimizer takes its hyperparameters."""
+    for name, preset in cifar_train.PRESETS.items():
+        s = tiny_settings("--preset", name)
+        assert s["opt"] == preset.get("opt", "adamw") and ("epochs" in s) != ("steps" in s), name
+        if name.startswith("paper_"):
+            assert name == f"paper_{s['model']}_{s['opt']}", name
+            assert preset["tuned"][s["opt"]].items() <= s["hyper"].items(), name
+        optim.OPTIMIZERS[s["opt"]]([nn.Parameter(normal(0, 3, 4))], **s["hyper"])
+    for name, batch_size, length, lr, decay in (    # as the papers' scripts and figures have it
+            ("resnet20_adamw", 2048, 200, 0.16, 0.01), ("resnet20_rotational_sgd", 2048, 200, 4.8, 1e-4),
+            ("resnet20_rotational_lion", 2048, 200, 0.016, 1.0), ("resnet18_rotational_adam", 256, 200, 0.0125, 0.08),
+            ("resnet18_rotational_sgd", 256, 200, 1.0, 5e-4), ("resnet34_rf_rmsprop", 128, 210, 4.978e-3, 2.325e-3),
+            ("resnet50_adamw", 128, 120, 6.057e-4, 0.08983), ("vgg16_sgd", 128, 210, 0.03737, 0.01126),
+            ("resmlp_modular_adam", 128, 10_000, 0.25, 0.0), ("rescnn_modular_sgd", 128, 10_000, 4.0, 0.0)):
+        s = tiny_settings("--preset", f"paper_{name}")
+        found = s["batch_size"], s.get("epochs", s.get("steps")), s["hyper"]["lr"], s["hyper"]["weight_decay"]
+        assert found == (batch_size, length, lr, decay), (name, found)
+    other = tiny_settings("--preset", "paper_resnet20_adamw", "--opt", "sgd")
+    assert other["hyper"] == cifar_train.TUNED["sgd"], "a preset's values are its own optimizer's"
+
+
+def test_cifar_modular_shares():
+    """Shares of ResMLP and ResCNN equal the closed forms (first and last 1/T, in blocks mass/(2T), T = 2 + their mass)
+    for every depth, one block included; every tree holds each weight of its model once."""
+    for name, mass in (("resmlp", 1), ("rescnn", 20)):
+        for L in (1, 2, 5):
+            model = cifar_train.make_model(tiny_settings("--model", name, "--width", "6", "--depth", str(L)), 10)
+            T = 2 + mass
+            expected = {model.first: 1 / T, model.head: 1 / T,
+                        **{layer: mass / (2 * T) for pair in model.blocks for layer in pair}}
+            found = {leaf.layer: share for leaf, _, share in model.modular_tree().weights()}
+            assert found.keys() == expected.keys(), f"{name} of {L} blocks"
+            for layer, share in expected.items():
+                close(found[layer], share, 1e-12, f"{name} of {L} blocks, {layer}")
+            close(model.modular_tree().sensitivity, 1, 1e-12, f"{name} of {L} blocks: sensitivity")
+    for name in cifar_train.MODELS:
+        model = cifar_train.make_model(tiny_settings("--model", name, "--width", "4"), 10)
+        if name == "convmixer":
+            refused(ValueError, ["modular_tree"], lambda: optim.build("modular_adam", model))
+            continue
+        layers = [leaf.layer for leaf, _, _ in model.modular_tree().weights()]
+        weights = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding))]
+        assert len(layers) == len(weights) and set(layers) == set(weights), name
 
 
 # ======================================================================================================================
