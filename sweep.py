@@ -15,7 +15,7 @@ are resumed from their checkpoints. With the same command
 
 A key of --grid, --fixed or --space is a flag of the script, without dashes; what the script has no flag for goes into
 its --opt_kwargs. Every run has a folder of its own under --out_dir, named by a hash of the script and its flags. Only
-its log.jsonl is read: the last line has "final": true and bleu, test_acc (more is better) or val_loss (less is better).
+its log.jsonl is read: the last line has "final": true and bleu, test_acc, val_acc (more is better) or val_loss.
 
 Exit status: 0 all runs are done or have diverged, which is a result; 1 some failed or were killed, 2 bad input, 130 or
 143 stopped by Ctrl-C or SIGTERM, after the runs have saved. `kill -9` leaves the runs alone: they go on to their end,
@@ -55,7 +55,8 @@ except ImportError:                                 # Windows has no flock: ther
 # ----------------------------------------------------------------------------------------------------------------------
 
 # The result of a run: the first of these that the last line of its log has. digits: as printed
-METRICS = {"bleu": dict(sign=-1, digits=2), "test_acc": dict(sign=-1, digits=4), "val_loss": dict(sign=1, digits=4)}
+METRICS = {"bleu": dict(sign=-1, digits=2), "test_acc": dict(sign=-1, digits=4), "val_acc": dict(sign=-1, digits=4),
+           "val_loss": dict(sign=1, digits=4)}
 
 
 def fail(message, status=2):
@@ -149,9 +150,9 @@ def settle(args):
         fail("--seed is that of the random draws; the script's goes into --fixed seed=N, or use --seeds N")
     if args.print_commands and given("report", "plot", "csv", "run"):
         fail(f"--print_commands prints commands and nothing else: leave out {given('report', 'plot', 'csv', 'run')[0]}")
-    if not (general or args.experiment or args.run or args.report and args.out_dir):
-        fail("nothing to run: give --grid, --random, --two_stage, --fixed or --experiment, or --report with --out_dir "
-             "(--help shows examples)")
+    if not (set(general) - {"--script"} or args.experiment or args.run or args.report):
+        fail("nothing to run: give --grid, --random, --two_stage, --fixed, --seeds, --experiment or --report (--help "
+             "shows examples)")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib, then the same command again; nothing will be run twice")
     for name in ("plot", "csv"):                    # before an hour of runs, not after it
@@ -215,10 +216,10 @@ def grid_values(text, where):
     if "" in text.split(","):
         fail(f"{where}: there is nothing before or after a comma")
     for item in items:
-        parts = item.split(":")
-        if len(parts) == 1 or plain(parts[0]) == parts[0] and not re.fullmatch(r"[-+.\d].*", item):
+        if not re.match(r"[-+.]?\d[^:]*:", item):   # text may have a colon, too
             values.append(plain(item))
             continue
+        parts = item.split(":")
         kind = re.fullmatch(r"(log|lin)(\d{1,6})", parts[-1])
         if len(parts) != 3 or not kind:
             fail(f"{where}: write a range as FROM:TO:log8 or FROM:TO:lin8, for 8 values")
@@ -226,7 +227,7 @@ def grid_values(text, where):
         if count < 2:
             fail(f"{where}: a range has at least 2 values")
         if kind[1] == "log" and not (a > 0 and b > 0):
-            fail(f"{where}: a log range needs ends above 0 (write 0,{item} to have 0 as well)")
+            fail(f"{where}: a log range needs ends above 0 (0,FROM:TO:log8 has 0 as well)")
         spread = Space("log" if kind[1] == "log" else "uniform", (a, b))
         values += [spread.at(i / (count - 1)) for i in range(count)]
     return list(dict.fromkeys(values))
@@ -545,7 +546,8 @@ class Lab:
         devices = [] if all(run["device"] == "cpu" for run in missing) else gpus()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = self.jobs or len(devices) or cores
-        waiting, running, stopped_by, keys = list(missing), {}, [], varied(self.asked)
+        waiting, running, stopped_by = list(missing), {}, []
+        keys = varied(self.asked) if total > 1 else [key for key, _ in missing[0].flags]
         best = min((self.result(run) for run in self.asked), key=lambda result: result.score)
         finished, looked, said = total - len(missing), -math.inf, False
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -619,10 +621,10 @@ def varied(runs):
 
 def line_of(result, keys):
     """A result in one line; keys: the flags to name."""
-    what = ", ".join(f"{key} {result.run[key]}" for key in [*keys, "seed"] if result.run[key] is not None)
+    what = ", ".join(f"{key} {value}" for key, value in result.run.flags if key in {*keys, "seed"})
     if result.metric:
         return f"{result.metric} {result.value:.{METRICS[result.metric]['digits']}f}" + f": {what}" * bool(what)
-    return f"{result.state}: {what or 'the run'}" + f": {result.message}" * bool(result.message)
+    return ": ".join(part for part in (result.state, what, result.message) if part)
 
 
 @dataclass
@@ -743,8 +745,9 @@ def write_csv(results, path):
             rows = csv.writer(file)
             rows.writerow(["folder", "script", "state", *metrics, *keys, "message"])
             for result in (result for setting in by_setting(results) for result in setting.results):
-                rows.writerow([result.folder.name, result.run.script, result.state, *(result.last.get(m) for m in metrics),
-                               *(result.run[key] for key in keys), result.message])
+                rows.writerow([result.folder.name, result.run.script, result.state,
+                               *(result.last.get(metric) for metric in metrics), *(result.run[key] for key in keys),
+                               result.message])
     except OSError as error:
         fail(f"cannot write {path}: {error.strerror}")
 
@@ -821,9 +824,10 @@ BASE = {
                          warmup=100, eval_every=1000, eval_batches=100, track=0),
     ("gpu", "gpt"): dict(device="cuda", preset="shakespeare", data="python_docs", dropout=0, compile=0, steps=1000,
                          warmup=100, eval_every=1000, eval_batches=100, track=0),
-    ("cpu", "cnn"): dict(device="cpu", model="resnet18", width_mult=0.0625, steps=200, warmup=20, eval_every=200,
-                         track=0),
-    ("gpu", "cnn"): dict(device="cuda", model="resnet18", width_mult=0.5, epochs=10, compile=0, track=0),
+    ("cpu", "cnn"): dict(device="cpu", model="resnet18", width_mult=0.0625, split=0.9, batch_size=32, steps=200,
+                         warmup=20, eval_every=200, track=0),
+    ("gpu", "cnn"): dict(device="cuda", model="resnet18", width_mult=0.5, split=0.9, steps=2000, warmup=200,
+                         eval_every=2000, compile=0, track=0),
 }
 SCRIPTS = {"gpt": "nanogpt_train.py", "cnn": "cifar_train.py"}
 UNTRAINED = math.log(103)                           # nats: python_docs has 103 characters. Diverged runs count as this
@@ -848,52 +852,61 @@ def capped(result):
     return min(result.value, UNTRAINED) if result.metric else UNTRAINED
 
 
-def rotation_means(result, first, key):
-    """{matrix: mean of rotation[key]} over the log from the step `first` on, of the matrices inside the blocks."""
-    records = [record["rotation"] for record in result.log() if record["step"] >= first and record.get("rotation")]
+def rotations(result):
+    """-> steps, {hidden matrix: [its row of `rotation` at each of them]}: not the embeddings and the output, of which
+    most rows have no gradient in a step, or whose norm matters to the loss."""
+    records = [record for record in result.log() if record.get("rotation")]
     if not records:
-        fail(f"{result.folder} diverged before its rotation could be measured, so nothing can be said", status=1)
-    return {name: statistics.fmean(rows[name][key] for rows in records)
-            for name in records[0] if name.startswith("blocks.")}
+        fail(f"{result.folder} diverged before its rotation was measured, so nothing can be said", status=1)
+    names = [name for name in records[0]["rotation"] if not re.match("tokens|positions|head", name)]
+    return ([record["step"] for record in records],
+            {name: [record["rotation"][name] for record in records] for name in names})
+
+
+def late_mean(rows, key, share):
+    """Mean of rows[i][key] over the last share of the rows."""
+    return statistics.fmean(row[key] for row in rows[int(len(rows) * (1 - share)):])
 
 
 def equilibrium(lab):
     """Claim    Weight decay brings every layer to a norm and an angle per step that follow from lr, decay and momentum
              alone (the norm under SGD: also from the gradient's size). [RE], table 1
-    Done     AdamW, SGD with momentum and Lion train the GPT at a constant lr, with lr and decay such that the
-             way there takes some 170 steps; all matrices inside the blocks are measured every 25th step.
+    Done     AdamW, SGD with momentum and Lion train a GPT and a convolutional network at a constant lr, chosen with the
+             decay such that the way there takes 500 and 250 steps. The theory is for weights whose norm the network
+             does not feel, as before batch norm in the second; in the first it does feel it. All hidden matrices.
     Held if  in the last quarter of the run four matrices in five have an angle within 25 % of the prediction, and four
-             in five a norm within 25 % of it, under each of the three."""
-    steps = 1500
-    hyper = {"adamw": dict(lr=3e-3, weight_decay=1, beta1=0.9, beta2=0.99),      # lr / (1 - momentum) * decay = 0.003
-             "sgd": dict(lr=0.3, weight_decay=1e-3, momentum=0.9, grad_clip=0),
-             "lion": dict(lr=5e-4, weight_decay=6, beta1=0.9, beta2=0.99)}
-    results = lab.results([model_run(lab, "gpt", n_layer=4, opt=opt, schedule="constant", steps=steps, warmup=50,
-                                     track=1, eval_every=25, eval_batches=1, save_every=250, **h)
-                           for opt, h in hyper.items()])
-    rows, checks, ratios = [["matrix", *(f"{opt} {what}" for opt in hyper for what in ("angle", "norm"))]], [], {}
-    for opt, result in zip(hyper, results):
-        for what in ("angle", "norm"):
-            measured, predicted = (rotation_means(result, 0.75 * steps, key) for key in (what, f"predicted_{what}"))
-            ratios[opt, what] = {name: measured[name] / predicted[name] for name in measured}
-            near = sum(abs(ratio - 1) <= 0.25 for ratio in ratios[opt, what].values())
-            middle = statistics.median(ratios[opt, what].values())
-            checks.append((f"{opt}: the {what} of {near} of {len(measured)} matrices is within 25 % of the prediction "
-                           f"(the median is {middle:.2f} of it)", near >= 0.8 * len(measured)))
-    rows += [[name, *(f"{ratio[name]:.2f}" for ratio in ratios.values())] for name in ratios["adamw", "angle"]]
+             in five a norm within 25 % of it: for each network, under each optimizer."""
+    hyper = {("gpt", "adamw"): dict(lr=4e-3, weight_decay=0.25), ("cnn", "adamw"): dict(lr=5e-3, weight_decay=0.4),
+             ("gpt", "sgd"): dict(lr=0.3, weight_decay=1e-3 / 3), ("cnn", "sgd"): dict(lr=0.1, weight_decay=2e-3),
+             ("gpt", "lion"): dict(lr=5e-4, weight_decay=2), ("cnn", "lion"): dict(lr=1e-3, weight_decay=2)}
+    length = {"gpt": dict(n_layer=4, steps=2500, eval_every=50, eval_batches=1, save_every=500),
+              "cnn": dict(steps=1200, eval_every=60, save_every=300)}
+    results = dict(zip(hyper, lab.results([
+        model_run(lab, net, opt=opt, schedule="constant", warmup=50, track=1, grad_clip=0, **length[net], **h)
+        for (net, opt), h in hyper.items()])))
+    text, checks, walks = [], [], {}                # walks: {(net, opt, what): (steps, {matrix: measured / predicted})}
+    for (net, opt), result in results.items():
+        steps, rows = rotations(result)
+        for what in ("angle", "norm"):              # SGD's predicted norm changes with the gradient: its mean, too
+            ratios = {name: [row[what] / late_mean(rows[name], f"predicted_{what}", 0.25) for row in rows[name]]
+                      for name in rows}
+            walks[net, opt, what] = steps, ratios
+            late = [statistics.fmean(ratio[-len(ratio) // 4:]) for ratio in ratios.values()]
+            near = sum(abs(ratio - 1) <= 0.25 for ratio in late)
+            text.append([net, opt, what, *(f"{x:.2f}" for x in (min(late), statistics.median(late), max(late)))])
+            checks.append((f"{net}, {opt}: the {what} of {near} of {len(late)} matrices is within 25 % of the "
+                           "prediction", near >= 0.8 * len(late)))
 
     def draw(picture):
-        for i, (opt, result) in enumerate(zip(hyper, results)):
-            records = [record for record in result.log() if record.get("rotation")]
-            for j, what in enumerate(("angle", "norm")):
-                axes = picture.add_subplot(2, 3, 1 + i + 3 * j)
-                for number, name in enumerate(ratios[opt, what]):
-                    for key, style in ((what, "-"), (f"predicted_{what}", "--")):
-                        axes.plot([record["step"] for record in records],
-                                  [record["rotation"][name][key] for record in records], style, linewidth=0.7,
-                                  color=f"C{number % 10}")
-                axes.set(yscale="log", xlabel="step", ylabel=what, title=f"{opt} (dashed: predicted)")
-    return Finding("measured / predicted, means over the last quarter:\n" + columns(rows), checks, draw)
+        for axes, (net, opt, what) in zip(picture.subplots(4, 3, sharex="row").T.flat, sorted(
+                walks, key=lambda case: (case[1], case[0], case[2]))):
+            steps, ratios = walks[net, opt, what]
+            for ratio in ratios.values():
+                axes.plot(steps, ratio, linewidth=0.7)
+            axes.axhline(1, color="black", linestyle="--", linewidth=0.8)
+            axes.set(yscale="log", ylim=(0.1, 10), ylabel=f"{what} / predicted", title=f"{opt}, {net}")
+    rows = [["network", "optimizer", "measured / predicted", "least", "median", "largest"], *text]
+    return Finding("Over the matrices, means over the last quarter:\n" + columns(rows), checks, draw)
 
 
 def balance(lab):
@@ -907,14 +920,14 @@ def balance(lab):
     decays = {"adam": (0, 1e-4, 1e-3, 1e-2), "adamw": (0, 0.03, 0.1, 0.3), "rotational_adam": (0.01, 0.03, 0.1, 0.3)}
     steps = BASE[lab.scale, "gpt"]["steps"]
     results = lab.results([model_run(lab, "gpt", opt=opt, lr=lr, weight_decay=decay, gains=1, track=1,
-                                     eval_every=steps // 10, eval_batches=100)
+                                     eval_every=steps // 10)
                            for opt in decays for lr in lrs for decay in decays[opt]])
     found = {opt: by_setting([result for result in results if result.run["opt"] == opt]) for opt in decays}
     best, spread, text = {}, {}, []
     for opt in decays:
         best[opt] = found[opt][0].mean
         decayed = next(s for s in found[opt] if float(s.flags["weight_decay"]) > 0).results[0]
-        angle = rotation_means(decayed, steps // 2, "angle").values()
+        angle = [late_mean(rows, "angle", 0.5) for rows in rotations(decayed)[1].values()]
         spread[opt] = max(angle) / min(angle)
         text += [f"\n{opt}: best val_loss {best[opt]:.4f}; spread of the angles at lr {decayed.run['lr']}, "
                  f"weight_decay {decayed.run['weight_decay']}: {spread[opt]:.2f}",
@@ -1057,7 +1070,7 @@ def root_free(lab):
              two stages with the same number of runs, as in the paper (there: 100 in each stage); one seed.
     Held if  on the convolutional net sgd is ahead of adamw, and the better root-free method is at most 0.01 behind sgd
              in accuracy and ahead of adamw; and if on the GPT it is at most 0.03 above adamw in loss."""
-    count = 10 if lab.scale == "cpu" else 40
+    count = 8 if lab.scale == "cpu" else 40
     momentum, memory = Space("uniform", (0.1, 0.99)), Space("choice", ("0.9", "0.97", "0.99", "0.997"))
     decoupled, coupled, damping = Space("log", (1e-3, 0.3)), Space("log", (1e-5, 1e-2)), Space("log", (1e-5, 1e-2))
     spaces = {"sgd": dict(lr=Space("log", (0.01, 1)), momentum=momentum, weight_decay=coupled),
@@ -1199,8 +1212,9 @@ def planned(args, known):
             import optim                            # it takes seconds, and mostly nobody needs to know
             takes = {name for kind in optim.OPTIMIZERS.values() for name in kind.takes()}
             if key not in takes:
-                near = difflib.get_close_matches(key, known | takes, n=1, cutoff=0)[0]
-                fail(f"{key} is neither a flag of {args.script} nor an option of an optimizer: did you mean {near}?")
+                near = difflib.get_close_matches(key, known | takes, n=1)
+                fail(f"{key} is neither a flag of {args.script} nor an option of an optimizer: " +
+                     (f"did you mean {near[0]}?" if near else f"python {args.script} --help lists the flags"))
 
     def make(flags):
         seeds = [{"seed": seed} for seed in range(1, args.seeds + 1)] if args.seeds else [{}]
@@ -1261,7 +1275,7 @@ def one_run(lab, name):
     if lab.is_open(lab.result(run)):
         lab.do([run], 1)
     else:
-        print(line_of(lab.result(run), varied([run, Run(run.script, ())])))
+        print(line_of(lab.result(run), [key for key, _ in run.flags]))
     sys.exit(0 if lab.result(run).state in ("done", "diverged") else 1)
 
 
