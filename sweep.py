@@ -813,7 +813,7 @@ def draw_report(picture, results):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The three papers. An experiment is a function that asks the lab for results and returns what it found. Its docstring
-# is printed: the claim in our words, what is done, and when it counts as held; written before anything was measured.
+# is printed: the claim in our words, what is done, and when it counts as held; fixed before the first run at full size.
 #
 #   [RE] Rotational Equilibrium, arXiv:2305.17212     [MN] modular norm, arXiv:2405.14813     [RF] root-free, 2402.03496
 # ----------------------------------------------------------------------------------------------------------------------
