@@ -10,10 +10,13 @@ A test is a function; its docstring is the claim it checks. Add one by writing i
 """
 import contextlib
 import copy
+import csv
+import fcntl
 import functools
 import gzip
 import hashlib
 import http.server
+import importlib
 import inspect
 import io
 import itertools
@@ -35,6 +38,7 @@ import threading
 import time
 import traceback
 import unittest
+import unittest.mock
 
 import numpy as np
 import torch
@@ -45,6 +49,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import cifar_train
 import nanogpt_train
 import optim
+import sweep
 import translate_train
 
 
@@ -3430,6 +3435,372 @@ def test_translate_iwslt14():
     assert pairs["valid"] == [right[22], right[45]]
     assert pairs["train"] == [pair for i, pair in enumerate(right) if i not in (22, 45)]
     assert len(pairs["test"]) == 10 and pairs["test"][0] == ("test 0 & so's de", "test 0 & so's en")
+
+
+# ======================================================================================================================
+# sweep.py
+# ======================================================================================================================
+
+# A training script in miniature: the same flags, files, lock and exit statuses as the real ones, but it starts at once.
+# Its loss is a recurrence over the steps, so that one that is lost or done twice shows. `starts` counts its starts.
+TOY = '''
+import argparse, fcntl, json, math, os, pathlib, signal, sys, time
+p = argparse.ArgumentParser()
+p.add_argument("--lr", type=float, default=0.01)
+p.add_argument("--weight_decay", type=float, default=0.0)
+p.add_argument("--seed", type=int, default=1)
+p.add_argument("--steps", type=int, default=10)
+p.add_argument("--betas", default="")
+p.add_argument("--device"), p.add_argument("--out_dir"), p.add_argument("--resume", action="store_true")
+a = p.parse_args()
+out = pathlib.Path(a.out_dir)
+out.mkdir(parents=True, exist_ok=True)
+only_one = open(out / ".lock", "w")
+try:
+    fcntl.flock(only_one, fcntl.LOCK_EX | fcntl.LOCK_NB)
+except BlockingIOError:
+    sys.exit("another run is writing")
+with open(out / "starts", "a") as file:
+    file.write("x")
+stop = []
+signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+s = vars(a) | {"step": 0, "x": 0.0}
+if a.resume:
+    s = json.loads((out / "ckpt.pt").read_text())
+if s["lr"] == 666:
+    print("toy_train.py: --lr 666 is evil: choose another", file=sys.stderr)
+    sys.exit(2)
+while s["step"] < s["steps"]:
+    s["step"] += 1
+    s["x"] = 0.9 * s["x"] + math.sin(s["step"] * s["lr"] + s["seed"])
+    if s["lr"] > 1 and s["step"] == 3:
+        print("toy_train.py: the loss is nan at step 3: training diverged. Try a smaller --lr", file=sys.stderr)
+        sys.exit(3)
+    time.sleep(0.02)
+    (out / "part").write_text(json.dumps(s))
+    os.replace(out / "part", out / "ckpt.pt")
+    if stop and s["step"] < s["steps"]:
+        sys.exit(143)
+loss = (math.log10(s["lr"]) + 2) ** 2 + s["weight_decay"] + 0.01 * s["x"]
+(out / "log.jsonl").write_text(json.dumps({"step": 0, "val_loss": 9.0}) + "\\n"
+                               + json.dumps({"step": s["step"], "val_loss": loss, "final": True}) + "\\n")
+'''
+
+
+def toy_loss(lr, weight_decay=0.0, seed=1, steps=10):
+    """What the toy should end with, worked out here."""
+    x = 0.0
+    for step in range(1, steps + 1):
+        x = 0.9 * x + math.sin(step * lr + seed)
+    return (math.log10(lr) + 2) ** 2 + weight_decay + 0.01 * x
+
+
+def start_sweep(folder, *arguments):
+    (folder / "toy_train.py").write_text(TOY)
+    command = [sys.executable, SCRIPT.parent / "sweep.py", "--script", "toy_train.py", "--jobs", "2", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_sweep(folder, *arguments, status=0):
+    process = start_sweep(folder, *arguments)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, f"status {process.returncode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
+    return out, err
+
+
+def starts(folder):
+    return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
+
+
+def call_sweep(*arguments):
+    """sweep.main() in this process -> (exit status, stdout, stderr)."""
+    stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = ["sweep.py", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
+            sweep.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv = argv
+    return status, stdout.getvalue(), stderr.getvalue()
+
+
+def test_sweep_values():
+    """Ranges are numpy's; draws stay in their space, fill it evenly, repeat, and begin alike however many there are."""
+    for text, expected in (("1e-4:1e-1:log7", np.geomspace(1e-4, 1e-1, 7)), ("0:1:lin5", np.linspace(0, 1, 5)),
+                           ("0,1e-3:10:log5,7", [0, *np.geomspace(1e-3, 10, 5), 7])):
+        assert np.allclose([float(x) for x in sweep.grid_values(text, "")], expected, rtol=1e-5, atol=0), text
+    assert sweep.grid_values("(0.9,0.95),(0.9, 0.99),adamw,0.10", "") == ["(0.9,0.95)", "(0.9, 0.99)", "adamw", "0.1"]
+    spaces = sweep.parse_space(["a=log(1e-4,1e-1)", "b=uniform(-1, 3) c=choice(x,y,1.50)"])
+    draws = sweep.draw(spaces, 600, seed=3)
+    assert draws == sweep.draw(spaces, 600, seed=3) and draws[:20] == sweep.draw(spaces, 20, seed=3)
+    assert draws[:20] != sweep.draw(spaces, 20, seed=4) and draws[:20] != sweep.draw(spaces, 20, seed=3, stage=2)
+    a, b = (np.sort([float(flags[key]) for flags in draws]) for key in "ab")
+    quantiles = (np.arange(600) + 0.5) / 600        # the Kolmogorov-Smirnov distance: below 0.08 in all but 0.1 %
+    assert np.abs(np.log10(a / 1e-4) / 3 - quantiles).max() < 0.08 and np.abs((b + 1) / 4 - quantiles).max() < 0.08
+    assert np.abs(np.corrcoef([[math.log(float(f["a"])), float(f["b"])] for f in draws], rowvar=False)[0, 1]) < 0.15
+    assert all(150 < sum(flags["c"] == c for flags in draws) < 250 for c in ("x", "y", "1.5"))
+    one = sweep.Run.of("nanogpt_train.py", {"lr": "1e-3", "opt": "sgd"})
+    assert one.name == sweep.Run.of("/else/nanogpt_train.py", {"opt": "sgd", "lr": 0.001}).name
+    assert one.name != sweep.Run.of("nanogpt_train.py", {"opt": "sgd", "lr": 0.002}).name
+    known = sweep.flags_of("nanogpt_train.py")
+    run = sweep.Run.of("nanogpt_train.py", {"lr": "1e-3", "damping": "1e-6", "graft": "sgd"})
+    assert run.arguments(known) == ["--lr=0.001", "--opt_kwargs", "damping=1e-06", "graft=sgd"]
+
+
+def test_sweep_report():
+    """The table has numpy's means and deviations, best first; what failed or diverged is named, never averaged away."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        grid = "--grid lr=0.001,0.01,10,666 weight_decay=0,0.5 --seeds 3 --fixed device=cpu --out_dir out".split()
+        run_sweep(folder, *grid, status=1)
+        begun = starts(folder / "out")
+        out, _ = run_sweep(folder, *grid, "--csv", "all.csv", status=1)         # again: nothing is left to do
+        assert starts(folder / "out") == begun and set(begun.values()) == {1} and len(begun) == 24
+        lines = out.splitlines()
+        assert lines[0] == "24 runs of toy_train.py: 12 done, 6 diverged, 6 failed", lines[0]
+        expected = sorted((np.mean(losses), np.std(losses, ddof=1), lr, decay) for lr in (0.001, 0.01)
+                          for decay in (0, 0.5) for losses in [[toy_loss(lr, decay, seed) for seed in (1, 2, 3)]])
+        for line, (mean, deviation, lr, decay) in zip(lines[3:7], expected, strict=True):
+            assert line.split() == [f"{mean:.4f}", "+-", f"{deviation:.4f}", "3", f"{lr:g}", f"{decay:g}"], line
+        assert all(re.fullmatch(r"  - +0 +(10|666) +0(\.5)? +3 (diverged|failed)", line) for line in lines[7:11]), out
+        stars = [line for line in lines if "*" in line]
+        assert len(stars) == 1 and f"{expected[0][0]:.4f} *" in stars[0], "one star, at the best cell of the map"
+        assert sum(line.startswith("failed: lr 666") and "is evil" in line for line in lines) == 6
+        assert sum(line.startswith("diverged: lr 10") and "nan at step 3" in line for line in lines) == 6
+        with open(folder / "all.csv", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == 24 and [row["state"] for row in rows].count("done") == 12
+        for row in rows:
+            if row["state"] == "done":
+                lr, decay, seed = (float(row[key]) for key in ("lr", "weight_decay", "seed"))
+                assert float(row["val_loss"]) == toy_loss(lr, decay, seed)
+        assert not list((folder / "out").glob("*/ckpt.pt")) or all(row["state"] == "failed" for row in rows if (
+            folder / "out" / row["folder"] / "ckpt.pt").exists()), "checkpoints of finished runs are to be deleted"
+        (folder / "toy_train.py").write_text(TOY.replace('== 666', '== 667').replace('> 1 and', '== 10 and'))
+        again = [sys.executable, SCRIPT.parent / "sweep.py", "--script", "toy_train.py", *grid]
+        out = subprocess.run([*again, "--retry"], cwd=folder, capture_output=True, text=True, check=True).stdout
+        assert "18 done, 6 diverged\n" in out, out
+        assert sorted(starts(folder / "out").values()) == [1] * 18 + [2] * 6, "only what failed runs again"
+
+
+def test_sweep_killed_at_any_moment():
+    """Killed by SIGKILL ten times, a sweep gives the report of one never killed, and starts no finished run again."""
+    chance = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        grid = "--grid lr=0.001:1:log4 weight_decay=0,0.1,10 --fixed steps=30 device=cpu --out_dir".split()
+        calm, killed = ([*grid, name] for name in ("calm", "killed"))
+        run_sweep(folder, *calm)
+        for _ in range(10):
+            process = start_sweep(folder, *killed)
+            time.sleep(chance.uniform(0.05, 0.9))
+            process.kill()
+            process.communicate()
+            finished = {path.parent.name for path in (folder / "killed").glob("*/log.jsonl")}
+            before = starts(folder / "killed")
+        run_sweep(folder, *killed)
+        after = starts(folder / "killed")
+        assert all(after[name] == before[name] for name in finished), "a finished run was started again"
+        reports = [run_sweep(folder, *which, "--report", "--csv", "runs.csv")[0].replace(which[-1], "")
+                   + (folder / "runs.csv").read_text() for which in (calm, killed)]
+        assert reports[0] == reports[1] and "12 done" in reports[0], reports
+
+
+def test_sweep_waits_for_orphans():
+    """A run that outlives its killed sweep is waited for by the next one, not started twice."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        one = "--fixed lr=0.1 steps=100 device=cpu --out_dir out".split()
+        process = start_sweep(folder, *one)
+        while not starts(folder / "out"):
+            time.sleep(0.02)
+        process.kill()
+        process.communicate()
+        _, err = run_sweep(folder, *one)
+        assert "another process is at" in err and set(starts(folder / "out").values()) == {1}, err
+
+
+def test_sweep_stops_on_signal():
+    """SIGTERM ends the runs too, after they have saved; the same command resumes them and gives the same report."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        grid = "--grid lr=0.01,0.1 --fixed steps=60 device=cpu --out_dir".split()
+        calm, _ = run_sweep(folder, *grid, "calm")
+        process = start_sweep(folder, *grid, "out")
+        while len(list((folder / "out").glob("*/ckpt.pt"))) < 2:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 143 and "0 of 2 runs are finished" in out, (process.returncode, out, err)
+        for path in (folder / "out").glob("*/ckpt.pt"):
+            with open(path.parent / ".lock") as file:           # it would still be locked if the run were alive
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            assert json.loads(path.read_text())["step"] < 60
+        resumed, _ = run_sweep(folder, *grid, "out")
+        assert sorted(calm.splitlines()) == sorted(resumed.splitlines())
+
+
+def test_sweep_printed_commands():
+    """--print_commands | xargs sh -c, then --report, gives the table that the sweep itself gives."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        grid = ["--grid", "lr=0.01,0.1,10", "betas=(0.9, 0.95),it's", "--fixed", "device=cpu", "--out_dir"]
+        run_sweep(folder, *grid, "whole")
+        table, _ = run_sweep(folder, *grid, "whole", "--report")
+        commands, err = run_sweep(folder, *grid, "parts", "--print_commands")
+        assert len(commands.splitlines()) == 6 and not starts(folder / "parts") and not err
+        subprocess.run("xargs -P2 -I{} sh -c {}", shell=True, input=commands, text=True, cwd=folder, check=True,
+                       capture_output=True)
+        parts, _ = run_sweep(folder, *grid, "parts", "--report")
+        assert parts == table and "4 done, 2 diverged" in parts, parts
+        assert run_sweep(folder, *grid, "parts", "--print_commands")[0] == ""
+
+
+def test_sweep_two_stage():
+    """The second stage draws from the smallest box around the best fifth of the first, and a restart draws the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        search = ["--two_stage", "--runs", "15", "--space", "lr=log(1e-4,1) weight_decay=uniform(0,1)", "--fixed",
+                  "device=cpu steps=2", "--out_dir", "out"]
+        first = sweep.draw(sweep.parse_space(["lr=log(1e-4,1) weight_decay=uniform(0,1)"]), 15, seed=0)
+        run_sweep(folder, *search)
+        begun = starts(folder / "out")
+        rows = [json.loads(path.read_text())["flags"] for path in (folder / "out").glob("*/run.json")]
+        assert len(begun) == 30
+        rows = [(float(row["lr"]), float(row["weight_decay"])) for row in rows]
+        stage1 = sorted(((float(f["lr"]), float(f["weight_decay"])) for f in first),
+                        key=lambda row: toy_loss(*row, steps=2))
+        stage2, best = set(rows) - set(stage1), np.array(stage1[:3])
+        assert len(stage2) == 15
+        assert (best.min(0) <= np.array(list(stage2))).all() and (np.array(list(stage2)) <= best.max(0)).all()
+        run_sweep(folder, *search)
+        assert starts(folder / "out") == begun
+
+
+def test_sweep_bad_input():
+    """Every bad argument: exit status 2 and one line that names it, and no run is started."""
+    grid = ("--grid", "lr=1,2")
+    bad = [((), "nothing to run"), (("--grid", "lr"), "KEY=VALUE"), (("--grid", "lr="), "KEY=VALUE"),
+           (("--grid", "--lr=1"), "--grid"), (("--grid", "lr=1e-4:1e-1"), "log8"),
+           (("--grid", "lr=1:2:log1"), "at least 2"), (("--grid", "lr=0:1:log3"), "above 0"),
+           (("--grid", "lr=1:x:lin3"), "'x' is not a number"),
+           (("--grid", "lr=1,,2"), "comma"), (("--grid", "lr=1", "lr=2"), "twice"),
+           ((*grid, "--fixed", "lr=1"), "once"),
+           (("--grid", "learning_rat=1"), "neither a flag"), (("--grid", "out_dir=x"), "own folder"),
+           (("--fixed", "opt_kwargs=damping=1"), "damping=1"), ((*grid, "--random", "3"), "not both"),
+           (("--random", "3"), "--space"), ((*grid, "--space", "lr=log(1,2)"), "--random"),
+           (("--random", "0", "--space", "lr=log(1,2)"), "'0'"),
+           (("--random", "2", "--space", "lr=log(0,2)"), "above 0"),
+           (("--random", "2", "--space", "lr=uniform(2,1)"), "smaller"),
+           (("--random", "2", "--space", "lr=3"), "log(a,b)"),
+           (("--random", "2", "--space", "lr=log(1,2,3)"), "two numbers"), ((*grid, "--runs", "10"), "--two_stage"),
+           (("--two_stage", "--runs", "4", "--space", "lr=log(1,2)"), "'4'"), ((*grid, "--seed", "1"), "random draws"),
+           ((*grid, "--seeds", "2", "--fixed", "seed=1"), "seed="), (("--experiment", "warmpu"), "warmup"),
+           (("--experiment", "warmup", *grid), "--grid"), ((*grid, "--scale", "gpu"), "--experiment"),
+           ((*grid, "--script", "nanogtp_train.py"), "no such file"), ((*grid, "--plot", "x.exe"), ".png"),
+           ((*grid, "--csv", "no/such/x.csv"), "no such folder"), (("--report", "--out_dir", "no/such"), "no runs"),
+           (("--run", "abc"), "--out_dir"), (("--run", "abc", "--out_dir", "no/such"), "no such run"),
+           ((*grid, "--print_commands", "--report"), "--report"), ((*grid, "--jobs", "0"), "'0'"),
+           ((*grid, "--lr", "3"), "unknown flag --lr"), ((*grid, "--out_dir", "/dev/null/x"), "--out_dir")]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for arguments, words in bad:
+            status, out, err = call_sweep(*arguments)
+            assert status == 2 and not out, f"{arguments}: status {status}, {out}"
+            assert words in err and err.count("\n") == 1 and err.startswith("sweep.py: "), f"{arguments}: {err}"
+        assert not os.listdir("."), "nothing should have been written"
+
+
+def test_sweep_of_the_real_script():
+    """Two GPTs, the sweep and its runs killed halfway: resumed, they end with the logs of the script run by itself."""
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        tiny = dict(zip((word.strip("-") for word in TINY[::2]), TINY[1::2])) | {
+            "steps": "300", "eval_every": "100", "save_every": "5", "device": "cpu"}
+        fixed = " ".join(f"{key}={value}" for key, value in tiny.items())
+        command = ["--script", "nanogpt_train.py", "--grid", "opt=if_shampoo riemannian_momentum=0.3,0.6", "--fixed",
+                   fixed, "--out_dir", "out"]
+        process = start_sweep(folder, *command)
+        while len(list((folder / "out").glob("*/ckpt.pt"))) < 2:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        process.communicate(timeout=60)
+        assert process.returncode == 143
+        process = start_sweep(folder, *command)
+        flags = [word for key, value in tiny.items() for word in (f"--{key}", value)]
+        run_script(folder, *flags, *"--opt if_shampoo --opt_kwargs riemannian_momentum=0.6 --out_dir alone".split())
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        run = sweep.Run.of("nanogpt_train.py", tiny | {"opt": "if_shampoo", "riemannian_momentum": "0.6"})
+        assert read_log(folder / "out" / run.name) == read_log(folder / "alone")
+        assert f"{read_log(folder / 'alone')[-1]['val_loss']:.4f}" in out
+
+
+def test_sweep_experiments_ask_for_runs_that_exist():
+    """Every flag that a named experiment uses is known to its script, at both scales, and every value is accepted."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        for name in sweep.EXPERIMENTS:
+            for scale in ("cpu", "gpu"):
+                status, out, err = call_sweep("--experiment", name, "--scale", scale, "--print_commands")
+                assert status == 0 and out and not err, (name, err)
+                runs = sweep.read_runs(pathlib.Path(f"out/sweep-{name}-{scale}"))
+                assert len(runs) == len(out.splitlines()), name
+                for run in runs:
+                    script = importlib.import_module(pathlib.Path(run.script).stem)
+                    known, argv = sweep.flags_of(run.script), sys.argv
+                    sys.argv = [run.script, *run.arguments(known)]
+                    try:
+                        with unittest.mock.patch.object(script, "pick_device", lambda name: name):
+                            script.settle(script.parse_arguments())
+                    finally:
+                        sys.argv = argv
+
+
+class ImaginedLab:
+    """Gives the experiments results that we make up: loss(flags) is the val_loss, nan: diverged."""
+
+    def __init__(self, loss):
+        self.loss, self.scale = loss, "cpu"
+
+    def result(self, run):
+        loss = self.loss(dict(run.flags))
+        return sweep.Result(run, pathlib.Path(run.name), "diverged" if math.isnan(loss) else "done",
+                            {} if math.isnan(loss) else {"val_loss": loss})
+
+    def results(self, runs):
+        return [self.result(run) for run in runs]
+
+
+def test_sweep_verdicts():
+    """The experiments say yes to numbers made up to agree with the claim, and no to others, for the right reason."""
+    def verdicts(name, loss):
+        return [held for _, held in sweep.EXPERIMENTS[name](ImaginedLab(loss)).checks]
+
+    def bowl(f, best):                              # one minimum, at lr = best
+        return 1.5 + 0.02 * math.log2(float(f["lr"]) / best) ** 2
+
+    def rotational(f):
+        return f["opt"].startswith("rotational")
+    assert verdicts("zero_shot", lambda f: bowl(f, 0.004) + 0.01 * rotational(f)) == [True] * 3
+    worse = "rotational_sgd"
+    assert verdicts("zero_shot", lambda f: bowl(f, 0.004) + 0.03 * (f["opt"] == worse)) == [True, False, True]
+    assert verdicts("zero_shot", lambda f: math.nan if f["opt"] == "rotational_lion" else 1.5) == [True, True, False]
+
+    def needs(plain, turning):                      # how much the loss rises without warmup
+        return lambda f: 1.5 + (f["warmup"] == "0") * (turning if rotational(f) else plain)
+    assert verdicts("warmup", needs(0.1, 0.04)) == [True, True]
+    assert verdicts("warmup", needs(0.1, 0.06)) == [False, False] and verdicts("warmup", needs(0.01, 0)) == [False] * 2
+    assert verdicts("warmup", lambda f: math.nan if f["warmup"] == "0" and not rotational(f) else 1.5) == [True, True]
+    for name, size in (("lr_transfer_width", "n_embd"), ("lr_transfer_depth", "n_layer")):
+        smallest = {"n_embd": 32, "n_layer": 1}[size]
+
+        def transfer(f, size=size, smallest=smallest):          # the plain optimum falls as the model grows
+            best = {"adam": 2**-6, "sgd": 2.0}.get(f["opt"])
+            return bowl(f, best * smallest / int(f[size]) if best else 0.25)
+        assert verdicts(name, transfer) == [True, True], name
+        assert verdicts(name, lambda f: bowl(f, 2**-4)) == [False, False], "here no optimizer depends on the size"
 
 
 # ======================================================================================================================
