@@ -3212,9 +3212,9 @@ def slow_beam_search(model, source, begin, end, beam, penalty, longest):
             ways += [(score + logp[token], said, token) for token in range(len(logp)) if t < limit or token == end]
         ways.sort(key=lambda way: -way[0])
         finished += [(score / t**penalty, said) for score, said, token in ways[:beam] if token == end]
-        if len(finished) >= beam:
-            break
         live = [(score, [*said, token]) for score, said, token in ways if token != end][:beam]
+        if len(finished) >= beam and max(finished)[0] >= max((score / t**penalty for score, _ in live), default=0):
+            break
     return max(finished)[1]
 
 

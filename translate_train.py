@@ -1160,8 +1160,10 @@ def beam_search(model, source, begin, end, beam, length_penalty, longest=(1.2, 1
 
     Every sentence has K = beam hypotheses, all of t tokens. Of the V * K ways to go on, the 2 K best (by the sum of
     log-probabilities) are looked at: those of the first K that are `end` are finished, with score sum / length^penalty,
-    `end` counted; the K best of the others go on. A sentence is done when K of its hypotheses are finished, or when
-    they are a S + b tokens long, (a, b) = longest, where all have to end. Beam 1 is greedy decoding.
+    `end` counted; the K best of the others go on. A sentence is done when K of its hypotheses are finished and the best
+    of them scores at least as high as the best that goes on would if it ended here: K bad ones finish early when the
+    model is sure of itself. It is done in any case at a S + b tokens, (a, b) = longest, where all have to end. Beam 1
+    is greedy decoding.
     """
     B, K, device = len(source), beam, source.device
     memory, mask = model.encode(source)
@@ -1185,7 +1187,9 @@ def beam_search(model, source, begin, end, beam, length_penalty, longest=(1.2, 1
             finished[live[i]].append((top[i, j].item() / (t + 1) ** length_penalty, said[i, parent[i, j]].tolist()))
         scores, rank = top.masked_fill(token == end, -math.inf).topk(K)
         parent, last = parent.gather(1, rank), token.gather(1, rank)
-        rows = [i for i, limit in enumerate(limits.tolist()) if len(finished[live[i]]) < K and limit > t + 1]
+        hopes = (scores[:, 0] / (t + 1) ** length_penalty).tolist()
+        rows = [i for i, (b, limit, hope) in enumerate(zip(live, limits.tolist(), hopes))
+                if limit > t + 1 and (len(finished[b]) < K or max(finished[b])[0] < hope)]
         if not rows:
             break
         live, rows = [live[i] for i in rows], torch.tensor(rows, device=device)
