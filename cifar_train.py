@@ -70,7 +70,7 @@ def paper(setup, opt, **hyper):
     return setup | dict(opt=opt, tuned={opt: hyper})
 
 
-# `tuned` goes before the table TUNED below, for the optimizer that it names.
+# `tuned` goes before the table TUNED below, for the optimizer that it names; nobody has tried that table at these sizes.
 PRESETS = {
     # the default without CUDA: about a minute on two cores
     "cpu": dict(data="shapes", model="resnet18", width_mult=0.125, epochs=3, batch_size=64, warmup=60, compile=0),
@@ -118,6 +118,9 @@ PRESETS = {
                                                 weight_decay=6.989e-3)))},
 }
 
+# Tuned for the main job (the cpu preset on shapes): one to four runs each, of a single epoch and on --split 0.9, with
+# another lr or decay, one seed; the best one stands here. For the rotational ones lr * weight_decay was chosen for an
+# angle of 0.02 to 0.06.
 TUNED = {
     "sgd": dict(lr=0.2, momentum=0.9, weight_decay=5e-4),
     "adam": dict(lr=0.01, betas=(0.9, 0.99), weight_decay=0.0),
@@ -592,6 +595,15 @@ def show(images, path):
     except (OSError, ValueError) as error:
         fail(f"--show {path}: {getattr(error, 'strerror', None) or error}")
     print(f"{path}: a class a row" + (f", {', '.join(SHAPES)}" if images.n_classes == len(SHAPES) else ""))
+
+
+def split(images, share, seed):
+    """-> train, train_labels, test, test_labels. With share < 1 the latter are the rest of the training images."""
+    if share == 1:
+        return images.train, images.train_labels, images.test, images.test_labels
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(images.train)))
+    ours, rest = order[:int(share * len(order))], order[int(share * len(order)):]       # the rest is never empty
+    return images.train[ours], images.train_labels[ours], images.train[rest], images.train_labels[rest]
 
 
 class Batches:
@@ -1078,16 +1090,9 @@ def main():
         return show(images, s["show"])
     if ckpt and images.fingerprint != ckpt["fingerprint"]:
         fail(f"--data {s['data']} is not the data that this run began with: bring it back, or start without --resume")
-    order = np.random.default_rng(s["seed"]).permutation(len(images.train)) if s["split"] < 1 else slice(None)
-    n_train = int(s["split"] * len(images.train))
     held_out = "val" if s["split"] < 1 else "test"
-    if s["split"] < 1:
-        train, train_labels = images.train[order[:n_train]], images.train_labels[order[:n_train]]
-        test, test_labels = images.train[order[n_train:]], images.train_labels[order[n_train:]]
-    else:
-        train, train_labels, test, test_labels = images.train, images.train_labels, images.test, images.test_labels
-    if len(test) == 0:
-        fail(f"--split {s['split']} leaves no image to evaluate on: make it smaller")
+    train, train_labels, test, test_labels = split(images, s["split"], s["seed"])
+    n_train = len(train)
     set_steps(s, given, n_train)
     moments = [torch.std_mean(train[..., colour].float(), correction=0) for colour in range(3)]
     std, mean = (torch.stack(values).to(device) for values in zip(*moments))
