@@ -70,7 +70,8 @@ def paper(setup, opt, **hyper):
     return setup | dict(opt=opt, tuned={opt: hyper})
 
 
-# `tuned` goes before the table TUNED below, for the optimizer that it names; nobody has tried that table at these sizes.
+# `tuned` goes before the table TUNED below, for the optimizer that it names. Nobody has tried that table at other sizes
+# than the cpu preset's.
 PRESETS = {
     # the default without CUDA: about a minute on two cores
     "cpu": dict(data="shapes", model="resnet18", width_mult=0.125, epochs=3, batch_size=64, warmup=60, compile=0),
@@ -320,7 +321,8 @@ def set_steps(s, given, n_train):
     """Settle what depends on the number of training images: steps from epochs, evaluations, warmup. Changes s."""
     an_epoch = n_train // s["batch_size"]
     if an_epoch == 0:
-        fail(f"--batch_size {s['batch_size']} is more than the {n_train} training images: make it smaller")
+        fail(f"--batch_size {s['batch_size']} is more than the {n_train} training images: make it smaller"
+             + (", or --split larger" if s["split"] < 1 else ""))
     if "epochs" in s:
         s["steps"] = s["epochs"] * an_epoch
     s.setdefault("eval_every", an_epoch)
