@@ -1261,7 +1261,7 @@ def main():
                             f"{speed:,.0f} images/s", refresh=False)
 
     bar = tqdm(total=s["steps"], initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
-    if start == 0:
+    if not ckpt:
         loss, accuracy = evaluate()
         log(step=0, **{f"{held_out}_loss": loss, f"{held_out}_acc": accuracy}, lr=0.0, seconds=0.0)
         save()                                      # from here on, whatever happens can be resumed

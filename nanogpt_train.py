@@ -999,7 +999,7 @@ def main():
 
     bar = tqdm(total=s["steps"], initial=start, disable=RANK > 0, unit="step",
                mininterval=0.5 if sys.stderr.isatty() else 30)
-    if start == 0:
+    if not ckpt:
         log(step=0, val_loss=evaluate(), lr=0.0, seconds=0.0)
         save()                                      # from here on, whatever happens can be resumed
     for step in range(start, s["steps"]):

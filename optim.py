@@ -315,8 +315,9 @@ def inverse_root(L, p, damping):
     """(L + damping)^(-1/p) of a symmetric positive semi-definite matrix, or of a diagonal."""
     if L.dim() == 1:
         return (L + damping) ** (-1 / p)
-    eigenvalues, Q = torch.linalg.eigh(L)
-    root = (Q * (eigenvalues.clamp(min=0) + damping) ** (-1 / p)) @ Q.T        # rounding makes eigenvalues below 0
+    # the damping goes in first: float32 LAPACK can fail on a matrix with hundreds of zero rows (unused tokens)
+    eigenvalues, Q = torch.linalg.eigh(L + damping * torch.eye(len(L), dtype=L.dtype, device=L.device))
+    root = (Q * eigenvalues.clamp(min=damping) ** (-1 / p)) @ Q.T              # rounding makes eigenvalues too small
     seen = L.diagonal() > 0                         # an index without any gradient so far must not get rounding noise
     return root * seen * seen[:, None]
 
