@@ -1473,6 +1473,12 @@ ModularInverseFreeShampoo = compose("ModularInverseFreeShampoo", "if_shampoo", M
 # ======================================================================================================================
 
 
+def columns(rows):
+    """Rows of words as text, with the words of a column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
 class Tree:
     """A part of a network: see the table above. Immutable; print(tree) shows the share of every weight."""
     mass: float
@@ -1512,9 +1518,7 @@ class Tree:
         rows = [("weight", "norm", "scale", "mass", "share")]
         for leaf, mass, share in self.weights():
             rows.append((leaf.words(), leaf.norm, *(f"{x:.4g}" for x in (leaf.scale, mass, share))))
-        widths = [max(len(row[k]) for row in rows) for k in range(5)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
-        return "\n".join([*lines, f"mass {self.mass:.4g}, sensitivity {self.sensitivity:.4g}: {self!r}"])
+        return f"{columns(rows)}\nmass {self.mass:.4g}, sensitivity {self.sensitivity:.4g}: {self!r}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -1866,8 +1870,7 @@ def table(optimizer):
                 rule += f" {group['norm']}, share {group['share']:.4g}"
             rows.append((name, "x".join(map(str, p.shape)) or "scalar", rule, f"{group['lr']:g}",
                          f"{group['weight_decay']:g}"))
-    widths = [max(len(row[k]) for row in rows) for k in range(5)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+    return columns(rows)
 
 
 # ======================================================================================================================
