@@ -153,14 +153,14 @@ def settle(args):
     if not (set(general) - {"--script"} or args.experiment or args.run or args.report):
         fail("nothing to run: give --grid, --random, --two_stage, --fixed, --seeds, --experiment or --report (--help "
              "shows examples)")
-    if args.plot and not importlib.util.find_spec("matplotlib"):
-        fail("--plot needs matplotlib: pip install matplotlib, then the same command again; nothing will be run twice")
     for name in ("plot", "csv"):                    # before an hour of runs, not after it
         path = getattr(args, name)
         if path and (os.path.isdir(path) or not os.path.isdir(os.path.dirname(path) or ".")):
             fail(f"--{name} {path}: " + ("that is a folder" if os.path.isdir(path) else "there is no such folder"))
     if args.plot and pathlib.Path(args.plot).suffix.lower() not in (".png", ".pdf", ".svg"):
         fail(f"--plot {args.plot}: name a .png, .pdf or .svg file")
+    if args.plot and not importlib.util.find_spec("matplotlib"):
+        fail("--plot needs matplotlib: pip install matplotlib, then the same command again; nothing will be run twice")
     args.script = args.script or "nanogpt_train.py"
     args.scale = args.scale or "cpu"
     args.out_dir = pathlib.Path(args.out_dir or (f"out/sweep-{args.experiment}-{args.scale}" if args.experiment else
