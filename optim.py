@@ -691,7 +691,8 @@ def rotational_init(w, h):
 
 def rotational_scalars(direction, h, t):
     """The angle that the plain optimizer with this lr and wd settles to by itself, and the bias of U."""
-    angle = direction.kappa(h) * (2 * h["lr"] * direction.gain(h) * h["weight_decay"]) ** 0.5
+    lr = max(h["lr"], 0)                            # see is_rate
+    angle = direction.kappa(h) * (2 * lr * direction.gain(h) * h["weight_decay"]) ** 0.5
     return {"angle": angle, "unbias_update_norm": 1 - h["update_norm_decay_factor"] ** t}
 
 
@@ -898,12 +899,17 @@ def is_size(x):
     return 0 <= x < math.inf
 
 
+def is_rate(x):
+    """A size, or what a schedule leaves of 0: torch's LinearLR(end_factor=0) may end at -1e-18."""
+    return -1e-12 < x < math.inf
+
+
 def is_flag(x):
     return isinstance(x, bool)
 
 
 RANGES = {                                          # NaN fails every comparison, so it is refused everywhere
-    "lr": (is_size, "a finite number >= 0"),
+    "lr": (is_rate, "a finite number >= 0"),
     "weight_decay": (is_size, "a finite number >= 0"),
     "eps": (is_size, "a finite number >= 0"),
     "rotational_eps": (is_size, "a finite number >= 0"),
@@ -948,9 +954,16 @@ class Optimizer(torch.optim.Optimizer):
     the parameter's type, whichever is wider; `step` there counts the steps in which p had a gradient. Parameters
     without one are left alone, and so is their state.
 
+    Groups may be edited in mid-run, by hand or by a scheduler; every step checks their values as the constructor did.
+    But a parameter's first step settles what its state looks like: leave per_neuron, rotational, norm, graft, dtype and
+    max_dim as they are from there on.
+
+    The same gradients give the same weights, to the bit. Gradients themselves can differ from run to run on CUDA, where
+    some backward passes add with atomics: see torch.use_deterministic_algorithms.
+
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
-    Errors   ValueError for values out of range, unknown keys in a group, complex parameters, sparse gradients, a
-             checkpoint of another kind of optimizer; TypeError for an unknown argument
+    Errors   ValueError for values out of range, unknown keys in a group, parameters that are complex, sparse or
+             expanded, sparse gradients, a checkpoint of another kind of optimizer; TypeError for an unknown argument
     """
     direction: Direction
     geometry: Geometry = PLAIN
@@ -988,9 +1001,10 @@ class Optimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _prepare(self, group):
         for p in group["params"]:
-            self.geometry_of(p, group).prepare(p, group)
+            if p.requires_grad:                     # a frozen one is prepared when it is thawed, before its first step
+                self.geometry_of(p, group).prepare(p, group)
 
-    def _check_group(self, index):
+    def _check_values(self, index):
         group, kind = self.param_groups[index], type(self).__name__
         known = self.takes()
         for key, value in group.items():
@@ -1009,8 +1023,17 @@ class Optimizer(torch.optim.Optimizer):
         objection = self.direction.objection(group)
         if objection:
             raise ValueError(f"{kind}: {objection}")
+
+    def _check_group(self, index):
+        self._check_values(index)
+        group, kind = self.param_groups[index], type(self).__name__
         for i, p in enumerate(group["params"]):
             name = name_of(group, i, index)
+            if p.layout is not torch.strided:
+                raise ValueError(f"{kind}: {name} is {p.layout}: only dense parameters are supported")
+            if any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride())):
+                raise ValueError(f"{kind}: {name} {tuple(p.shape)} is expanded: several of its entries are one number "
+                                 "in memory. Store it as it was before expand(), or as a clone()")
             if not p.is_floating_point():
                 raise ValueError(f"{kind}: {name} is {p.dtype}: only real floating-point parameters are supported "
                                  "(a complex one can be stored as two real ones: torch.view_as_real)")
@@ -1038,6 +1061,7 @@ class Optimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for index, group in enumerate(self.param_groups):       # refuse before anything has moved
+            self._check_values(index)                           # schedules and people edit groups in mid-run
             for i, p in enumerate(group["params"]):
                 if p.grad is not None and p.grad.layout is not torch.strided:
                     raise ValueError(f"{type(self).__name__}: {name_of(group, i, index)} has a sparse gradient, which "

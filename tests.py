@@ -1692,33 +1692,47 @@ def test_refused_group_leaves_no_trace():
 
 
 def test_schedulers_drive_it():
-    """LambdaLR, CosineAnnealingLR and OneCycleLR (which cycles momentum or beta1 too) act as they do on torch.optim."""
-    schedulers = torch.optim.lr_scheduler
-    kinds = [lambda o: schedulers.LambdaLR(o, lambda t: min(1, t / 5)),
-             lambda o: schedulers.CosineAnnealingLR(o, T_max=15),
-             lambda o: schedulers.OneCycleLR(o, max_lr=0.1, total_steps=20, cycle_momentum=True)]
+    """Every scheduler of torch (some move momentum or beta1 too) acts as on torch.optim, and sets rotational angles."""
+    torchs = torch.optim.lr_scheduler
+    kinds = {
+        "LambdaLR": lambda o: torchs.LambdaLR(o, lambda t: min(1, t / 5)),
+        "MultiplicativeLR": lambda o: torchs.MultiplicativeLR(o, lambda t: 0.9),
+        "StepLR": lambda o: torchs.StepLR(o, step_size=4),
+        "MultiStepLR": lambda o: torchs.MultiStepLR(o, milestones=[3, 9]),
+        "ConstantLR": lambda o: torchs.ConstantLR(o, factor=0.5),
+        "LinearLR": lambda o: torchs.LinearLR(o, end_factor=0, total_iters=4),          # ends at lr = -4e-19
+        "ExponentialLR": lambda o: torchs.ExponentialLR(o, gamma=0.9),
+        "SequentialLR": lambda o: torchs.SequentialLR(o, [kinds["ConstantLR"](o), kinds["StepLR"](o)], [5]),
+        "ChainedScheduler": lambda o: torchs.ChainedScheduler([kinds["ConstantLR"](o), kinds["StepLR"](o)]),
+        "CosineAnnealingLR": lambda o: torchs.CosineAnnealingLR(o, T_max=15),
+        "CosineAnnealingWarmRestarts": lambda o: torchs.CosineAnnealingWarmRestarts(o, T_0=4),
+        "PolynomialLR": lambda o: torchs.PolynomialLR(o, total_iters=10, power=2),
+        "CyclicLR": lambda o: torchs.CyclicLR(o, base_lr=0.001, max_lr=0.05, step_size_up=3),
+        "OneCycleLR": lambda o: torchs.OneCycleLR(o, max_lr=0.1, total_steps=20),
+        "ReduceLROnPlateau": lambda o: torchs.ReduceLROnPlateau(o, patience=1)}
+    assert kinds.keys() == set(torchs.__all__) - {"LRScheduler"}, "torch has other schedulers now"
     gradients = noise(MIXED, 15)
-    for name, twin in (("sgd", torch.optim.SGD), ("adamw", torch.optim.AdamW)):
-        for kind in kinds:
+    for kind, schedule in kinds.items():
+        metrics = [1.0] if kind == "ReduceLROnPlateau" else []
+        for name, twin in TORCH_TWINS.items():
             ours, theirs = parameters(MIXED), parameters(MIXED)
             for optimizer in (make(name, ours), twin(theirs, **settings(name))):
-                scheduler = kind(optimizer)
+                scheduler = schedule(optimizer)
                 for step_gradients in gradients:
                     run(optimizer, [step_gradients])
-                    scheduler.step()
+                    scheduler.step(*metrics)
             for p, q in zip(ours, theirs):
-                close(p, q, 1e-12, name)
-    for name in ROTATIONAL:                                 # no twin in torch, but lr sets the exact angle
-        [p] = parameters([(5, 24)])
-        h = settings(name)
-        optimizer = make(name, [p], update_norm_decay_factor=0.0, rotational_eps=0.0)
-        scheduler = schedulers.CosineAnnealingLR(optimizer, T_max=15)
-        for t, step_gradients in enumerate(noise([(5, 24)], 15)):
-            start, lr = p.detach().clone(), h["lr"] * (1 + math.cos(math.pi * t / 15)) / 2
-            run(optimizer, [step_gradients])
-            scheduler.step()
-            expected = math.atan(angle_by_hand(name, h | {"lr": lr}))
-            close(angles(start, p), np.full(5, expected), 1e-9, f"{name} step {t + 1}")
+                close(p, q, 1e-12, f"{name} {kind}")
+        for name in ROTATIONAL:                             # no twin in torch, but lr sets the exact angle
+            [p] = parameters([(5, 24)])
+            optimizer = make(name, [p], update_norm_decay_factor=0.0, rotational_eps=0.0)
+            scheduler = schedule(optimizer)
+            for t, step_gradients in enumerate(noise([(5, 24)], 15)):
+                start, h = p.detach().clone(), dict(optimizer.param_groups[0])
+                run(optimizer, [step_gradients])
+                scheduler.step(*metrics)
+                expected = math.atan(angle_by_hand(name, h | {"lr": max(h["lr"], 0)}))
+                close(angles(start, p), np.full(5, expected), 1e-9, f"{name} {kind} step {t + 1}", scale=0.1)
 
 
 def test_decay_scheduled_to_zero_freezes():
@@ -1861,6 +1875,12 @@ def test_errors_of_values():
                 refused(ValueError, shown, lambda: kind(alone, **mine))
                 groups = [{"params": [weight(3, 4)]}, {"params": [weight(2, 5)], key: value}]
                 refused(ValueError, shown + ["group 1"], lambda: kind(groups, **rest))
+                optimizer = kind([weight(3, 4)], **rest)
+                run(optimizer, [[weight(3, 4)]])
+                optimizer.param_groups[0][key] = value      # by hand, in mid-run
+                before = repr(optimizer.param_groups), repr(optimizer.state_dict())
+                refused(ValueError, shown + ["group 0"], optimizer.step)
+                assert before == (repr(optimizer.param_groups), repr(optimizer.state_dict())), f"{name} {key}: moved"
 
 
 def test_errors_of_arguments():
@@ -1876,6 +1896,14 @@ def test_errors_of_arguments():
         refused(ValueError, [kind.__name__, "head.weight", "complex64"],
                 lambda: kind([("head.weight", weight(3, 4, fill=1j, dtype=torch.complex64))], **rest))
         refused(ValueError, ["empty"], lambda: kind([]))
+        refused(ValueError, [kind.__name__, "parameter 0 of group 0", "sparse_coo", "dense"],
+                lambda: kind([nn.Parameter(weight(3, 4).detach().to_sparse())], **rest))
+        for p in (weight(3, 1).expand(3, 4), weight(4).expand(3, 4), weight(1).expand(4)):
+            refused(ValueError, [kind.__name__, "parameter 0 of group 0", str(tuple(p.shape)), "expanded", "clone()"],
+                    lambda: kind([nn.Parameter(p.detach())], **rest))
+        optimizer = make(name, [weight(3, 4)])
+        optimizer.param_groups[0]["decay"] = 0.1            # misspelt, in mid-run
+        refused(ValueError, [kind.__name__, "'decay'", "group 0", "weight_decay"], optimizer.step)
         table = nn.Embedding(5, 4, sparse=True)
         table(torch.tensor([1, 2])).sum().backward()
         optimizer, start = make(name, table.parameters()), table.weight.detach().clone()
