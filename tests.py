@@ -1692,7 +1692,7 @@ def test_refused_group_leaves_no_trace():
 
 
 def test_schedulers_drive_it():
-    """Every scheduler of torch (some move momentum or beta1 too) acts as on torch.optim, and sets rotational angles."""
+    """All schedulers of torch (some move momentum or beta1 too) act as on torch.optim, and set rotation angles."""
     torchs = torch.optim.lr_scheduler
     kinds = {
         "LambdaLR": lambda o: torchs.LambdaLR(o, lambda t: min(1, t / 5)),
@@ -1809,6 +1809,235 @@ def test_empty_and_scalar_parameters():
             *_, last = plain_by_hand(base(name), start, as_numpy(gradients, 3), [h["lr"]] * 5, h)
             close(params[3], last, 1e-12, f"{name}: 0-d parameter")
         assert params[4].isfinite().all(), name
+
+def test_random_shapes_and_hyperparameters():
+    """Every optimizer equals its slow reference for random shapes of 1 to 4 dims and random hyperparameters."""
+    steps, cases = 8, 16
+    for name, kind in optim.OPTIMIZERS.items():
+        for case in range(cases):
+            r = random.Random(f"{name} {case}")
+            fewest = 2 if name in ("modular_sgd", "modular_adam") else 1    # their vectors: averages without reference
+            sizes = (1, 3, 5) if name == "modular_lion" else (1, 2, 3, 4, 5)        # signs cancel in even numbers
+            shape = tuple(r.choice(sizes) for _ in range(r.randint(fewest, 4)))
+            drawn = {"lr": r.uniform(0, 0.1), "momentum": r.choice([0.0, r.uniform(0, 0.95)]), "seed": case,
+                     "betas": (r.uniform(0, 0.95), r.uniform(0.5, 0.999)), "alpha": r.uniform(0.5, 0.99),
+                     "eps": 10 ** r.uniform(-8, -1), "weight_decay": r.choice([0.0, r.uniform(0, 0.5)]),
+                     "batch_size": r.choice([0.5, 1, 100]), "bias_correction": r.random() < 0.5,
+                     "damping": 10 ** r.uniform(-3, 0), "lr_cov": r.uniform(0.01, 0.3),
+                     "riemannian_momentum": r.uniform(0, 0.9), "update_every": r.randint(1, 4),
+                     "max_dim": r.choice([0, 3, 2048]), "graft": r.choice([None, "sgd", "adam"])}
+            h = {key: value for key, value in drawn.items() if key in kind.takes()}
+            lrs = [h["lr"] * r.choice([0, r.random(), 1]) for _ in range(steps)]
+            [p], gradients, own, matrix = parameters([shape], seed=case), noise([shape], steps), {}, len(shape) > 1
+            by_hand = functools.partial(plain_by_hand, base(name))
+            if name in ROTATIONAL:
+                options = {"zero_mean": r.random() < 0.5, "per_neuron": r.random() < 0.5,
+                           "update_norm_decay_factor": r.choice([0.0, r.random()])}
+                enough = math.prod(shape[1:] if options["per_neuron"] else shape) >= 2 + options["zero_mean"]
+                if matrix and h["weight_decay"] and enough:
+                    by_hand = functools.partial(rotational_by_hand, base(name), **options)
+                own = options if enough or not matrix else {"rotational": False}
+            elif name in MODULAR and matrix:
+                own = {"share": r.random(), "norm": r.choice(["spectral", "rows"]) if len(shape) == 2 else "spectral"}
+                u = torch.randn(shape[1:], generator=torch.Generator().manual_seed(case), dtype=torch.float64).numpy()
+                by_hand = functools.partial(modular_by_hand, name, u=u, **own)
+            start, what = p.detach().numpy().copy(), f"{name} case {case}: {shape} {h} {own}"
+            optimizer = kind([{"params": [p]} | own], **h)
+            expected = by_hand(w=start.copy(), gradients=as_numpy(gradients, 0), lrs=lrs, h=h)
+            for t, w in enumerate(expected):
+                run(optimizer, gradients[t:t + 1], lrs[t:t + 1])
+                close(p, w, 1e-9, f"{what} step {t + 1}", scale=max(np.abs(w - start).max(), 1e-4 * np.abs(w).max()))
+            assert t == steps - 1, what
+
+
+def test_same_numbers_twice():
+    """Two runs end with the same weights and state to the bit, whatever torch's own random numbers are."""
+    gradients = noise(MIXED, 5, torch.float32)
+    for name in optim.OPTIMIZERS:
+        results = []
+        for seed in (1, 2):
+            params = parameters(MIXED, torch.float32)
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                optimizer = make(name, params)
+                run(optimizer, gradients)
+            state = [x for p in params for x in optimizer.state[p].values() if torch.is_tensor(x)]
+            results.append(values(params) + state)
+        same_bits(*results, name)
+
+
+def network(seed=0):
+    """Two layers in float64."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double()
+    with torch.no_grad():
+        for i, p in enumerate(model.parameters()):
+            p.copy_(normal(seed + i, *p.shape))
+    return model
+
+
+def loss_on(model, x):
+    return (model(x) - x[:, :4]).square().mean()
+
+
+def train(model, optimizer, batches):
+    for x in batches:
+        optimizer.zero_grad()
+        loss_on(model, x).backward()
+        optimizer.step()
+
+
+def test_training_loop():
+    """Accumulated and clipped gradients, zero_grad and frozen layers act as the same gradients fed by hand."""
+    for name in optim.OPTIMIZERS:
+        for to_none in (True, False):
+            model, twin = network(), network()
+            model[0].requires_grad_(False)
+            twin[0].requires_grad_(False)
+            optimizer, fed = make(name, model.parameters()), make(name, twin.parameters())
+            same_bits(model[0].parameters(), network()[0].parameters(), f"{name}: constructing it moved a frozen layer")
+            for t in range(8):
+                frozen, x = t < 2 or 4 <= t < 6, normal(t, 8, 6)
+                model[0].requires_grad_(not frozen)
+                twin.requires_grad_(True)
+                gradients = list(torch.autograd.grad(loss_on(twin, x), twin.parameters()))
+                if frozen:                                  # zeros are gradients too: momentum and decay go on
+                    gradients[:2] = [None if to_none or t < 2 else torch.zeros_like(g) for g in gradients[:2]]
+                norm = math.sqrt(sum((g**2).sum().item() for g in gradients if g is not None))
+                run(fed, [[g if g is None else g * min(1, 0.1 / (norm + 1e-6)) for g in gradients]])
+
+                optimizer.zero_grad(set_to_none=to_none)
+                for half in x.chunk(2):
+                    (loss_on(model, half) / 2).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+                before, gradients = values(model.parameters()), [p.grad for p in model.parameters()]
+                copies = [g if g is None else g.clone() for g in gradients]
+                optimizer.step()
+                same_bits([g for g in gradients if g is not None], [g for g in copies if g is not None],
+                          f"{name}: a step changed a gradient")
+                if gradients[0] is None:
+                    same_bits(model[0].parameters(), before[:2], f"{name}: a frozen layer moved")
+                for p, q in zip(model.parameters(), twin.parameters()):
+                    close(p, q, 1e-9, f"{name} set_to_none={to_none} step {t + 1}")
+
+
+def test_gradient_scaler():
+    """Under a GradScaler an infinite gradient leaves weights and state alone, and scaling leaves no trace."""
+    for name in optim.OPTIMIZERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            params, unscaled, gradients = parameters(MIXED, dtype), parameters(MIXED, dtype), noise(MIXED, 6, dtype)
+            optimizer, twin = make(name, params), make(name, unscaled)
+            scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+            for t, step_gradients in enumerate(gradients):
+                optimizer.zero_grad()
+                loss = sum((p * g).sum() for p, g in zip(params, step_gradients))       # with these very gradients
+                scaler.scale(loss * math.inf if t == 3 else loss).backward()
+                before = values(params), repr(optimizer.state_dict())
+                scaler.step(optimizer)
+                scaler.update()
+                if t == 3:
+                    same_bits(params, before[0], f"{name} {dtype}: moved by an infinite gradient")
+                    assert repr(optimizer.state_dict()) == before[1], f"{name} {dtype}: counted an infinite gradient"
+                else:
+                    run(twin, [step_gradients])
+            same_bits(params, unscaled, f"{name} {dtype}")
+            assert scaler.get_scale() == 2048, scaler.get_scale()       # doubled, halved, doubled again
+
+
+def replica(rank, folder):
+    """One of two processes of DistributedDataParallel: half of every batch, and the weights that come out of it."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    weights = {}
+    for name in optim.OPTIMIZERS:
+        model = nn.parallel.DistributedDataParallel(network(seed=rank))         # both start from the weights of rank 0
+        train(model, make(name, model.parameters()), [normal(t, 8, 6).chunk(2)[rank] for t in range(5)])
+        weights[name] = values(model.parameters())
+    torch.save(weights, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_data_parallel_replicas():
+    """Two DDP processes hold the same weights to the bit, and those of one process with the whole batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(replica, (folder,), nprocs=2)
+        one, two = (torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(2))
+    for name in optim.OPTIMIZERS:
+        model = network()
+        train(model, make(name, model.parameters()), [normal(t, 8, 6) for t in range(5)])
+        same_bits(one[name], two[name], f"{name}: the replicas drift apart")
+        for p, q in zip(one[name], model.parameters()):
+            close(p, q, 1e-10, f"{name}: two processes beside one")
+
+
+def test_compiled_training_step():
+    """torch.compile of a whole training step, the optimizer's included, gives the numbers of eager mode."""
+    torch._dynamo.reset()
+    model, twin = network(), network()
+    optimizer, eager = make("rotational_adamw", model.parameters()), make("rotational_adamw", twin.parameters())
+    compiled = torch.compile(train, backend="aot_eager")                        # all but the code generation
+    for t in range(4):
+        for group in optimizer.param_groups + eager.param_groups:
+            group["lr"] = 0.01 * (t + 1)
+        start = values(model.parameters())
+        compiled(model, optimizer, [normal(t, 8, 6)])
+        train(twin, eager, [normal(t, 8, 6)])
+        for p, q, before in zip(model.parameters(), twin.parameters(), start):
+            close(p, q, 1e-12, f"step {t + 1}")
+            assert not torch.equal(p, before), f"step {t + 1} moves nothing"
+
+
+def test_checkpoints_cross_devices():
+    """load_state_dict brings every tensor of the state to its parameter's device, and steps go on there."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "meta")
+    for name in optim.OPTIMIZERS:
+        if device.type == "meta" and name in ROTATIONAL:    # a meta tensor has no numbers, and these look at them
+            continue
+        params = parameters(MIXED)
+        optimizer, moved = make(name, params), [nn.Parameter(p.detach().to(device)) for p in params]
+        run(optimizer, noise(MIXED, 2))
+        loaded = make(name, moved)
+        loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+        for p, q in zip(params, moved):
+            for key, value in loaded.state[q].items():
+                if torch.is_tensor(value):
+                    assert value.device.type == device.type, f"{name}: {key} is on {value.device}"
+                    assert value.shape == optimizer.state[p][key].shape, f"{name} {key}"
+        [last] = noise(MIXED, 1, seed=7)
+        run(loaded, [[g.to(device) for g in last]])
+        run(optimizer, [last])
+        for p, q in zip(params, moved) if device.type == "cuda" else ():
+            close(q.cpu(), p, 1e-9, f"{name} on {device}")
+
+
+def test_edited_groups():
+    """lr, decay, momentum, betas, alpha and eps edited by hand in mid-run act as they do on torch.optim."""
+    gradients = noise(MIXED, 12)
+    edits = [{"lr": 0.1}, {"weight_decay": 0.7}, {"weight_decay": 0}, {"momentum": 0.1, "betas": (0.0, 0.5)},
+             {"momentum": 0.95, "betas": (0.95, 0.9)}, {"alpha": 0.3, "eps": 0.1, "lr": 0}]
+    for name, twin in TORCH_TWINS.items():
+        ours, theirs = parameters(MIXED), parameters(MIXED)
+        optimizer, reference = make(name, ours), twin(theirs, **settings(name))
+        for t, edit in enumerate(edits):
+            for one in (optimizer, reference):
+                run(one, gradients[2 * t:2 * t + 2])
+                one.param_groups[0].update({key: value for key, value in edit.items() if key in one.defaults})
+                run(one, gradients[2 * t:2 * t + 1])
+            for p, q in zip(ours, theirs):
+                close(p, q, 1e-11, f"{name} after {edit}")
+
+
+def test_mixed_precisions():
+    """Parameters of four types in one group move to the bit as each does in an optimizer of its own."""
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    gradients = [[g.to(dtype) for g, dtype in zip(step, dtypes)] for step in noise([(4, 6)] * 4, 4)]
+    for name in optim.OPTIMIZERS:
+        together = [parameters([(4, 6)], dtype)[0] for dtype in dtypes]
+        run(make(name, together), gradients)
+        for i, dtype in enumerate(dtypes):
+            alone = parameters([(4, 6)], dtype)
+            run(make(name, alone), [step[i:i + 1] for step in gradients])
+            same_bits(together[i:i + 1], alone, f"{name} {dtype}")
+
 
 
 def test_compiled_equals_eager():
