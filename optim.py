@@ -963,7 +963,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
     Errors   ValueError for values out of range, unknown keys in a group, parameters that are complex, sparse or
-             expanded, sparse gradients, a checkpoint of another kind of optimizer; TypeError for an unknown argument
+             expanded, sparse gradients, a checkpoint of another kind of optimizer or model; TypeError for an unknown
+             argument
     """
     direction: Direction
     geometry: Geometry = PLAIN
@@ -1110,21 +1111,27 @@ class Optimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict):
         """As in torch, but state keeps its precision (torch rounds it to the parameter's type), and the checkpoint of
-        an optimizer with other hyperparameters is refused."""
+        an optimizer with other hyperparameters, or of parameters with other shapes, is refused."""
+        kind, restored = type(self).__name__, []
         for group in state_dict["param_groups"]:
             strange = self.takes().keys() ^ (group.keys() & RANGES.keys())      # what only one of the two knows
             if strange:
-                raise ValueError(f"{type(self).__name__}: this state_dict was saved by another optimizer: only one of "
-                                 f"them has {', '.join(sorted(strange))}")
-        super().load_state_dict(state_dict)
-        for group, saved in zip(self.param_groups, state_dict["param_groups"]):
-            for p, i in zip(group["params"], saved["params"]):
+                raise ValueError(f"{kind}: this state_dict was saved by another optimizer: only one of them has "
+                                 f"{', '.join(sorted(strange))}")
+        for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
+            for i, (p, number) in enumerate(zip(group["params"], saved["params"])):
                 w = working_copy(p.detach()).to("meta")         # what the state would look like, without its memory
-                like = self.direction.init(w, group) | self.geometry.init(w, group)
-                for key, value in state_dict["state"].get(i, {}).items():
-                    if isinstance(value, torch.Tensor):
-                        dtype = like[key].dtype if key in like else w.dtype
-                        self.state[p][key] = value.to(p.device, dtype, copy=True)
+                like = self.direction.init(w, saved) | self.geometry.init(w, saved)
+                for key, value in state_dict["state"].get(number, {}).items():
+                    if not isinstance(value, torch.Tensor):
+                        continue
+                    if key in like and value.shape != like[key].shape:
+                        raise ValueError(f"{kind}: this state_dict was saved for another model: {key} of "
+                                         f"{name_of(group, i, index)} {tuple(p.shape)} is {tuple(value.shape)} in it")
+                    restored.append((p, key, value, like[key].dtype if key in like else w.dtype))
+        super().load_state_dict(state_dict)
+        for p, key, value, dtype in restored:
+            self.state[p][key] = value.to(p.device, dtype, copy=True)
 
 
 # ======================================================================================================================

@@ -1596,7 +1596,7 @@ def test_state_stays_float32():
 
 
 def test_foreign_checkpoints_are_refused():
-    """The state_dict of an optimizer with other hyperparameters is a ValueError, and nothing has been loaded."""
+    """The state_dict of another kind of optimizer, or model, is a ValueError, and nothing has been loaded."""
     pairs = [("adamw", "sgd"), ("adamw", torch.optim.AdamW), ("rotational_sgd", "sgd"), ("rotational_adamw", "adamw"),
              # and where the other one knows more hyperparameters, not fewer
              ("sgd", "rmsprop"), ("lion", "adamw"), ("adamw", "rotational_adamw"), ("lion", "rotational_adamw"),
@@ -1607,6 +1607,12 @@ def test_foreign_checkpoints_are_refused():
         run(saved, noise(MIXED, 2))
         optimizer = make(name, params)
         refused(ValueError, [type(optimizer).__name__], lambda: optimizer.load_state_dict(saved.state_dict()))
+        assert not optimizer.state and optimizer.param_groups[0]["lr"] == settings(name)["lr"], f"{name}: half loaded"
+    for name in optim.OPTIMIZERS:
+        saved, optimizer = make(name, parameters([(5,), (4, 6)]), lr=0.5), make(name, parameters([(5,), (4, 8)]))
+        run(saved, noise([(5,), (4, 6)], 2))
+        refused(ValueError, [type(optimizer).__name__, "another model", "parameter 1 of group 0 (4, 8) is (4, 6)"],
+                lambda: optimizer.load_state_dict(saved.state_dict()))
         assert not optimizer.state and optimizer.param_groups[0]["lr"] == settings(name)["lr"], f"{name}: half loaded"
 
 
