@@ -958,8 +958,8 @@ class Optimizer(torch.optim.Optimizer):
     But a parameter's first step settles what its state looks like: leave per_neuron, rotational, norm, graft, dtype and
     max_dim as they are from there on.
 
-    The same gradients give the same weights, to the bit. Gradients themselves can differ from run to run on CUDA, where
-    some backward passes add with atomics: see torch.use_deterministic_algorithms.
+    On the CPU the same gradients give the same weights, to the bit. On CUDA gradients themselves can differ from run to
+    run, since some backward passes add with atomics: see torch.use_deterministic_algorithms.
 
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
     Errors   ValueError for values out of range, unknown keys in a group, parameters that are complex, sparse or
