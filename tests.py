@@ -2129,59 +2129,77 @@ def test_probe_is_not_in_the_way():
 
 
 # ======================================================================================================================
-# nanogpt_train.py
+# Helpers for the scripts
 # ======================================================================================================================
 
-SCRIPT = pathlib.Path(__file__).resolve().parent / "nanogpt_train.py"
-TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dropout 0.1 --steps 24 --warmup 2 "
-        "--eval_every 8 --save_every 6 --eval_batches 2").split()
+
+def command_line(script, arguments):
+    """argv of a script, which is its module; only a sweep's runs compute anything, and have flags of their own."""
+    device = () if script is sweep else ("--device", "cpu")
+    return [script.__file__, *device, *map(str, arguments)]
 
 
-def start_script(folder, *arguments, launcher=()):
-    """Start nanogpt_train.py in a folder of its own. One thread: small models gain nothing from two, and two runs at a
-    time then share the machine instead of fighting over it."""
-    command = [sys.executable, *launcher, str(SCRIPT), "--device", "cpu", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+def start_script(script, folder, *arguments, launcher=()):
+    """Start it in a folder of its own. One thread: small models gain nothing from two, and two runs at a time then
+    share the machine instead of fighting over it."""
+    return subprocess.Popen([sys.executable, *launcher, *command_line(script, arguments)], cwd=folder,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}, encoding="utf-8",
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run_script(folder, *arguments, status=0, launcher=()):
+def run_script(script, folder, *arguments, status=0, launcher=()):
     """Run it to its end -> (stdout, stderr); the exit status must be the expected one."""
-    process = start_script(folder, *arguments, launcher=launcher)
+    process = start_script(script, folder, *arguments, launcher=launcher)
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"status {process.returncode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
     return out, err
 
 
+def call_main(script, *arguments):
+    """script.main() in this process, with one thread -> (exit status, stdout, stderr). Faster than a new process."""
+    stdout, stderr, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv, status = command_line(script, arguments), 0
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            script.main()
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status, stdout.getvalue(), stderr.getvalue()
+
+
 def read_log(folder):
     """log.jsonl without what may differ between two runs of the same numbers: the time they took."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in records]
 
 
-def call_main(*arguments):
-    """nanogpt_train.main() in this process -> (exit status, what it wrote to stderr). Faster than a new process."""
-    stderr, argv = io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["nanogpt_train.py", *arguments]
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-            nanogpt_train.main()
-        return 0, stderr.getvalue()
-    except SystemExit as stop:
-        return stop.code, stderr.getvalue()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+@contextlib.contextmanager
+def temporary_folder():
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder)
+
+
+# ======================================================================================================================
+# nanogpt_train.py
+# ======================================================================================================================
+
+TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dropout 0.1 --steps 24 --warmup 2 "
+        "--eval_every 8 --save_every 6 --eval_batches 2").split()
 
 
 def test_script_end_to_end():
     """A short run of the main job learns real text, and leaves config, log, checkpoint and a result in words."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        out, _ = run_script(folder, *("--opt rotational_lion --steps 150 --n_layer 2 --n_embd 64 --eval_every 50 "
-                                      "--eval_batches 10 --sample 40 --out_dir run --prompt").split(), "The ")
+    with temporary_folder() as folder:
+        flags = ("--opt rotational_lion --steps 150 --n_layer 2 --n_embd 64 --eval_every 50 --eval_batches 10 "
+                 "--sample 40 --out_dir run --prompt").split()
+        out, _ = run_script(nanogpt_train, folder, *flags, "The ")
         log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
         assert [record["step"] for record in log] == [0, 50, 100, 150] and log[-1]["final"]
         assert abs(log[0]["val_loss"] - math.log(103)) < 0.3, "an untrained model should find all 103 characters alike"
@@ -2195,20 +2213,19 @@ def test_script_end_to_end():
         last = out.strip().splitlines()[-1]
         assert last.startswith(f"val_loss {log[-1]['val_loss']:.4f}"), last
         assert "\nThe " in out, "the sample should begin with the prompt"
-        again, _ = run_script(folder, "--resume", "--eval_only", "--out_dir", "run")
+        again, _ = run_script(nanogpt_train, folder, "--resume", "--eval_only", "--out_dir", "run")
         assert again.strip().splitlines()[-1].startswith(f"val_loss {log[-1]['val_loss']:.4f}")
 
 
 def test_script_killed_and_resumed():
     """A run killed at any moment and resumed ends with the weights and the log of one never killed, bit for bit."""
     chance = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         long = [*TINY, "--steps", "300", "--eval_every", "60", "--save_every", "2"]
         for name in ("rotational_lion", "adam"):
             calm, killed = folder / f"{name}-calm", folder / f"{name}-killed"
-            run_script(folder, *long, "--opt", name, "--out_dir", calm)
-            process, kills = start_script(folder, *long, "--opt", name, "--out_dir", killed), 0
+            run_script(nanogpt_train, folder, *long, "--opt", name, "--out_dir", calm)
+            process, kills = start_script(nanogpt_train, folder, *long, "--opt", name, "--out_dir", killed), 0
             while process.poll() is None:
                 before = (killed / "ckpt.pt").stat().st_mtime_ns if (killed / "ckpt.pt").exists() else 0
                 while process.poll() is None and (not (killed / "ckpt.pt").exists()
@@ -2219,7 +2236,7 @@ def test_script_killed_and_resumed():
                     process.kill()
                     kills += process.wait() == -signal.SIGKILL
                     process.communicate()
-                    process = start_script(folder, "--resume", "--out_dir", killed)
+                    process = start_script(nanogpt_train, folder, "--resume", "--out_dir", killed)
                 else:
                     _, err = process.communicate(timeout=300)
                     assert process.returncode == 0, err
@@ -2234,8 +2251,8 @@ def test_script_stops_on_signal():
     """SIGTERM lets the step end, saves, says how to go on, exits with 143; going on gives the undisturbed numbers."""
     with tempfile.TemporaryDirectory() as folder:
         folder, longer = pathlib.Path(folder), "--steps 400 --eval_every 200 --save_every 400 --out_dir".split()
-        run_script(folder, *TINY, *longer, "calm")
-        process = start_script(folder, *TINY, *longer, "stopped")
+        run_script(nanogpt_train, folder, *TINY, *longer, "calm")
+        process = start_script(nanogpt_train, folder, *TINY, *longer, "stopped")
         while not (folder / "stopped/log.jsonl").exists() or not (folder / "stopped/log.jsonl").read_text():
             time.sleep(0.01)                        # the line of step 0: training begins
         process.send_signal(signal.SIGTERM)
@@ -2243,18 +2260,17 @@ def test_script_stops_on_signal():
         assert process.returncode == 143, (process.returncode, err)
         assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
         assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 400
-        run_script(folder, "--resume", "--out_dir", "stopped")
+        run_script(nanogpt_train, folder, "--resume", "--out_dir", "stopped")
         assert read_log(folder / "calm") == read_log(folder / "stopped")
 
 
 def test_script_data_parallel():
     """Two processes with half a batch each see the same losses as one process with the whole batch."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         common = [*TINY, "--dropout", "0", "--grad_accum", "2", "--opt", "rotational_adamw"]
-        run_script(folder, *common, "--out_dir", "one")
+        run_script(nanogpt_train, folder, *common, "--out_dir", "one")
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port()))
-        run_script(folder, *common, "--out_dir", "two", launcher=launcher)
+        run_script(nanogpt_train, folder, *common, "--out_dir", "two", launcher=launcher)
         for one, two in zip(read_log(folder / "one"), read_log(folder / "two"), strict=True):
             for key in one.keys() & {"train_loss", "val_loss"}:
                 assert abs(one[key] - two[key]) < 1e-4, (key, one, two)
@@ -2268,11 +2284,10 @@ def free_port():
 
 def test_script_diverging():
     """A loss that is no number stops the run with status 3, names the step, and leaves the last good checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        run_script(folder, *TINY, "--out_dir", "run")       # an older run, not to be mistaken for this one
+    with temporary_folder() as folder:
+        run_script(nanogpt_train, folder, *TINY, "--out_dir", "run")        # an older run, not this one
         wild = "--opt sgd --lr 1e25 --warmup 0 --grad_clip 0 --save_every 1 --out_dir run".split()
-        _, err = run_script(folder, *TINY, *wild, status=3)
+        _, err = run_script(nanogpt_train, folder, *TINY, *wild, status=3)
         step = re.search(r"the loss is (?:nan|inf) at step (\d+)", err.splitlines()[-1])
         assert step and "Traceback" not in err, err
         assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
@@ -2280,15 +2295,15 @@ def test_script_diverging():
 
 def test_script_bad_input():
     """Every bad flag, file or value: exit status 2 and one line that names the mend, no traceback, nothing written."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         (folder / "short.txt").write_text("too short")
         (folder / "empty.txt").write_text("")
         (folder / "latin1.txt").write_bytes("Zwölf Boxkämpfer".encode("latin-1") * 100)
         (folder / "broken").mkdir()
         (folder / "broken/ckpt.pt").write_bytes(b"not a checkpoint")
         (folder / "file").write_text("")
-        assert call_main(*TINY, "--out_dir", str(folder / "run"), "--data_dir", str(folder / "data"))[0] == 0
+        data = ["--data_dir", folder / "data"]
+        assert call_main(nanogpt_train, *TINY, *data, "--out_dir", folder / "run")[0] == 0
         run = ["--resume", "--out_dir", str(folder / "run")]
         for arguments, words in [
             (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
@@ -2330,8 +2345,8 @@ def test_script_bad_input():
             if "--out_dir" not in flags:
                 flags = [*flags, "--out_dir", str(folder / "never")]
             if "--data_dir" not in flags:
-                flags = [*flags, "--data_dir", str(folder / "data")]
-            status, err = call_main(*flags)
+                flags = [*flags, *data]
+            status, _, err = call_main(nanogpt_train, *flags)
             assert status == 2, f"{arguments}: status {status}, {err}"
             assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
             assert not (folder / "never").exists(), f"{arguments} left a folder behind"
@@ -2340,8 +2355,7 @@ def test_script_bad_input():
 def test_script_text_data():
     """Any text is split 90 / 10 by characters and comes back from its token files unchanged, read in pieces or not."""
     text = "".join(chr(random.Random(i).choice([10, 32, 97, 98, 228, 8364, 128512])) for i in range(5000))
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         (folder / "my.txt").write_text(text, encoding="utf-8", newline="")
         for _ in range(2):                          # made, then found
             train, val, codec, _ = nanogpt_train.load_data(str(folder / "my.txt"), folder / "data", "auto")
@@ -2387,8 +2401,7 @@ def test_script_download():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     address, right = f"http://127.0.0.1:{server.server_port}/", hashlib.sha256(body).hexdigest()
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
+        with temporary_folder() as folder:
             with contextlib.redirect_stderr(io.StringIO()):
                 assert nanogpt_train.download(address + "good.txt", right, folder / "good.txt").read_bytes() == body
             for name, sha256, words in (("bad.txt", "0" * 64, "expected file"), ("short.txt", right, "broke off"),
@@ -2446,39 +2459,6 @@ CIFAR_TINY = ("--model convmixer --width 4 --depth 1 --batch_size 20 --epochs 4 
               "--save_every 5 --cutout 6").split()
 
 
-def cifar_start(folder, *arguments):
-    """Start cifar_train.py in a folder, with one thread, as start_script does with nanogpt_train.py."""
-    script = pathlib.Path(cifar_train.__file__).resolve()
-    return subprocess.Popen([sys.executable, str(script), "--device", "cpu", *arguments], cwd=folder,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
-
-
-def cifar_run(folder, *arguments):
-    """Run it to its end, which must be a good one -> stdout."""
-    process = cifar_start(folder, *arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, f"status {process.returncode}:\n{out[-2000:]}\n{err[-2000:]}"
-    return out
-
-
-def cifar_main(*arguments):
-    """cifar_train.main() in this process -> (exit status, stderr). Faster than a new process."""
-    stderr, argv = io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["cifar_train.py", "--device", "cpu", *arguments]
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-            cifar_train.main()
-        return 0, stderr.getvalue()
-    except SystemExit as stop:
-        return stop.code, stderr.getvalue()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def cifar_folder(folder, n_train=100, n_test=40):
     """Noise with a redness that tells the class, in the official layout of CIFAR-10, in folder/bins -> train images and
     labels, test images and labels."""
@@ -2513,8 +2493,7 @@ def test_cifar_reads_official_layouts():
     for name, label_bytes, classes, train, test in (
             ("cifar10", 1, 10, [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
             ("cifar100", 2, 100, ["train.bin"], ["test.bin"])):
-        with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
+        with temporary_folder() as folder:
             inner = folder / {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
             inner.mkdir()
             expected = []
@@ -2607,11 +2586,11 @@ def test_cifar_augmentation():
 
 def test_cifar_end_to_end():
     """A short run learns, leaves config, log, checkpoint and a result in words; its numbers can be measured again."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         _, _, test, test_labels = cifar_folder(folder, 400, 100)
-        out = cifar_run(folder, *("--data bins --opt rotational_lion --model convmixer --width 16 --depth 1 "
-                                  "--epochs 4 --batch_size 20 --warmup 5 --out_dir run").split())
+        flags = ("--data bins --opt rotational_lion --model convmixer --width 16 --depth 1 --epochs 4 --batch_size 20 "
+                 "--warmup 5 --out_dir run").split()
+        out, _ = run_script(cifar_train, folder, *flags)
         log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
         assert [record["step"] for record in log] == list(range(0, 81, 20)) and log[-1]["final"]
         assert log[-1]["test_acc"] > 0.35 and log[-1]["train_acc"] > 0.35, "chance is 0.1"
@@ -2623,7 +2602,7 @@ def test_cifar_end_to_end():
         config = json.loads((folder / "run/config.json").read_text())
         assert (config["opt"], config["steps"], config["gains"]) == ("rotational_lion", 80, 1)
         assert out.strip().splitlines()[-1].startswith(f"test_acc {100 * log[-1]['test_acc']:.2f} %"), out
-        again = cifar_run(folder, "--resume", "--eval_only", "--out_dir", "run")
+        again, _ = run_script(cifar_train, folder, "--resume", "--eval_only", "--out_dir", "run")
         assert again.strip().splitlines()[-1].startswith(f"test_acc {100 * log[-1]['test_acc']:.2f} %")
 
         # once more from the checkpoint, an image at a time, in float64
@@ -2643,13 +2622,12 @@ def test_cifar_end_to_end():
 
 def test_cifar_split_leaves_the_test_set_alone():
     """--split trains on its share, evaluates on the rest of the training images, and never looks at the test images."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         arguments = ["--data", str(folder / "bins"), *CIFAR_TINY, "--split", "0.8", "--batch_size", "10"]
-        assert cifar_main(*arguments, "--out_dir", str(folder / "a"))[0] == 0
+        assert call_main(cifar_train, *arguments, "--out_dir", str(folder / "a"))[0] == 0
         (folder / "bins/test_batch.bin").write_bytes(bytes(3073 * 7))      # other test images
-        assert cifar_main(*arguments, "--out_dir", str(folder / "b"))[0] == 0
+        assert call_main(cifar_train, *arguments, "--out_dir", str(folder / "b"))[0] == 0
         assert read_log(folder / "a") == read_log(folder / "b")
         final = read_log(folder / "a")[-1]
         assert final["step"] == 32 and final["final"], "4 epochs of 80 images in batches of 10"
@@ -2659,13 +2637,12 @@ def test_cifar_split_leaves_the_test_set_alone():
 def test_cifar_killed_and_resumed():
     """A run killed at any moment and resumed ends with the weights and the log of one never killed, bit for bit."""
     chance = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         long = ["--data", "bins", *CIFAR_TINY, "--epochs", "30", "--eval_every", "50", "--save_every", "2",
                 "--opt", "rotational_adamw"]
-        cifar_run(folder, *long, "--out_dir", "calm")
-        process, kills = cifar_start(folder, *long, "--out_dir", "killed"), 0
+        run_script(cifar_train, folder, *long, "--out_dir", "calm")
+        process, kills = start_script(cifar_train, folder, *long, "--out_dir", "killed"), 0
         killed = folder / "killed"
         while process.poll() is None:
             before = (killed / "ckpt.pt").stat().st_mtime_ns if (killed / "ckpt.pt").exists() else 0
@@ -2677,7 +2654,7 @@ def test_cifar_killed_and_resumed():
                 process.kill()
                 kills += process.wait() == -signal.SIGKILL
                 process.communicate()
-                process = cifar_start(folder, "--resume", "--out_dir", "killed")
+                process = start_script(cifar_train, folder, "--resume", "--out_dir", "killed")
             else:
                 _, err = process.communicate(timeout=300)
                 assert process.returncode == 0, err
@@ -2690,12 +2667,11 @@ def test_cifar_killed_and_resumed():
 
 def test_cifar_stops_on_signal():
     """SIGTERM lets the step end, saves, says how to go on, exits with 143; going on gives the undisturbed numbers."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         longer = [*CIFAR_TINY, "--epochs", "30", "--eval_every", "75", "--save_every", "150", "--out_dir"]
-        cifar_run(folder, "--data", "bins", *longer, "calm")
-        process = cifar_start(folder, "--data", "bins", *longer, "stopped")
+        run_script(cifar_train, folder, "--data", "bins", *longer, "calm")
+        process = start_script(cifar_train, folder, "--data", "bins", *longer, "stopped")
         while not (folder / "stopped/log.jsonl").exists() or not (folder / "stopped/log.jsonl").read_text():
             time.sleep(0.01)                        # the line of step 0: training begins
         process.send_signal(signal.SIGTERM)
@@ -2703,17 +2679,16 @@ def test_cifar_stops_on_signal():
         assert process.returncode == 143, (process.returncode, err)
         assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
         assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 150
-        cifar_run(folder, "--resume", "--out_dir", "stopped")
+        run_script(cifar_train, folder, "--resume", "--out_dir", "stopped")
         assert read_log(folder / "calm") == read_log(folder / "stopped")
 
 
 def test_cifar_diverging():
     """A loss that is no number stops the run with status 3, names the step, and leaves the last good checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         wild = "--opt sgd --lr 1e25 --warmup 0 --norm none --save_every 1 --out_dir".split()
-        status, err = cifar_main("--data", str(folder / "bins"), *CIFAR_TINY, *wild, str(folder / "run"))
+        status, _, err = call_main(cifar_train, "--data", folder / "bins", *CIFAR_TINY, *wild, folder / "run")
         step = re.search(r"(?:the loss is (?:nan|inf)|a weight is not a number) at step (\d+)", err.splitlines()[-1])
         assert status == 3 and step and "Traceback" not in err, err
         assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
@@ -2721,8 +2696,7 @@ def test_cifar_diverging():
 
 def test_cifar_bad_input():
     """Every bad flag, file or value: exit status 2 and one line that names the mend, no traceback, nothing written."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         for name, damage in (("cut", lambda blob: blob[:-1]), ("labels", lambda blob: b"\x0a" + blob[1:]),
                              ("lacking", None)):
@@ -2733,7 +2707,7 @@ def test_cifar_bad_input():
         (folder / "broken/ckpt.pt").write_bytes(b"not a checkpoint")
         (folder / "file").write_text("")
         common = ["--data", str(folder / "bins"), *CIFAR_TINY]
-        assert cifar_main(*common, "--out_dir", str(folder / "run"))[0] == 0
+        assert call_main(cifar_train, *common, "--out_dir", str(folder / "run"))[0] == 0
         run = ["--resume", "--out_dir", str(folder / "run")]
         for arguments, words in [
             (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
@@ -2773,12 +2747,13 @@ def test_cifar_bad_input():
             (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
         ]:
             if words is None:                       # a borderline case that is fine
-                assert cifar_main(*common, "--epochs", "1", *arguments, "--out_dir", str(folder / "fine"))[0] == 0
+                fine = call_main(cifar_train, *common, "--epochs", "1", *arguments, "--out_dir", folder / "fine")
+                assert fine[0] == 0, fine
                 continue
             flags = arguments if "--resume" in arguments else [*common, *arguments]
             if "--out_dir" not in flags:
                 flags = [*flags, "--out_dir", str(folder / "never")]
-            status, err = cifar_main(*flags)
+            status, _, err = call_main(cifar_train, *flags)
             assert status == 2, f"{arguments}: status {status}, {err}"
             assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
             assert not (folder / "never").exists(), f"{arguments} left a folder behind"
@@ -2917,35 +2892,8 @@ def test_cifar_modular_shares():
 # translate_train.py
 # ======================================================================================================================
 
-TRANSLATE = pathlib.Path(__file__).resolve().parent / "translate_train.py"
 TINY_TRANSLATE = ("--n_layer 1 --n_head 2 --n_embd 16 --n_ffn 32 --vocab 300 --max_tokens 200 --dropout 0.1 --steps 24 "
                   "--warmup 2 --eval_every 8 --save_every 6 --beam 2").split()
-
-
-def start_translation(folder, *arguments):
-    """Start translate_train.py in a folder of its own, with one thread."""
-    return subprocess.Popen([sys.executable, str(TRANSLATE), "--device", "cpu", *arguments], cwd=folder,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-
-
-def call_translation(*arguments):
-    """translate_train.main() in this process, with one thread like the others -> (exit status, stdout, stderr)."""
-    stdout, stderr, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["translate_train.py", "--device", "cpu", *arguments]
-    torch.set_num_threads(1)
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
-            translate_train.main()
-        return 0, stdout.getvalue(), stderr.getvalue()
-    except SystemExit as stop:
-        return stop.code, stdout.getvalue(), stderr.getvalue()
-    finally:
-        sys.argv = argv
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def write_corpus(folder, train=200, zipped=False):
@@ -3249,12 +3197,11 @@ def test_translate_beam_search():
 
 def test_translate_end_to_end():
     """A run on one's own files leaves all that it promises, and its checkpoint alone translates text and lines."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         train = write_corpus(folder / "corpus", zipped=True)
         flags = " ".join(TINY_TRANSLATE).replace("--steps 24", "--epochs 2").split()
         run = ["--out_dir", str(folder / "run")]
-        status, out, err = call_translation(*flags, *run, "--data", train, "--data_dir", str(folder / "data"),
+        status, out, err = call_main(translate_train, *flags, *run, "--data", train, "--data_dir", str(folder / "data"),
                                             "--opt", "rotational_rf_rmsprop")
         assert status == 0, err
         log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
@@ -3275,22 +3222,22 @@ def test_translate_end_to_end():
         assert config["hyper"]["batch_size"] == round(tokens / len(batches.sizes))      # the usual number, root-free
         assert last["padding"] == round(batches.padding, 4)
         shutil.rmtree(folder / "corpus")            # not needed any more
-        alone = call_translation("--translate", "halb acht", *run)[1]
-        lines, err = start_translation(folder, "--translate", "-", *run).communicate("neun\n\nhalb acht\n", timeout=60)
+        alone = call_main(translate_train, "--translate", "halb acht", *run)[1]
+        process = start_script(translate_train, folder, "--translate", "-", *run)
+        lines, err = process.communicate("neun\n\nhalb acht\n", timeout=60)
         assert lines.split("\n")[1:] == ["", *alone.split("\n")] and len(alone.split("\n")) == 2, (alone, lines, err)
 
 
 def test_translate_killed_and_resumed():
     """Killed at random moments and resumed each time: weights, log and hypotheses as undisturbed, bit for bit."""
     chance = random.Random(3)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         train = write_corpus(folder / "corpus")
         flags = [*" ".join(TINY_TRANSLATE).replace("--steps 24", "--steps 120").split(), "--data", train, "--opt",
                  "rotational_adamw", "--data_dir", str(folder / "data"), "--out_dir"]
-        status, _, err = call_translation(*flags, str(folder / "calm"))
+        status, _, err = call_main(translate_train, *flags, str(folder / "calm"))
         assert status == 0, err
-        process, kills = start_translation(folder, *flags, "killed"), 0
+        process, kills = start_script(translate_train, folder, *flags, "killed"), 0
         checkpoint = folder / "killed/ckpt.pt"
         while kills < 2:
             before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
@@ -3302,26 +3249,24 @@ def test_translate_killed_and_resumed():
             process.communicate()
             kills += 1
             if kills < 2:
-                process = start_translation(folder, "--resume", "--out_dir", "killed")
+                process = start_script(translate_train, folder, "--resume", "--out_dir", "killed")
         for _ in range(2):                          # to the end, and once more, when nothing is left to do
-            status, _, err = call_translation("--resume", "--out_dir", str(folder / "killed"))
+            status, _, err = call_main(translate_train, "--resume", "--out_dir", str(folder / "killed"))
             assert status == 0, err
         left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True) for run in ("calm", "killed"))
         for key in left["model"]:
             assert torch.equal(left["model"][key], right["model"][key]), key
-        logs = [[{k: v for k, v in record.items() if k != "decode_seconds"} for record in read_log(folder / run)]
-                for run in ("calm", "killed")]
-        assert logs[0] == logs[1], "the logs differ"
+        assert read_log(folder / "calm") == read_log(folder / "killed"), "the logs differ"
         assert left["bpe"] == right["bpe"]
         assert (folder / "calm/hypotheses.en").read_bytes() == (folder / "killed/hypotheses.en").read_bytes()
 
 
 def test_translate_stops_on_signal():
     """SIGINT lets the step end, saves, says how to go on, exits with 130."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         flags = " ".join(TINY_TRANSLATE).replace("--steps 24", "--steps 5000 --save_every 5000").split()
-        process = start_translation(folder, *flags, "--data", write_corpus(folder / "corpus"), "--out_dir", "run")
+        train = write_corpus(folder / "corpus")
+        process = start_script(translate_train, folder, *flags, "--data", train, "--out_dir", "run")
         while not (folder / "run/log.jsonl").exists() or not (folder / "run/log.jsonl").read_text():
             time.sleep(0.01)                        # the line of step 0: training begins
         process.send_signal(signal.SIGINT)
@@ -3333,8 +3278,7 @@ def test_translate_stops_on_signal():
 
 def test_translate_bad_input():
     """Every bad flag, file or value: status 2 and one line that names the mend; a loss that is no number: status 3."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         train = write_corpus(folder / "corpus")
         for name, de, en in [("unequal", b"a\nb\n", b"a\n"), ("hollow", b"a\n \nb\n", b"a\nb\nc\n"), ("none", b"", b""),
                              ("latin1", "gut\nfünf\n".encode("latin-1"), b"good\nfive\n"), ("alone", b"a\n", None),
@@ -3352,7 +3296,7 @@ def test_translate_bad_input():
         (folder / "data/multi30k").mkdir(parents=True)
         (folder / "data/multi30k/train.de.gz").write_bytes(b"something else")
         common = [*TINY_TRANSLATE, "--data", train, "--data_dir", str(folder / "data")]
-        assert call_translation(*common, "--out_dir", str(folder / "run"))[0] == 0
+        assert call_main(translate_train, *common, "--out_dir", str(folder / "run"))[0] == 0
         run = ["--resume", "--out_dir", str(folder / "run")]
         for arguments, words in [
             (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
@@ -3391,16 +3335,16 @@ def test_translate_bad_input():
             flags = arguments if {"--resume", "--eval_only", "--translate"} & set(arguments) else [*common, *arguments]
             if "--out_dir" not in flags:
                 flags = [*flags, "--out_dir", str(folder / "never")]
-            status, _, err = call_translation(*flags)
+            status, _, err = call_main(translate_train, *flags)
             assert status == 2, f"{arguments}: status {status}, {err}"
             assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
             assert not (folder / "never").exists(), f"{arguments} left a folder behind"
         (folder / "corpus/train.en").write_text("x\n" * 200)
-        status, _, err = call_translation(*run)
+        status, _, err = call_main(translate_train, *run)
         assert status == 2 and "not the text that this run began with" in err, err
         wild = "--opt sgd --lr 1e25 --warmup 0 --grad_clip 0 --save_every 1".split()
         write_corpus(folder / "corpus")
-        status, _, err = call_translation(*common, *wild, "--out_dir", str(folder / "wild"))
+        status, _, err = call_main(translate_train, *common, *wild, "--out_dir", str(folder / "wild"))
         err = err.strip().splitlines()[-1]
         assert status == 3 and re.search(r"the loss is (nan|inf) at step \d+", err) and "Traceback" not in err, err
 
@@ -3412,8 +3356,7 @@ def test_translate_iwslt14():
             for language in ("de", "en")}
     text["de"] += "eins zwei drei vier\n\n" + "wort " * 176 + "\n"
     text["en"] += "one two\nempty\n" + "word " * 176 + "\n"
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         path = folder / "iwslt14-de-en.tgz"
         with tarfile.open(path, "w:gz") as archive:
             def add(name, data):
@@ -3487,6 +3430,16 @@ loss = (math.log10(s["lr"]) + 2) ** 2 + s["weight_decay"] + 0.01 * s["x"]
 '''
 
 
+TOYS = "--script toy_train.py --jobs 2".split()
+
+
+@contextlib.contextmanager
+def folder_with_toy():
+    with temporary_folder() as folder:
+        (folder / "toy_train.py").write_text(TOY)
+        yield folder
+
+
 def toy_loss(lr, weight_decay=0.0, seed=1, steps=10):
     """What the toy should end with, worked out here."""
     x = 0.0
@@ -3495,36 +3448,8 @@ def toy_loss(lr, weight_decay=0.0, seed=1, steps=10):
     return (math.log10(lr) + 2) ** 2 + weight_decay + 0.01 * x
 
 
-def start_sweep(folder, *arguments):
-    (folder / "toy_train.py").write_text(TOY)
-    command = [sys.executable, SCRIPT.parent / "sweep.py", "--script", "toy_train.py", "--jobs", "2", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run_sweep(folder, *arguments, status=0):
-    process = start_sweep(folder, *arguments)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status, f"status {process.returncode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
-    return out, err
-
-
 def starts(folder):
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
-
-
-def call_sweep(*arguments):
-    """sweep.main() in this process -> (exit status, stdout, stderr)."""
-    stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["sweep.py", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
-            sweep.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        sys.argv = argv
-    return status, stdout.getvalue(), stderr.getvalue()
 
 
 def test_sweep_values():
@@ -3552,12 +3477,11 @@ def test_sweep_values():
 
 def test_sweep_report():
     """The table has numpy's means and deviations, best first; what failed or diverged is named, never averaged away."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         grid = "--grid lr=0.001,0.01,10,666 weight_decay=0,0.5 --seeds 3 --fixed device=cpu --out_dir out".split()
-        run_sweep(folder, *grid, status=1)
+        run_script(sweep, folder, *TOYS, *grid, status=1)
         begun = starts(folder / "out")
-        out, _ = run_sweep(folder, *grid, "--csv", "all.csv", status=1)         # again: nothing is left to do
+        out, _ = run_script(sweep, folder, *TOYS, *grid, "--csv", "all.csv", status=1)      # again: nothing left to do
         assert starts(folder / "out") == begun and set(begun.values()) == {1} and len(begun) == 24
         lines = out.splitlines()
         assert lines[0] == "24 runs of toy_train.py: 12 done, 6 diverged, 6 failed", lines[0]
@@ -3580,8 +3504,7 @@ def test_sweep_report():
         assert not list((folder / "out").glob("*/ckpt.pt")) or all(row["state"] == "failed" for row in rows if (
             folder / "out" / row["folder"] / "ckpt.pt").exists()), "checkpoints of finished runs are to be deleted"
         (folder / "toy_train.py").write_text(TOY.replace('== 666', '== 667').replace('> 1 and', '== 10 and'))
-        again = [sys.executable, SCRIPT.parent / "sweep.py", "--script", "toy_train.py", *grid]
-        out = subprocess.run([*again, "--retry"], cwd=folder, capture_output=True, text=True, check=True).stdout
+        out, _ = run_script(sweep, folder, *TOYS, *grid, "--retry")
         assert "18 done, 6 diverged\n" in out, out
         assert sorted(starts(folder / "out").values()) == [1] * 18 + [2] * 6, "only what failed runs again"
 
@@ -3589,47 +3512,44 @@ def test_sweep_report():
 def test_sweep_killed_at_any_moment():
     """Killed by SIGKILL ten times, a sweep gives the report of one never killed, and starts no finished run again."""
     chance = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         grid = "--grid lr=0.001:1:log4 weight_decay=0,0.1,10 --fixed steps=30 device=cpu --out_dir".split()
         calm, killed = ([*grid, name] for name in ("calm", "killed"))
-        run_sweep(folder, *calm)
+        run_script(sweep, folder, *TOYS, *calm)
         for _ in range(10):
-            process = start_sweep(folder, *killed)
+            process = start_script(sweep, folder, *TOYS, *killed)
             time.sleep(chance.uniform(0.05, 0.9))
             process.kill()
             process.communicate()
             finished = {path.parent.name for path in (folder / "killed").glob("*/log.jsonl")}
             before = starts(folder / "killed")
-        run_sweep(folder, *killed)
+        run_script(sweep, folder, *TOYS, *killed)
         after = starts(folder / "killed")
         assert all(after[name] == before[name] for name in finished), "a finished run was started again"
-        reports = [run_sweep(folder, *which, "--report", "--csv", "runs.csv")[0].replace(which[-1], "")
+        reports = [run_script(sweep, folder, *TOYS, *which, "--report", "--csv", "runs.csv")[0].replace(which[-1], "")
                    + (folder / "runs.csv").read_text() for which in (calm, killed)]
         assert reports[0] == reports[1] and "12 done" in reports[0], reports
 
 
 def test_sweep_waits_for_orphans():
     """A run that outlives its killed sweep is waited for by the next one, not started twice."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         one = "--fixed lr=0.1 steps=100 device=cpu --out_dir out".split()
-        process = start_sweep(folder, *one)
+        process = start_script(sweep, folder, *TOYS, *one)
         while not starts(folder / "out"):
             time.sleep(0.02)
         process.kill()
         process.communicate()
-        _, err = run_sweep(folder, *one)
+        _, err = run_script(sweep, folder, *TOYS, *one)
         assert "another process is at" in err and set(starts(folder / "out").values()) == {1}, err
 
 
 def test_sweep_stops_on_signal():
     """SIGTERM ends the runs too, after they have saved; the same command resumes them and gives the same report."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         grid = "--grid lr=0.01,0.1 --fixed steps=60 device=cpu --out_dir".split()
-        calm, _ = run_sweep(folder, *grid, "calm")
-        process = start_sweep(folder, *grid, "out")
+        calm, _ = run_script(sweep, folder, *TOYS, *grid, "calm")
+        process = start_script(sweep, folder, *TOYS, *grid, "out")
         while len(list((folder / "out").glob("*/ckpt.pt"))) < 2:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
@@ -3639,34 +3559,32 @@ def test_sweep_stops_on_signal():
             with open(path.parent / ".lock") as file:           # it would still be locked if the run were alive
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             assert json.loads(path.read_text())["step"] < 60
-        resumed, _ = run_sweep(folder, *grid, "out")
+        resumed, _ = run_script(sweep, folder, *TOYS, *grid, "out")
         assert sorted(calm.splitlines()) == sorted(resumed.splitlines())
 
 
 def test_sweep_printed_commands():
     """--print_commands | xargs sh -c, then --report, gives the table that the sweep itself gives."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         grid = ["--grid", "lr=0.01,0.1,10", "betas=(0.9, 0.95),it's", "--fixed", "device=cpu", "--out_dir"]
-        run_sweep(folder, *grid, "whole")
-        table, _ = run_sweep(folder, *grid, "whole", "--report")
-        commands, err = run_sweep(folder, *grid, "parts", "--print_commands")
+        run_script(sweep, folder, *TOYS, *grid, "whole")
+        table, _ = run_script(sweep, folder, *TOYS, *grid, "whole", "--report")
+        commands, err = run_script(sweep, folder, *TOYS, *grid, "parts", "--print_commands")
         assert len(commands.splitlines()) == 6 and not starts(folder / "parts") and not err
         subprocess.run("xargs -P2 -I{} sh -c {}", shell=True, input=commands, text=True, cwd=folder, check=True,
                        capture_output=True)
-        parts, _ = run_sweep(folder, *grid, "parts", "--report")
+        parts, _ = run_script(sweep, folder, *TOYS, *grid, "parts", "--report")
         assert parts == table and "4 done, 2 diverged" in parts, parts
-        assert run_sweep(folder, *grid, "parts", "--print_commands")[0] == ""
+        assert run_script(sweep, folder, *TOYS, *grid, "parts", "--print_commands")[0] == ""
 
 
 def test_sweep_two_stage():
     """The second stage draws from the smallest box around the best fifth of the first, and a restart draws the same."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         search = ["--two_stage", "--runs", "15", "--space", "lr=log(1e-4,1) weight_decay=uniform(0,1)", "--fixed",
                   "device=cpu steps=2", "--out_dir", "out"]
         first = sweep.draw(sweep.parse_space(["lr=log(1e-4,1) weight_decay=uniform(0,1)"]), 15, seed=0)
-        run_sweep(folder, *search)
+        run_script(sweep, folder, *TOYS, *search)
         begun = starts(folder / "out")
         rows = [json.loads(path.read_text())["flags"] for path in (folder / "out").glob("*/run.json")]
         assert len(begun) == 30
@@ -3676,7 +3594,7 @@ def test_sweep_two_stage():
         stage2, best = set(rows) - set(stage1), np.array(stage1[:3])
         assert len(stage2) == 15
         assert (best.min(0) <= np.array(list(stage2))).all() and (np.array(list(stage2)) <= best.max(0)).all()
-        run_sweep(folder, *search)
+        run_script(sweep, folder, *TOYS, *search)
         assert starts(folder / "out") == begun
 
 
@@ -3707,7 +3625,7 @@ def test_sweep_bad_input():
            ((*grid, "--lr", "3"), "unknown flag --lr"), ((*grid, "--out_dir", "/dev/null/x"), "--out_dir")]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for arguments, words in bad:
-            status, out, err = call_sweep(*arguments)
+            status, out, err = call_main(sweep, *arguments)
             assert status == 2 and not out, f"{arguments}: status {status}, {out}"
             assert words in err and err.count("\n") == 1 and err.startswith("sweep.py: "), f"{arguments}: {err}"
         assert not os.listdir("."), "nothing should have been written"
@@ -3715,22 +3633,22 @@ def test_sweep_bad_input():
 
 def test_sweep_of_the_real_script():
     """Two GPTs, the sweep and its runs killed halfway: resumed, they end with the logs of the script run by itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         tiny = dict(zip((word.strip("-") for word in TINY[::2]), TINY[1::2])) | {
             "steps": "300", "eval_every": "100", "save_every": "5", "device": "cpu"}
         fixed = " ".join(f"{key}={value}" for key, value in tiny.items())
-        command = ["--script", "nanogpt_train.py", "--grid", "opt=if_shampoo riemannian_momentum=0.3,0.6", "--fixed",
-                   fixed, "--out_dir", "out"]
-        process = start_sweep(folder, *command)
+        command = ["--jobs", "2", "--grid", "opt=if_shampoo riemannian_momentum=0.3,0.6", "--fixed", fixed, "--out_dir",
+                   "out"]
+        process = start_script(sweep, folder, *command)
         while len(list((folder / "out").glob("*/ckpt.pt"))) < 2:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         assert process.returncode == 143
-        process = start_sweep(folder, *command)
+        process = start_script(sweep, folder, *command)
         flags = [word for key, value in tiny.items() for word in (f"--{key}", value)]
-        run_script(folder, *flags, *"--opt if_shampoo --opt_kwargs riemannian_momentum=0.6 --out_dir alone".split())
+        flags += "--opt if_shampoo --opt_kwargs riemannian_momentum=0.6 --out_dir alone".split()
+        run_script(nanogpt_train, folder, *flags)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         run = sweep.Run.of("nanogpt_train.py", tiny | {"opt": "if_shampoo", "riemannian_momentum": "0.6"})
@@ -3743,7 +3661,7 @@ def test_sweep_experiments_ask_for_runs_that_exist():
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in sweep.EXPERIMENTS:
             for scale in ("cpu", "gpu"):
-                status, out, err = call_sweep("--experiment", name, "--scale", scale, "--print_commands")
+                status, out, err = call_main(sweep, "--experiment", name, "--scale", scale, "--print_commands")
                 assert status == 0 and out and not err, (name, err)
                 runs = sweep.read_runs(pathlib.Path(f"out/sweep-{name}-{scale}"))
                 assert len(runs) == len(out.splitlines()), name
