@@ -4,10 +4,12 @@ slow transcription in numpy, a closed form, or a quantity that has to stay the s
 
     python tests.py                 all tests: one line each, then a count; exit status 1 if any failed
     python tests.py probe errors    only the tests whose name contains one of the words
+    python tests.py --long killed   runs of the scripts are killed and resumed 20 times each instead of 4
     python -m pytest tests.py       the same under pytest (not needed)
 
 A test is a function; its docstring is the claim it checks. Add one by writing it: no registration, no fixtures.
 """
+import collections
 import contextlib
 import copy
 import csv
@@ -22,11 +24,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import pickle
 import random
 import re
+import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -43,6 +48,7 @@ import unittest.mock
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tqdm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,6 +57,10 @@ import nanogpt_train
 import optim
 import sweep
 import translate_train
+
+
+KILLS = 20 if "--long" in sys.argv else 4           # per script and optimizer
+TALLY = collections.Counter()                       # what the tests count, for the last line
 
 
 class Skip(unittest.SkipTest):
@@ -2180,6 +2190,87 @@ def read_log(folder):
     return [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in records]
 
 
+FORKS = multiprocessing.get_context("forkserver")   # imports torch once, which takes seconds; from there on it forks
+FORKS.set_forkserver_preload(["torch._dynamo", "numpy", "tqdm"])
+
+
+def start_fork(script, folder, *arguments, **ending):
+    """start_script in a process forked from one that has imported torch already -> a multiprocessing.Process. It
+    writes to stdout.txt and stderr.txt in the folder. ending: as in_fork takes it."""
+    process = FORKS.Process(target=in_fork, args=(command_line(script, arguments), folder), kwargs=ending, daemon=True)
+    process.start()
+    return process
+
+
+def in_fork(argv, folder, die_at=None, file_size=None, mortal=False):
+    """die_at: SIGKILL at the n-th opening, renaming or removing of a file in the folder. file_size: no file can grow
+    beyond that, as if the disk were full; if mortal, trying to is death, in the middle of the write."""
+    os.chdir(folder)
+    for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    tqdm.tqdm.set_lock(threading.RLock())           # its own is for several processes, and would outlive a killed one
+    torch.set_num_threads(1)
+    home, count = os.getcwd(), itertools.count(1)
+
+    def watch(event, args):
+        if event in ("open", "os.rename", "os.remove") and os.path.abspath(str(args[0])).startswith(home):
+            if next(count) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    if die_at:
+        sys.addaudithook(watch)
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if mortal else signal.SIG_IGN)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def end_fork(process, folder, status=0):
+    """Wait for its end -> (stdout, stderr); the exit status must be the expected one."""
+    process.join(timeout=300)
+    out, err = ((folder / name).read_text() for name in ("stdout.txt", "stderr.txt"))
+    assert process.exitcode == status, f"status {process.exitcode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
+    return out, err
+
+
+def run_fork(script, folder, *arguments, status=0, **ending):
+    """run_script, as a fork."""
+    return end_fork(start_fork(script, folder, *arguments, **ending), folder, status)
+
+
+def wait_for_change(path, process):
+    """Until the file is another one than now, or the process has ended."""
+    def when():
+        return path.stat().st_mtime_ns if path.exists() else None
+    before = when()
+    while process.is_alive() and when() == before:
+        time.sleep(0.002)
+
+
+def endure(script, folder, *flags, seed=0):
+    """Run it undisturbed, and again, killed and resumed KILLS times: both must end with the same weights and log. Of
+    every three kills one is at a random file operation, one in the middle of a write, one at any time."""
+    chance, killed = random.Random(seed), folder / "killed"
+    run_fork(script, folder, *flags, "--out_dir", "calm")
+    size = (folder / "calm/ckpt.pt").stat().st_size
+    for i in range(KILLS):
+        begin = ["--resume"] if (killed / "ckpt.pt").exists() else flags
+        in_a_write = {"file_size": chance.randint(1, size - 1), "mortal": True}
+        ending = ({"die_at": chance.randint(1, 40)}, in_a_write, {})[i % 3]
+        process = start_fork(script, folder, *begin, "--out_dir", "killed", **ending)
+        if not ending:
+            wait_for_change(killed / "ckpt.pt", process)
+            time.sleep(chance.uniform(0, 0.05))
+            process.kill()
+        end_fork(process, folder, -signal.SIGXFSZ if "mortal" in ending else -signal.SIGKILL)
+        TALLY["kills survived"] += 1
+    run_fork(script, folder, "--resume", "--out_dir", "killed")
+    left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True)["model"] for run in ("calm", "killed"))
+    for key in left:
+        assert torch.equal(left[key], right[key]), f"{flags}: {key} differs"
+    assert read_log(folder / "calm") == read_log(killed), f"{flags}: the logs differ"
+
+
 @contextlib.contextmanager
 def temporary_folder():
     with tempfile.TemporaryDirectory() as folder:
@@ -2219,49 +2310,25 @@ def test_script_end_to_end():
 
 def test_script_killed_and_resumed():
     """A run killed at any moment and resumed ends with the weights and the log of one never killed, bit for bit."""
-    chance = random.Random(0)
-    with temporary_folder() as folder:
-        long = [*TINY, "--steps", "300", "--eval_every", "60", "--save_every", "2"]
-        for name in ("rotational_lion", "adam"):
-            calm, killed = folder / f"{name}-calm", folder / f"{name}-killed"
-            run_script(nanogpt_train, folder, *long, "--opt", name, "--out_dir", calm)
-            process, kills = start_script(nanogpt_train, folder, *long, "--opt", name, "--out_dir", killed), 0
-            while process.poll() is None:
-                before = (killed / "ckpt.pt").stat().st_mtime_ns if (killed / "ckpt.pt").exists() else 0
-                while process.poll() is None and (not (killed / "ckpt.pt").exists()
-                                                  or (killed / "ckpt.pt").stat().st_mtime_ns == before):
-                    time.sleep(0.002)               # until it has trained on, past the checkpoint that it started from
-                if kills < 3:
-                    time.sleep(chance.uniform(0, 0.3))
-                    process.kill()
-                    kills += process.wait() == -signal.SIGKILL
-                    process.communicate()
-                    process = start_script(nanogpt_train, folder, "--resume", "--out_dir", killed)
-                else:
-                    _, err = process.communicate(timeout=300)
-                    assert process.returncode == 0, err
-            assert kills == 3, "it ended before it could be killed three times"
-            left, right = (torch.load(run / "ckpt.pt", weights_only=True)["model"] for run in (calm, killed))
-            for key in left:
-                assert torch.equal(left[key], right[key]), f"{name}: {key} differs"
-            assert read_log(calm) == read_log(killed), f"{name}: the logs differ"
+    for name in ("rotational_lion", "if_shampoo", "modular_adam", "rf_adamw"):
+        with temporary_folder() as folder:
+            endure(nanogpt_train, folder, *TINY, "--steps", 24 * KILLS, "--eval_every", 30, "--save_every", 2,
+                   "--opt", name)
 
 
 def test_script_stops_on_signal():
     """SIGTERM lets the step end, saves, says how to go on, exits with 143; going on gives the undisturbed numbers."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder, longer = pathlib.Path(folder), "--steps 400 --eval_every 200 --save_every 400 --out_dir".split()
-        run_script(nanogpt_train, folder, *TINY, *longer, "calm")
-        process = start_script(nanogpt_train, folder, *TINY, *longer, "stopped")
-        while not (folder / "stopped/log.jsonl").exists() or not (folder / "stopped/log.jsonl").read_text():
-            time.sleep(0.01)                        # the line of step 0: training begins
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 143, (process.returncode, err)
-        assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
-        assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 400
-        run_script(nanogpt_train, folder, "--resume", "--out_dir", "stopped")
-        assert read_log(folder / "calm") == read_log(folder / "stopped")
+    with temporary_folder() as folder:
+        longer = "--steps 400 --eval_every 200 --save_every 400 --out_dir".split()
+        run_fork(nanogpt_train, folder, *TINY, *longer, "calm")
+        process = start_fork(nanogpt_train, folder, *TINY, *longer, "it's stopped")
+        wait_for_change(folder / "it's stopped/ckpt.pt", process)               # of step 0: training begins
+        os.kill(process.pid, signal.SIGTERM)
+        out, _ = end_fork(process, folder, 143)
+        assert torch.load(folder / "it's stopped/ckpt.pt", weights_only=True)["step"] < 400
+        resume = out.strip().splitlines()[-1].partition("To go on: ")[2]        # as somebody would paste it
+        subprocess.run(f"{resume} --device cpu", shell=True, cwd=folder, check=True, capture_output=True)
+        assert read_log(folder / "calm") == read_log(folder / "it's stopped")
 
 
 def test_script_data_parallel():
@@ -2285,9 +2352,9 @@ def free_port():
 def test_script_diverging():
     """A loss that is no number stops the run with status 3, names the step, and leaves the last good checkpoint."""
     with temporary_folder() as folder:
-        run_script(nanogpt_train, folder, *TINY, "--out_dir", "run")        # an older run, not this one
+        run_fork(nanogpt_train, folder, *TINY, "--out_dir", "run")        # an older run, not this one
         wild = "--opt sgd --lr 1e25 --warmup 0 --grad_clip 0 --save_every 1 --out_dir run".split()
-        _, err = run_script(nanogpt_train, folder, *TINY, *wild, status=3)
+        _, err = run_fork(nanogpt_train, folder, *TINY, *wild, status=3)
         step = re.search(r"the loss is (?:nan|inf) at step (\d+)", err.splitlines()[-1])
         assert step and "Traceback" not in err, err
         assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
@@ -2636,33 +2703,10 @@ def test_cifar_split_leaves_the_test_set_alone():
 
 def test_cifar_killed_and_resumed():
     """A run killed at any moment and resumed ends with the weights and the log of one never killed, bit for bit."""
-    chance = random.Random(0)
     with temporary_folder() as folder:
         cifar_folder(folder)
-        long = ["--data", "bins", *CIFAR_TINY, "--epochs", "30", "--eval_every", "50", "--save_every", "2",
-                "--opt", "rotational_adamw"]
-        run_script(cifar_train, folder, *long, "--out_dir", "calm")
-        process, kills = start_script(cifar_train, folder, *long, "--out_dir", "killed"), 0
-        killed = folder / "killed"
-        while process.poll() is None:
-            before = (killed / "ckpt.pt").stat().st_mtime_ns if (killed / "ckpt.pt").exists() else 0
-            while process.poll() is None and (not (killed / "ckpt.pt").exists()
-                                              or (killed / "ckpt.pt").stat().st_mtime_ns == before):
-                time.sleep(0.002)                   # until it has trained on, past the checkpoint that it started from
-            if kills < 2:
-                time.sleep(chance.uniform(0, 0.3))
-                process.kill()
-                kills += process.wait() == -signal.SIGKILL
-                process.communicate()
-                process = start_script(cifar_train, folder, "--resume", "--out_dir", "killed")
-            else:
-                _, err = process.communicate(timeout=300)
-                assert process.returncode == 0, err
-        assert kills == 2, "it ended before it could be killed twice"
-        left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True)["model"] for run in ("calm", "killed"))
-        for key in left:
-            assert torch.equal(left[key], right[key]), f"{key} differs"
-        assert read_log(folder / "calm") == read_log(killed), "the logs differ"
+        endure(cifar_train, folder, "--data", "bins", *CIFAR_TINY, "--epochs", 5 * KILLS, "--eval_every", 30,
+               "--save_every", 2, "--opt", "rotational_adamw", seed=1)
 
 
 def test_cifar_stops_on_signal():
@@ -2670,16 +2714,14 @@ def test_cifar_stops_on_signal():
     with temporary_folder() as folder:
         cifar_folder(folder)
         longer = [*CIFAR_TINY, "--epochs", "30", "--eval_every", "75", "--save_every", "150", "--out_dir"]
-        run_script(cifar_train, folder, "--data", "bins", *longer, "calm")
-        process = start_script(cifar_train, folder, "--data", "bins", *longer, "stopped")
-        while not (folder / "stopped/log.jsonl").exists() or not (folder / "stopped/log.jsonl").read_text():
-            time.sleep(0.01)                        # the line of step 0: training begins
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 143, (process.returncode, err)
+        run_fork(cifar_train, folder, "--data", "bins", *longer, "calm")
+        process = start_fork(cifar_train, folder, "--data", "bins", *longer, "stopped")
+        wait_for_change(folder / "stopped/ckpt.pt", process)                    # of step 0: training begins
+        os.kill(process.pid, signal.SIGTERM)
+        out, _ = end_fork(process, folder, 143)
         assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
         assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 150
-        run_script(cifar_train, folder, "--resume", "--out_dir", "stopped")
+        run_fork(cifar_train, folder, "--resume", "--out_dir", "stopped")
         assert read_log(folder / "calm") == read_log(folder / "stopped")
 
 
@@ -3230,48 +3272,27 @@ def test_translate_end_to_end():
 
 def test_translate_killed_and_resumed():
     """Killed at random moments and resumed each time: weights, log and hypotheses as undisturbed, bit for bit."""
-    chance = random.Random(3)
     with temporary_folder() as folder:
-        train = write_corpus(folder / "corpus")
-        flags = [*" ".join(TINY_TRANSLATE).replace("--steps 24", "--steps 120").split(), "--data", train, "--opt",
-                 "rotational_adamw", "--data_dir", str(folder / "data"), "--out_dir"]
-        status, _, err = call_main(translate_train, *flags, str(folder / "calm"))
-        assert status == 0, err
-        process, kills = start_script(translate_train, folder, *flags, "killed"), 0
-        checkpoint = folder / "killed/ckpt.pt"
-        while kills < 2:
-            before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-            while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-                time.sleep(0.002)                   # until it has trained on, past the checkpoint that it started from
-            time.sleep(chance.uniform(0, 0.2))
-            process.kill()
-            assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-            process.communicate()
-            kills += 1
-            if kills < 2:
-                process = start_script(translate_train, folder, "--resume", "--out_dir", "killed")
-        for _ in range(2):                          # to the end, and once more, when nothing is left to do
-            status, _, err = call_main(translate_train, "--resume", "--out_dir", str(folder / "killed"))
-            assert status == 0, err
-        left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True) for run in ("calm", "killed"))
-        for key in left["model"]:
-            assert torch.equal(left["model"][key], right["model"][key]), key
+        write_corpus(folder / "corpus")
+        endure(translate_train, folder, *TINY_TRANSLATE, "--steps", 24 * KILLS, "--eval_every", 30, "--save_every", 2,
+               "--data", "corpus/train", "--opt", "shampoo", seed=2)
+        run_fork(translate_train, folder, "--resume", "--out_dir", "killed")        # nothing is left to do
         assert read_log(folder / "calm") == read_log(folder / "killed"), "the logs differ"
-        assert left["bpe"] == right["bpe"]
+        left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True)["bpe"] for run in ("calm", "killed"))
+        assert left == right
         assert (folder / "calm/hypotheses.en").read_bytes() == (folder / "killed/hypotheses.en").read_bytes()
 
 
 def test_translate_stops_on_signal():
     """SIGINT lets the step end, saves, says how to go on, exits with 130."""
     with temporary_folder() as folder:
-        flags = " ".join(TINY_TRANSLATE).replace("--steps 24", "--steps 5000 --save_every 5000").split()
         train = write_corpus(folder / "corpus")
-        process = start_script(translate_train, folder, *flags, "--data", train, "--out_dir", "run")
-        while not (folder / "run/log.jsonl").exists() or not (folder / "run/log.jsonl").read_text():
-            time.sleep(0.01)                        # the line of step 0: training begins
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and "Traceback" not in err, (process.returncode, err)
+        process = start_fork(translate_train, folder, *TINY_TRANSLATE, "--steps", 5000, "--save_every", 5000, "--data",
+                             train, "--out_dir", "run")
+        wait_for_change(folder / "run/ckpt.pt", process)                        # of step 0: training begins
+        os.kill(process.pid, signal.SIGINT)
+        out, err = end_fork(process, folder, 130)
+        assert "Traceback" not in err, err
         assert "--resume --out_dir run" in out.strip().splitlines()[-1], out
         assert 0 <= torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] < 5000
 
@@ -3727,6 +3748,7 @@ def test_sweep_verdicts():
 
 
 def main(words):
+    words = [word for word in words if word != "--long"]
     tests = {name: f for name, f in globals().items() if name.startswith("test_") and inspect.isfunction(f)}
     chosen = {name: f for name, f in tests.items() if not words or any(word in name for word in words)}
     if not chosen:
@@ -3746,7 +3768,8 @@ def main(words):
         print(f"{verdict:4s} {name:{width}s} {time.perf_counter() - began:6.2f} s   {claim}", flush=True)
         if details:
             print(details, flush=True)
-    print(f"{count['ok']} passed, {count['FAIL']} failed, {count['skip']} skipped")
+    print("; ".join([f"{count['ok']} passed, {count['FAIL']} failed, {count['skip']} skipped",
+                     *(f"{number} {what}" for what, number in TALLY.items())]))
     return 1 if count["FAIL"] else 0
 
 
