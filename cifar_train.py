@@ -40,6 +40,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Callable
 
@@ -1033,7 +1034,8 @@ def load_checkpoint(out_dir, device):
     if not path.exists():
         fail(f"--resume: there is no {path}: name the run's folder with --out_dir, or start it without --resume")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
+            ckpt = torch.load(path, map_location=device, weights_only=True)
         if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
             raise KeyError("something is missing")
         return ckpt
@@ -1239,7 +1241,7 @@ def main():
     def save():
         held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
         if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
-            diverged("a weight, or what the optimizer remembers, is not a number", done)
+            diverged("a weight, or what the optimizer remembers, is not finite", done)
         buffer = io.BytesIO()
         torch.save({"config": s, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
                     "seconds": spent + time.time() - t0, "loss_sum": loss_sum, "right_sum": right_sum, "count": count,

@@ -45,6 +45,7 @@ import sys
 import tarfile
 import time
 import urllib.request
+import warnings
 
 import numpy as np
 import torch
@@ -1267,7 +1268,8 @@ def load_checkpoint(out_dir, why):
     if not path.exists():
         fail(f"{why}: there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
             raise KeyError("something is missing")
         return ckpt, BytePairs.from_json(ckpt["bpe"])
@@ -1524,7 +1526,7 @@ def main():
     def save():
         held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
         if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
-            diverged("a weight, or what the optimizer remembers, is not a number", done)
+            diverged("a weight, or what the optimizer remembers, is not finite", done)
         buffer = io.BytesIO()
         torch.save({"config": s, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
                     "seconds": spent + time.time() - t0, "loss_sum": loss_sum, "loss_count": loss_count,
