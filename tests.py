@@ -156,6 +156,7 @@ def values(params):
 
 def close(ours, theirs, tolerance, what, scale=None):
     """max |ours - theirs| <= tolerance * scale;  scale: max |theirs| if none is given. NaN is never close."""
+    TALLY["references compared"] += 1
     ours, theirs = (np.asarray(x.detach() if torch.is_tensor(x) else x, dtype=np.float64) for x in (ours, theirs))
     assert ours.shape == theirs.shape, f"{what}: shapes {ours.shape} and {theirs.shape}"
     if ours.size:
@@ -164,6 +165,7 @@ def close(ours, theirs, tolerance, what, scale=None):
 
 
 def same_bits(ours, theirs, what):
+    TALLY["references compared"] += 1
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.dtype == b.dtype and torch.equal(a, b), f"{what}: tensor {i} differs"
 
@@ -2147,8 +2149,8 @@ def test_probe_is_not_in_the_way():
 
 
 def command_line(script, arguments):
-    """argv of a script, which is its module; only a sweep's runs compute anything, and have flags of their own."""
-    device = () if script is sweep else ("--device", "cpu")
+    """argv of a script, which is its module. A sweep computes nothing, but its runs do, with flags of their own."""
+    device = () if script in (sweep, optim) else ("--device", "cpu")
     return [script.__file__, *device, *map(str, arguments)]
 
 
@@ -2185,16 +2187,6 @@ def call_main(script, *arguments):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return status, stdout.getvalue(), stderr.getvalue()
-
-
-def tiny_runs(folder):
-    """The three training scripts -> flags of a run of 24 steps each; their data is made in the folder."""
-    if not (folder / "bins").exists():
-        cifar_folder(folder)
-    return {nanogpt_train: [*TINY, "--data_dir", folder / "data"],
-            cifar_train: [*CIFAR_TINY, "--data", folder / "bins", "--epochs", 5],
-            translate_train: [*TINY_TRANSLATE, "--data", write_corpus(folder / "corpus"), "--data_dir",
-                              folder / "data"]}
 
 
 def read_log(folder):
@@ -2452,6 +2444,7 @@ def test_script_bad_input():
             (["--resume", "--out_dir", str(folder / "none")], "no "),
             (["--resume", "--out_dir", str(folder / "broken")], "not a whole checkpoint"),
             ([*run, "--opt", "sgd"], "is not what"),
+            ([*run, "--n_embd", "32"], "is not what"),
             ([*run, "--eval_only", "--sample", "5", "--prompt", "日"], "does not occur"),
             (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
         ]:
@@ -2461,111 +2454,6 @@ def test_script_bad_input():
             if "--data_dir" not in flags:
                 flags = [*flags, *data]
             check_refused(nanogpt_train, folder, flags, words)
-
-
-def test_scripts_refuse_foreign_checkpoints():
-    """A truncated, empty or foreign ckpt.pt, another script's, or code in a pickle: one line, status 2, nothing run."""
-    class Code:
-        def __reduce__(self):
-            return os.mkdir, ("was run",)
-    with temporary_folder() as folder, contextlib.chdir(folder):
-        flags = tiny_runs(folder)
-        for script, words in flags.items():
-            assert call_main(script, *words, "--out_dir", script.__name__)[0] == 0
-        whole = {script: (folder / script.__name__ / "ckpt.pt").read_bytes() for script in flags}
-        archive = io.BytesIO()
-        with zipfile.ZipFile(archive, "w") as file:
-            file.writestr("data.txt", "text")
-        tensors = io.BytesIO()
-        torch.save({"model": {}, "step": 3}, tensors)
-        for script in flags:
-            others = [whole[other] for other in flags if other is not script]
-            cuts = [whole[script][:len(whole[script]) * part // 10] for part in (1, 5, 9)]
-            for content in (*others, *cuts, b"", archive.getvalue(), tensors.getvalue(), pickle.dumps(Code()),
-                            whole[script][:-1], None):
-                shutil.rmtree("never", ignore_errors=True)
-                os.mkdir("never")
-                path = folder / "never/ckpt.pt"
-                path.mkdir() if content is None else path.write_bytes(content)
-                os.rename("never", "foreign")
-                check_refused(script, folder, ["--resume", "--out_dir", "foreign"], "is not a whole checkpoint")
-                assert os.listdir("foreign") == ["ckpt.pt"] and not os.path.exists("was run")
-                shutil.rmtree("foreign")
-
-
-def test_scripts_on_a_full_disk():
-    """On a full disk the last checkpoint stays, one line says so, nothing half-written does, and room mends it."""
-    with temporary_folder() as folder:
-        for script, flags in tiny_runs(folder).items():
-            run_fork(script, folder, *flags, "--out_dir", script.__name__)
-            ckpt = folder / script.__name__ / "ckpt.pt"
-            before = ckpt.read_bytes()
-            more = ["--resume", "--steps", 48, "--out_dir", script.__name__]
-            _, err = run_fork(script, folder, *more, status=2, file_size=len(before) // 2)
-            assert f"cannot write {script.__name__}/ckpt.pt: File too large. The last one is whole" in err, err
-            assert "Traceback" not in err and ckpt.read_bytes() == before
-            assert not list(folder.rglob("*.part")), list(folder.rglob("*.part"))
-            run_fork(script, folder, *more)
-            assert read_log(ckpt.parent)[-1]["step"] == 48
-    with folder_with_toy() as folder:
-        flags = ["--grid", "lr=1,2", "--fixed", f"betas={'9' * 999}", "--out_dir", "out"]
-        _, err = run_fork(sweep, folder, *TOYS, *flags, status=2, file_size=500)
-        assert "cannot write" in err and err.count("\n") == 1 and not list(folder.rglob("*.part")), err
-
-
-def test_scripts_stop_at_an_infinite_gradient():
-    """One Inf in a gradient, clipped or not: status 3, and the last checkpoint is the one before, and all finite."""
-    build = optim.build
-
-    def build_to_fail(*args, **options):
-        optimizer, calls = build(*args, **options), itertools.count(1)
-
-        def poison(g):
-            if next(calls) == 10:
-                g = g.clone(memory_format=torch.contiguous_format)
-                g.view(-1)[0] = math.inf
-            return g
-        optimizer.param_groups[0]["params"][0].register_hook(poison)
-        return optimizer
-
-    with temporary_folder() as folder, unittest.mock.patch.object(optim, "build", build_to_fail):
-        for script, flags in tiny_runs(folder).items():
-            names = ["adamw", "lion", "rotational_lion"] + ["modular_sgd"] * (script is not cifar_train)
-            for name, clip in itertools.product(names, (0, 1)):
-                status, _, err = call_main(script, *flags, "--opt", name, "--grad_clip", clip, "--save_every", 1,
-                                           "--out_dir", folder / "run")
-                what = f"{script.__name__}, {name}, clipped at {clip}: status {status}, {err}"
-                assert status == 3 and "training diverged" in err.splitlines()[-1] and "Traceback" not in err, what
-                ckpt = torch.load(folder / "run/ckpt.pt", weights_only=True)
-                assert ckpt["step"] == 9, what
-                held = [ckpt["model"], *ckpt["optimizer"]["state"].values()]
-                assert all(x.isfinite().all() for part in held for x in part.values() if torch.is_tensor(x)), what
-                TALLY["bad inputs tried"] += 1
-
-
-def test_scripts_repeat_themselves():
-    """The same seed gives the same log, twice; another one does not."""
-    with temporary_folder() as folder:
-        for script, flags in tiny_runs(folder).items():
-            logs = []
-            for seed in (1, 1, 2):
-                assert call_main(script, *flags, "--seed", seed, "--out_dir", folder / "run")[0] == 0
-                logs.append(read_log(folder / "run"))
-            assert logs[0] == logs[1] != logs[2], script.__name__
-
-
-def test_scripts_checkpoints_compiled_or_not():
-    """A checkpoint of a compiled run is resumed without compiling and the other way round, with the same numbers."""
-    with temporary_folder() as folder, torch.compiler.set_stance("force_eager"):    # wrapped, but not really compiled
-        for script, flags in tiny_runs(folder).items():
-            logs = []
-            for first, then in ((0, 0), (0, 1), (1, 0)):
-                assert call_main(script, *flags, "--compile", first, "--out_dir", folder / "run")[0] == 0
-                more = ["--resume", "--steps", 48, "--compile", then, "--out_dir", folder / "run"]
-                status, _, err = call_main(script, *more)
-                assert status == 0, err
-                logs.append(read_log(folder / "run"))
-            assert logs[0] == logs[1] == logs[2], script.__name__
 
 
 def test_script_killed_while_tokenizing():
@@ -2617,84 +2505,6 @@ def test_script_byte_pairs_in_pieces():
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 60])]
         apart = [token for piece in nanogpt_train.whole_words(pieces) for token in codec.encode(piece)]
         assert apart == codec.encode(text), repr(text)
-
-
-@contextlib.contextmanager
-def misbehaving_server(body):
-    """-> its address. What it answers stands in the path: good, slow, wrong, short, ..."""
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            kind, data = urllib.parse.unquote(self.path.strip("/")), body
-            if kind == "slow":
-                time.sleep(0.5)
-            if kind == "garbage":
-                data = b"this is no HTTP\r\n" * 9
-            elif kind == "chunked":                 # the second chunk breaks off
-                data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nff\r\nabc"
-            elif kind == "length":
-                data = b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + body
-            else:
-                to = {"loop": "/loop", "moved": "/good", "announced": "/good", "announced wrongly": "/wrong",
-                      "login": "/page"}.get(kind)
-                data = {"wrong": body.upper(), "page": b"<html>Please log in</html>"}.get(kind, body)
-                self.send_response(302 if to else 404 if kind == "missing" else 200)
-                if to:
-                    self.send_header("Location", to)
-                if kind.startswith("announced"):
-                    self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
-                self.send_header("Content-Length", str(len(data) + 10 * (kind == "short")))
-                self.end_headers()
-            self.wfile.write(data)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}/"
-        server.shutdown()
-
-
-def test_scripts_downloads():
-    """Downloads are checked before they count: whatever a server does, it is one line, and leaves nothing behind."""
-    body = b"text " * 1000
-    right = hashlib.sha256(body).hexdigest()
-
-    def fetch(script, url, checksum, path):         # -> the path, or what went wrong
-        stderr = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(stderr):
-                return script.download(url, checksum, path)
-        except SystemExit as stop:
-            assert stop.code == 2 and "Traceback" not in stderr.getvalue()
-            TALLY["bad inputs tried"] += 1
-            return stderr.getvalue().splitlines()[-1]
-
-    with misbehaving_server(body) as address, temporary_folder() as folder:
-        for script, prefix in ((nanogpt_train, ""), (cifar_train, ""), (translate_train, "sha256:")):
-            assert "http://" not in pathlib.Path(script.__file__).read_text(), "all is fetched by https"
-            for kind in ("good", "slow", "moved"):
-                path = fetch(script, address + kind, prefix + right, folder / "deep/er/file")
-                assert path.read_bytes() == body
-                path.unlink()
-            for kind, words in (("wrong", "did not give"), ("page", "did not give"), ("login", "did not give"),
-                                ("short", "broke off"), ("chunked", "cannot download"), ("garbage", "cannot download"),
-                                ("length", "cannot download"), ("loop", "cannot download"), ("missing", "Not Found")):
-                line = fetch(script, address + kind, prefix + right, folder / "deep/er/file")
-                assert words in line and f"Fetch it by hand and put it at {folder}/deep/er/file" in line, line
-                assert not os.listdir(folder / "deep/er"), f"{script.__name__}: {kind} left something behind"
-            (folder / "file").write_text("an older download")
-            assert "delete it" in fetch(script, address + "good", prefix + right, folder / "file")
-            assert (folder / "file").read_text() == "an older download"
-            for path in (folder / "file/x", folder):            # no place for it
-                assert "by hand" in fetch(script, address + "good", prefix + right, path)
-        # where the sha256 is the one that the Hugging Face hub announces
-        assert fetch(nanogpt_train, address + "announced", None, folder / "hub").read_bytes() == body
-        for kind in ("announced%20wrongly", "login", "page", "good"):
-            assert "did not give" in fetch(nanogpt_train, address + kind, None, folder / "other"), kind
-        assert sorted(os.listdir(folder)) == ["deep", "file", "hub"]
-    away = urllib.request.Request("https://a"), None, 302, "Found", {}, "http://b"
-    refused(OSError, ["insecure"], lambda: nanogpt_train.Redirects().redirect_request(*away))
 
 
 def test_script_model():
@@ -3014,6 +2824,7 @@ def test_cifar_bad_input():
             (["--resume", "--out_dir", str(folder / "none")], "no "),
             (["--resume", "--out_dir", str(folder / "broken")], "not a whole checkpoint"),
             ([*run, "--opt", "sgd"], "is not what"),
+            ([*run, "--model", "vit"], "is not what"),
             ([*run, "--data", str(folder / "lacking")], "is not what"),
             (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
         ]:
@@ -3585,6 +3396,7 @@ def test_translate_bad_input():
             (["--translate", "x", "--out_dir", str(folder / "nowhere")], "train one first"),
             (["--translate", "\udcff", "--out_dir", str(folder / "run")], "UTF-8"),
             ([*run, "--opt", "sgd"], "is not what"),
+            ([*run, "--n_layer", "2"], "is not what"),
             (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
         ]:
             flags = arguments if {"--resume", "--eval_only", "--translate"} & set(arguments) else [*common, *arguments]
@@ -3630,6 +3442,210 @@ def test_translate_iwslt14():
     assert pairs["valid"] == [right[22], right[45]]
     assert pairs["train"] == [pair for i, pair in enumerate(right) if i not in (22, 45)]
     assert len(pairs["test"]) == 10 and pairs["test"][0] == ("test 0 & so's de", "test 0 & so's en")
+
+
+# ======================================================================================================================
+# The three training scripts together
+# ======================================================================================================================
+
+
+def tiny_runs(folder):
+    """The three training scripts -> flags of a run of 24 steps each; their data is made in the folder."""
+    if not (folder / "bins").exists():
+        cifar_folder(folder)
+    return {nanogpt_train: [*TINY, "--data_dir", folder / "data"],
+            cifar_train: [*CIFAR_TINY, "--data", folder / "bins", "--epochs", 5],
+            translate_train: [*TINY_TRANSLATE, "--data", write_corpus(folder / "corpus"), "--data_dir",
+                              folder / "data"]}
+
+
+def test_scripts_refuse_foreign_checkpoints():
+    """A truncated, empty or foreign ckpt.pt, another script's, or code in a pickle: one line, status 2, nothing run."""
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, ("was run",)
+    with temporary_folder() as folder, contextlib.chdir(folder):
+        flags = tiny_runs(folder)
+        for script, words in flags.items():
+            assert call_main(script, *words, "--out_dir", script.__name__)[0] == 0
+        whole = {script: (folder / script.__name__ / "ckpt.pt").read_bytes() for script in flags}
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("data.txt", "text")
+        tensors = io.BytesIO()
+        torch.save({"model": {}, "step": 3}, tensors)
+        for script in flags:
+            others = [whole[other] for other in flags if other is not script]
+            cuts = [whole[script][:len(whole[script]) * part // 10] for part in (1, 5, 9)]
+            for content in (*others, *cuts, b"", archive.getvalue(), tensors.getvalue(), pickle.dumps(Code()),
+                            whole[script][:-1], None):
+                shutil.rmtree("never", ignore_errors=True)
+                os.mkdir("never")
+                path = folder / "never/ckpt.pt"
+                path.mkdir() if content is None else path.write_bytes(content)
+                os.rename("never", "foreign")
+                check_refused(script, folder, ["--resume", "--out_dir", "foreign"], "is not a whole checkpoint")
+                assert os.listdir("foreign") == ["ckpt.pt"] and not os.path.exists("was run")
+                shutil.rmtree("foreign")
+
+
+def test_scripts_on_a_full_disk():
+    """On a full disk the last checkpoint stays, one line says so, nothing half-written does, and room mends it."""
+    with temporary_folder() as folder:
+        for script, flags in tiny_runs(folder).items():
+            run_fork(script, folder, *flags, "--out_dir", script.__name__)
+            ckpt = folder / script.__name__ / "ckpt.pt"
+            before = ckpt.read_bytes()
+            more = ["--resume", "--steps", 48, "--out_dir", script.__name__]
+            _, err = run_fork(script, folder, *more, status=2, file_size=len(before) // 2)
+            assert f"cannot write {script.__name__}/ckpt.pt: File too large. The last one is whole" in err, err
+            assert "Traceback" not in err and ckpt.read_bytes() == before
+            assert not list(folder.rglob("*.part")), list(folder.rglob("*.part"))
+            run_fork(script, folder, *more)
+            assert read_log(ckpt.parent)[-1]["step"] == 48
+    with folder_with_toy() as folder:
+        flags = ["--grid", "lr=1,2", "--fixed", f"betas={'9' * 999}", "--out_dir", "out"]
+        _, err = run_fork(sweep, folder, *TOYS, *flags, status=2, file_size=500)
+        assert "cannot write" in err and err.count("\n") == 1 and not list(folder.rglob("*.part")), err
+
+
+def test_scripts_stop_at_an_infinite_gradient():
+    """One Inf in a gradient, clipped or not: status 3, and the last checkpoint is the one before, and all finite."""
+    build = optim.build
+
+    def build_to_fail(*args, **options):
+        optimizer, calls = build(*args, **options), itertools.count(1)
+
+        def poison(g):
+            if next(calls) == 10:
+                g = g.clone(memory_format=torch.contiguous_format)
+                g.view(-1)[0] = math.inf
+            return g
+        optimizer.param_groups[0]["params"][0].register_hook(poison)
+        return optimizer
+
+    with temporary_folder() as folder, unittest.mock.patch.object(optim, "build", build_to_fail):
+        for script, flags in tiny_runs(folder).items():
+            names = ["adamw", "lion", "rotational_lion"] + ["modular_sgd"] * (script is not cifar_train)
+            for name, clip in itertools.product(names, (0, 1)):
+                status, _, err = call_main(script, *flags, "--opt", name, "--grad_clip", clip, "--save_every", 1,
+                                           "--out_dir", folder / "run")
+                what = f"{script.__name__}, {name}, clipped at {clip}: status {status}, {err}"
+                assert status == 3 and "training diverged" in err.splitlines()[-1] and "Traceback" not in err, what
+                ckpt = torch.load(folder / "run/ckpt.pt", weights_only=True)
+                assert ckpt["step"] == 9, what
+                held = [ckpt["model"], *ckpt["optimizer"]["state"].values()]
+                assert all(x.isfinite().all() for part in held for x in part.values() if torch.is_tensor(x)), what
+                TALLY["bad inputs tried"] += 1
+
+
+def test_scripts_repeat_themselves():
+    """The same seed gives the same log, twice; another one does not."""
+    with temporary_folder() as folder:
+        for script, flags in tiny_runs(folder).items():
+            logs = []
+            for seed in (1, 1, 2):
+                assert call_main(script, *flags, "--seed", seed, "--out_dir", folder / "run")[0] == 0
+                logs.append(read_log(folder / "run"))
+            assert logs[0] == logs[1] != logs[2], script.__name__
+
+
+def test_scripts_checkpoints_compiled_or_not():
+    """A checkpoint of a compiled run is resumed without compiling and the other way round, with the same numbers."""
+    with temporary_folder() as folder, torch.compiler.set_stance("force_eager"):    # wrapped, but not really compiled
+        for script, flags in tiny_runs(folder).items():
+            logs = []
+            for first, then in ((0, 0), (0, 1), (1, 0)):
+                assert call_main(script, *flags, "--compile", first, "--out_dir", folder / "run")[0] == 0
+                more = ["--resume", "--steps", 48, "--compile", then, "--out_dir", folder / "run"]
+                status, _, err = call_main(script, *more)
+                assert status == 0, err
+                logs.append(read_log(folder / "run"))
+            assert logs[0] == logs[1] == logs[2], script.__name__
+
+
+@contextlib.contextmanager
+def misbehaving_server(body):
+    """-> its address. What it answers stands in the path: good, slow, wrong, short, ..."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind, data = urllib.parse.unquote(self.path.strip("/")), body
+            if kind == "slow":
+                time.sleep(0.5)
+            if kind == "garbage":
+                data = b"this is no HTTP\r\n" * 9
+            elif kind == "chunked":                 # the second chunk breaks off
+                data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nff\r\nabc"
+            elif kind == "length":
+                data = b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + body
+            else:
+                to = {"loop": "/loop", "moved": "/good", "announced": "/good", "announced wrongly": "/wrong",
+                      "login": "/page"}.get(kind)
+                data = {"wrong": body.upper(), "page": b"<html>Please log in</html>"}.get(kind, body)
+                self.send_response(302 if to else 404 if kind == "missing" else 200)
+                if to:
+                    self.send_header("Location", to)
+                if kind.startswith("announced"):
+                    self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
+                self.send_header("Content-Length", str(len(data) + 10 * (kind == "short")))
+                self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_scripts_downloads():
+    """Downloads are checked before they count: whatever a server does, it is one line, and leaves nothing behind."""
+    body = b"text " * 1000
+    right = hashlib.sha256(body).hexdigest()
+
+    def fetch(script, url, checksum, path):         # -> the path, or what went wrong
+        stderr = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(stderr):
+                return script.download(url, checksum, path)
+        except SystemExit as stop:
+            assert stop.code == 2 and "Traceback" not in stderr.getvalue()
+            TALLY["bad inputs tried"] += 1
+            return stderr.getvalue().splitlines()[-1]
+
+    with misbehaving_server(body) as address, temporary_folder() as folder:
+        for script, prefix in ((nanogpt_train, ""), (cifar_train, ""), (translate_train, "sha256:")):
+            assert "http://" not in pathlib.Path(script.__file__).read_text(), "all is fetched by https"
+            for kind in ("good", "slow", "moved"):
+                path = fetch(script, address + kind, prefix + right, folder / "deep/er/file")
+                assert path.read_bytes() == body
+                path.unlink()
+            for kind, words in (("wrong", "did not give"), ("page", "did not give"), ("login", "did not give"),
+                                ("short", "broke off"), ("chunked", "cannot download"), ("garbage", "cannot download"),
+                                ("length", "cannot download"), ("loop", "cannot download"), ("missing", "Not Found")):
+                line = fetch(script, address + kind, prefix + right, folder / "deep/er/file")
+                assert words in line and f"Fetch it by hand and put it at {folder}/deep/er/file" in line, line
+                assert not os.listdir(folder / "deep/er"), f"{script.__name__}: {kind} left something behind"
+            (folder / "file").write_text("an older download")
+            assert "delete it" in fetch(script, address + "good", prefix + right, folder / "file")
+            assert (folder / "file").read_text() == "an older download"
+            for path in (folder / "file/x", folder):            # no place for it
+                assert "by hand" in fetch(script, address + "good", prefix + right, path)
+        # where the sha256 is the one that the Hugging Face hub announces
+        assert fetch(nanogpt_train, address + "announced", None, folder / "hub").read_bytes() == body
+        for kind in ("announced%20wrongly", "login", "page", "good"):
+            assert "did not give" in fetch(nanogpt_train, address + kind, None, folder / "other"), kind
+        assert sorted(os.listdir(folder)) == ["deep", "file", "hub"]
+    away = urllib.request.Request("https://a"), None, 302, "Found", {}, "http://b"
+    refused(OSError, ["insecure"], lambda: nanogpt_train.Redirects().redirect_request(*away))
+
+
+def test_optim_bad_input():
+    """python optim.py --bench with a name that is none: exit status 2 and one line with the nearest that is one."""
+    with temporary_folder() as folder:
+        check_refused(optim, folder, ["--bench", "rotational_lyon"], "did you mean 'rotational_lion'")
 
 
 # ======================================================================================================================
