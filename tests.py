@@ -2,7 +2,7 @@
 tests.py: what optim.py promises, checked. Every test compares with something computed independently: torch.optim, a
 slow transcription in numpy, a closed form, or a quantity that has to stay the same.
 
-    python tests.py                 all tests: one line each, then a count; exit status 1 if any failed
+    python tests.py                 all tests: one line each, then what was counted; exit status 1 if any failed
     python tests.py probe errors    only the tests whose name contains one of the words
     python tests.py --long killed   runs of the scripts are killed and resumed 20 times each instead of 4
     python -m pytest tests.py       the same under pytest (not needed)
@@ -2224,7 +2224,8 @@ def in_fork(argv, folder, die_at=None, file_size=None, mortal=False):
     if die_at:
         sys.addaudithook(watch)
     if file_size:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))        # nor does such a death leave a core file
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if mortal else signal.SIG_IGN)
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
