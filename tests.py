@@ -2225,7 +2225,7 @@ def in_fork(argv, folder, die_at=None, file_size=None, mortal=False):
         sys.addaudithook(watch)
     if file_size:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))        # nor does such a death leave a core file
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))        # the signal would leave a core file
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL if mortal else signal.SIG_IGN)
     sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
