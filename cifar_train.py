@@ -25,6 +25,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import http.client
 import inspect
 import io
 import json
@@ -32,12 +33,14 @@ import math
 import os
 import pathlib
 import re
+import shlex
 import signal
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from collections.abc import Callable
 
@@ -461,12 +464,12 @@ def parse_records(blob, label_bytes, n_classes, source):
 def download(url, sha256, path):
     """Fetch url to path, unless it is there: into a .part file, checked, then renamed."""
     by_hand = f"Fetch it by hand and put it at {path}, or use --data shapes, which needs no network"
-    if path.exists():
-        if file_sha256(path) != sha256:
-            fail(f"{path} is not the file that {url} should give: delete it, then start again")
-        return path
     part = path.with_name(f"{path.name}.{os.getpid()}.part")      # two runs may fetch it at once
     try:
+        if path.exists():
+            if file_sha256(path) != sha256:
+                fail(f"{path} is not the file that {url} should give: delete it, then start again")
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": "cifar_train.py"})
         with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file:
@@ -475,16 +478,17 @@ def download(url, sha256, path):
                 while chunk := reply.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))
-            if size and bar.n != size:
-                raise OSError(f"it broke off after {bar.n} of {size} bytes")
-    except OSError as error:                        # also urllib's URLError: no network, no such host, no such file
-        part.unlink(missing_ok=True)
-        fail(f"cannot download {url}: {getattr(error, 'reason', error)}. {by_hand}")
-    if file_sha256(part) != sha256:
-        part.unlink()
-        fail(f"{url} did not give the expected file (sha256 {sha256}). {by_hand}")
-    os.replace(part, path)
-    return path
+        if size and bar.n != size:
+            raise OSError(f"it broke off after {bar.n} of {size} bytes")
+        if file_sha256(part) != sha256:
+            fail(f"{url} did not give the expected file (sha256 {sha256}). {by_hand}")
+        os.replace(part, path)
+        return path
+    except (OSError, ValueError, http.client.HTTPException) as error:          # no network, no such file, no HTTP, ...
+        fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
+    finally:                                        # also after Ctrl-C
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def file_sha256(path):
@@ -1030,7 +1034,8 @@ def load_checkpoint(out_dir, device):
     if not path.exists():
         fail(f"--resume: there is no {path}: name the run's folder with --out_dir, or start it without --resume")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
+            ckpt = torch.load(path, map_location=device, weights_only=True)
         if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
             raise KeyError("something is missing")
         return ckpt
@@ -1060,6 +1065,19 @@ def loss_of(logits, y, kind, smoothing=0.0):
     return F.cross_entropy(logits.float(), y, label_smoothing=smoothing)
 
 
+@contextlib.contextmanager
+def memory_errors_in_words():
+    """A model or a batch that no memory can hold: bad input like any other."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:        # torch has no class of its own for it on the CPU
+        words = "out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+            raise
+        fail("out of memory: make the model or the batch smaller")
+
+
+@memory_errors_in_words()
 def main():
     args = parse_arguments()
     given = explicit(args)
@@ -1221,8 +1239,9 @@ def main():
              f"{out_dir}/ckpt.pt", status=3)
 
     def save():
-        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-            diverged("a weight is not a number", done)
+        held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
+        if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
+            diverged("a weight, or what the optimizer remembers, is not finite", done)
         buffer = io.BytesIO()
         torch.save({"config": s, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
                     "seconds": spent + time.time() - t0, "loss_sum": loss_sum, "right_sum": right_sum, "count": count,
@@ -1292,7 +1311,8 @@ def main():
             save()
         if stop_now and done < s["steps"]:
             bar.close()
-            print(f"stopped after step {done}. To go on: python cifar_train.py --resume --out_dir {out_dir}")
+            again = shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)])
+            print(f"stopped after step {done}. To go on: {again}")
             sys.exit(128 + stopped_by[0])
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):

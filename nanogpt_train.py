@@ -23,6 +23,7 @@ import contextlib
 import difflib
 import functools
 import hashlib
+import http.client
 import io
 import json
 import lzma
@@ -30,13 +31,15 @@ import math
 import os
 import pathlib
 import re
+import shlex
+import shutil
 import signal
 import sys
 import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 
 import numpy as np
@@ -314,31 +317,33 @@ END = "<|endoftext|>"                               # GPT-2's mark between docum
 def download(url, sha256, path):
     """Fetch url to path, unless it is there: into a .part file, checked, then renamed. sha256=None: as the hub says."""
     by_hand = f"Fetch it by hand and put it at {path}, or use --data python_docs, which needs no network"
-    if path.exists():
-        if sha256 and file_sha256(path) != sha256:
-            fail(f"{path} is not the file that {url} should give: delete it, then start again")
-        return path
-    part, redirects = path.with_name(f"{path.name}.{os.getpid()}.part"), Redirects()    # two runs may fetch it at once
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")      # two runs may fetch it at once
     try:
+        if path.exists():
+            if sha256 and file_sha256(path) != sha256:
+                fail(f"{path} is not the file that {url} should give: delete it, then start again")
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": "nanogpt_train.py"})
+        redirects = Redirects()
         with urllib.request.build_opener(redirects).open(request, timeout=60) as reply, open(part, "wb") as file:
             size = int(reply.headers.get("Content-Length") or 0)
             with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
                 while chunk := reply.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))
-            if size and bar.n != size:
-                raise OSError(f"it broke off after {bar.n} of {size} bytes")
-    except OSError as error:                        # also urllib's URLError: no network, no such host, no such file
-        part.unlink(missing_ok=True)
-        fail(f"cannot download {url}: {getattr(error, 'reason', error)}. {by_hand}")
-    expected = sha256 or redirects.sha256
-    if expected and file_sha256(part) != expected:
-        part.unlink()
-        fail(f"{url} did not give the expected file (sha256 {expected}). {by_hand}")
-    os.replace(part, path)
-    return path
+        if size and bar.n != size:
+            raise OSError(f"it broke off after {bar.n} of {size} bytes")
+        expected = sha256 or redirects.sha256
+        if file_sha256(part) != expected:
+            fail(f"{url} did not give the expected file (sha256 {expected or 'not announced'}). {by_hand}")
+        os.replace(part, path)
+        return path
+    except (OSError, ValueError, http.client.HTTPException) as error:          # no network, no such file, no HTTP, ...
+        fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
+    finally:                                        # also after Ctrl-C
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def file_sha256(path):
@@ -479,8 +484,6 @@ def load_data(name, data_dir, tokenizer):
     key = hashlib.sha256(f"{identity} {tokenizer}".encode(errors="surrogateescape")).hexdigest()[:12]
     folder = data_dir / f"{pathlib.Path(name).stem}-{tokenizer}-{key}"
     if not folder.exists():
-        if RANK > 0:
-            fail(f"{folder} was not made by the first process: is --data_dir on a shared file system?")
         try:
             make_token_files(folder, name, tokenizer, train, val)
         except UnicodeDecodeError:
@@ -501,18 +504,22 @@ def load_data(name, data_dir, tokenizer):
 
 
 def make_token_files(folder, name, tokenizer, train, val):
-    """Tokenize both texts into a folder of our own beside `folder`, and rename it when all is there: a kill leaves
-    nothing that could be taken for the whole, and of two runs that do the same at once, one gives way."""
+    """Tokenize both texts into FOLDER.part, and rename it when all is there: what a kill leaves can not be taken for
+    the whole, and the next run writes over it. Of several processes that come here at once, all but one wait."""
+    own = folder.with_name(f"{folder.name}.part")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    chars = None
-    if tokenizer == "char":
-        chars = "".join(sorted(set().union(*map(set, train()), *map(set, val()))))
-        if len(chars) > 2**16:
-            fail(f"--data {name} has {len(chars)} different characters, more than 65,536: use --tokenizer gpt2")
-    codec = Characters(chars) if chars is not None else GPT2Tokens()
-    meta = {"data": name, "tokenizer": tokenizer, "chars": chars, "tokens": {}, "sha256": {}}
-    with tempfile.TemporaryDirectory(prefix=f"{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True) as own:
-        own = pathlib.Path(own)
+    only_one = lock(folder.parent, wait=True)       # until we return or die
+    if folder.exists():
+        return
+    try:
+        own.mkdir(exist_ok=True)
+        chars = None
+        if tokenizer == "char":
+            chars = "".join(sorted(set().union(*map(set, train()), *map(set, val()))))
+            if len(chars) > 2**16:
+                fail(f"--data {name} has {len(chars)} different characters, more than 65,536: use --tokenizer gpt2")
+        codec = Characters(chars) if chars is not None else GPT2Tokens()
+        meta = {"data": name, "tokenizer": tokenizer, "chars": chars, "tokens": {}, "sha256": {}}
         for part, pieces in (("train", train()), ("val", val())):
             with open(own / f"{part}.bin", "wb") as file, \
                     tqdm(desc=f"tokenizing {part}", unit=" tokens", unit_scale=True, delay=2) as bar:
@@ -523,8 +530,9 @@ def make_token_files(folder, name, tokenizer, train, val):
                 meta["tokens"][part] = bar.n
             meta["sha256"][part] = file_sha256(own / f"{part}.bin")
         write_atomically(own / "meta.json", json.dumps(meta).encode())
-        if not folder.exists():
-            os.rename(own, folder)
+        os.rename(own, folder)
+    finally:                                        # bad text, no network, a full disk, Ctrl-C
+        shutil.rmtree(own, ignore_errors=True)
 
 
 def get_windows(data, rng, count, block_size):
@@ -744,15 +752,16 @@ def write_atomically(path, data):
         raise
 
 
-def lock(folder):
-    """Keep a second run out of the folder, where the two would overwrite each other. -> the lock; it goes with us."""
+def lock(folder, wait=False):
+    """Keep a second run out of the folder, where the two would overwrite each other, or let it wait for its turn.
+    -> the lock; it goes with us."""
     try:
         import fcntl
     except ImportError:                             # Windows has no flock
         return None
     file = open(folder / ".lock", "w")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         fail(f"another run is writing to {folder}: choose another --out_dir")
     return file
@@ -768,7 +777,8 @@ def load_checkpoint(out_dir, device):
     if not path.exists():
         fail(f"--resume: there is no {path}: name the run's folder with --out_dir, or start it without --resume")
     try:
-        ckpt = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
+            ckpt = torch.load(path, map_location=device, weights_only=True)
         if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
             raise KeyError("something is missing")
         return ckpt
@@ -791,6 +801,19 @@ def lr_at(step, peak, s):
     return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s["schedule"]]
 
 
+@contextlib.contextmanager
+def memory_errors_in_words():
+    """A model or a batch that no memory can hold: bad input like any other."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:        # torch has no class of its own for it on the CPU
+        words = "out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+            raise
+        fail("out of memory: make the model or the batch smaller")
+
+
+@memory_errors_in_words()
 def main():
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a sampled character must not cost the result line
@@ -816,10 +839,8 @@ def main():
     s |= COMMAND | {key: value for key, value in explicit(args).items() if key in COMMAND}
 
     device = s["device"]
-    if WORLD > 1:
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if WORLD > 1 and device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     say = print if RANK == 0 else lambda *a, **k: None
     sequences = s["batch_size"] * s["grad_accum"]   # per step, over all processes
     if sequences % WORLD:
@@ -827,11 +848,7 @@ def main():
     share, micro = sequences // WORLD, min(s["batch_size"], sequences // WORLD)
 
     # ---- data
-    if RANK > 0:
-        torch.distributed.barrier()                 # the first process makes the files, the others wait for them
     train, val, tokenizer, fingerprint = load_data(s["data"], s["data_dir"], s["tokenizer"])
-    if WORLD > 1 and RANK == 0:
-        torch.distributed.barrier()
     for part, tokens in (("training", train), ("validation", val)):
         if len(tokens) <= s["block_size"]:
             fail(f"--data {s['data']} has {len(tokens)} {part} tokens, too few for --block_size {s['block_size']}: "
@@ -872,8 +889,6 @@ def main():
         start, spent, loss_sum, loss_count = ckpt["step"], ckpt["seconds"], ckpt["loss_sum"], ckpt["loss_count"]
     probe = optim.RotationProbe(optimizer) if s["track"] else None
     network = torch.compile(model) if s["compile"] else model
-    if WORLD > 1:
-        network = nn.parallel.DistributedDataParallel(network)
     dtype = s["dtype"] if s["dtype"] != "auto" else "bfloat16" if device == "cuda" else "float32"
     autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
@@ -905,8 +920,6 @@ def main():
             say(f"---\n{text}\n---")
         say(f"val_loss {val_loss:.4f} (perplexity {math.exp(min(val_loss, 700)):.2f}) after {done} steps of {s['opt']} "
             f"in {seconds:.0f} s: {out_dir}")
-        if WORLD > 1:
-            torch.distributed.destroy_process_group()
 
     done = start
     if s["eval_only"]:
@@ -935,6 +948,10 @@ def main():
     except OSError as error:
         fail(f"cannot write {error.filename or out_dir}: {error.strerror}. Choose another place with --out_dir")
 
+    if WORLD > 1:                                   # not before: what is wrong so far, each process has found by itself
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo")
+        network = nn.parallel.DistributedDataParallel(network)
+
     def log(**record):
         if not math.isfinite(record["val_loss"]):
             diverged(f"the validation loss is {record['val_loss']}", record["step"])
@@ -953,8 +970,9 @@ def main():
              f"{out_dir}/ckpt.pt", status=3)
 
     def save():
-        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-            diverged("a weight is not a number", done)
+        held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
+        if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
+            diverged("a weight, or what the optimizer remembers, is not finite", done)
         if RANK == 0:
             buffer = io.BytesIO()
             torch.save({"config": s, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
@@ -1054,7 +1072,8 @@ def main():
             save()
         if stop_now and done < s["steps"]:
             bar.close()
-            say(f"stopped after step {done}. To go on: python nanogpt_train.py --resume --out_dir {out_dir}")
+            again = shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)])
+            say(f"stopped after step {done}. To go on: {again}")
             sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1062,6 +1081,8 @@ def main():
     if start >= s["steps"]:                         # resumed after the end: nothing is left to do but to say so
         val_loss, seconds = evaluate(), spent
     finish(val_loss, seconds)
+    if WORLD > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

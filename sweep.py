@@ -22,6 +22,7 @@ Exit status: 0 all runs are done or have diverged, which is a result; 1 some fai
 and a new sweep waits for them.
 """
 import argparse
+import contextlib
 import csv
 import difflib
 import hashlib
@@ -396,8 +397,13 @@ def read_runs(out_dir):
 def write_atomically(path, text):
     """All of it or nothing: written beside, then renamed over the old file."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    try:
+        part.write_text(text)
+        os.replace(part, path)
+    except OSError:                                 # a full disk, say
+        with contextlib.suppress(OSError):
+            part.unlink()
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -475,7 +481,11 @@ class Lab:
             for run in missing:
                 print(self.command(run))
         elif missing and self.mode == "run":
-            self.do(missing, len(runs))
+            try:
+                self.do(missing, len(runs))
+            except OSError as error:
+                fail(f"cannot write {error.filename or self.out_dir}: {error.strerror}. Make room; the same command "
+                     "goes on", status=1)
         results = [self.result(run) for run in runs]
         failed = [result for result in results if result.state == "failed"]
         if failed and self.strict and self.mode != "print":

@@ -2,12 +2,14 @@
 tests.py: what optim.py promises, checked. Every test compares with something computed independently: torch.optim, a
 slow transcription in numpy, a closed form, or a quantity that has to stay the same.
 
-    python tests.py                 all tests: one line each, then a count; exit status 1 if any failed
+    python tests.py                 all tests: one line each, then what was counted; exit status 1 if any failed
     python tests.py probe errors    only the tests whose name contains one of the words
+    python tests.py --long killed   runs of the scripts are killed and resumed 20 times each instead of 4
     python -m pytest tests.py       the same under pytest (not needed)
 
 A test is a function; its docstring is the claim it checks. Add one by writing it: no registration, no fixtures.
 """
+import collections
 import contextlib
 import copy
 import csv
@@ -22,11 +24,14 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import pickle
 import random
 import re
+import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -39,10 +44,14 @@ import time
 import traceback
 import unittest
 import unittest.mock
+import urllib.parse
+import urllib.request
+import zipfile
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import tqdm
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -51,6 +60,10 @@ import nanogpt_train
 import optim
 import sweep
 import translate_train
+
+
+KILLS = 20 if "--long" in sys.argv else 4           # per script and optimizer
+TALLY = collections.Counter()                       # what the tests count, for the last line
 
 
 class Skip(unittest.SkipTest):
@@ -143,6 +156,7 @@ def values(params):
 
 def close(ours, theirs, tolerance, what, scale=None):
     """max |ours - theirs| <= tolerance * scale;  scale: max |theirs| if none is given. NaN is never close."""
+    TALLY["references compared"] += 1
     ours, theirs = (np.asarray(x.detach() if torch.is_tensor(x) else x, dtype=np.float64) for x in (ours, theirs))
     assert ours.shape == theirs.shape, f"{what}: shapes {ours.shape} and {theirs.shape}"
     if ours.size:
@@ -151,6 +165,7 @@ def close(ours, theirs, tolerance, what, scale=None):
 
 
 def same_bits(ours, theirs, what):
+    TALLY["references compared"] += 1
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         assert a.dtype == b.dtype and torch.equal(a, b), f"{what}: tensor {i} differs"
 
@@ -2392,59 +2407,169 @@ def test_probe_is_not_in_the_way():
 
 
 # ======================================================================================================================
-# nanogpt_train.py
+# Helpers for the scripts
 # ======================================================================================================================
 
-SCRIPT = pathlib.Path(__file__).resolve().parent / "nanogpt_train.py"
-TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dropout 0.1 --steps 24 --warmup 2 "
-        "--eval_every 8 --save_every 6 --eval_batches 2").split()
+
+def command_line(script, arguments):
+    """argv of a script, which is its module. A sweep computes nothing, but its runs do, with flags of their own."""
+    device = () if script in (sweep, optim) else ("--device", "cpu")
+    return [script.__file__, *device, *map(str, arguments)]
 
 
-def start_script(folder, *arguments, launcher=()):
-    """Start nanogpt_train.py in a folder of its own. One thread: small models gain nothing from two, and two runs at a
-    time then share the machine instead of fighting over it."""
-    command = [sys.executable, *launcher, str(SCRIPT), "--device", "cpu", *arguments]
-    return subprocess.Popen(command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)
+def start_script(script, folder, *arguments, launcher=()):
+    """Start it in a folder of its own. One thread: small models gain nothing from two, and two runs at a time then
+    share the machine instead of fighting over it."""
+    return subprocess.Popen([sys.executable, *launcher, *command_line(script, arguments)], cwd=folder,
+                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"}, encoding="utf-8",
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def run_script(folder, *arguments, status=0, launcher=()):
+def run_script(script, folder, *arguments, status=0, launcher=()):
     """Run it to its end -> (stdout, stderr); the exit status must be the expected one."""
-    process = start_script(folder, *arguments, launcher=launcher)
+    process = start_script(script, folder, *arguments, launcher=launcher)
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"status {process.returncode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
     return out, err
 
 
+def call_main(script, *arguments):
+    """script.main() in this process, with one thread -> (exit status, stdout, stderr). Faster than a new process."""
+    stdout, stderr, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    sys.argv, status = command_line(script, arguments), 0
+    torch.set_num_threads(1)
+    try:
+        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+            script.main()
+    except SystemExit as stop:
+        status = stop.code
+    finally:
+        sys.argv = argv
+        torch.set_num_threads(threads)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return status, stdout.getvalue(), stderr.getvalue()
+
+
 def read_log(folder):
     """log.jsonl without what may differ between two runs of the same numbers: the time they took."""
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+    return [{key: value for key, value in record.items() if not key.endswith("seconds")} for record in records]
 
 
-def call_main(*arguments):
-    """nanogpt_train.main() in this process -> (exit status, what it wrote to stderr). Faster than a new process."""
-    stderr, argv = io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["nanogpt_train.py", *arguments]
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-            nanogpt_train.main()
-        return 0, stderr.getvalue()
-    except SystemExit as stop:
-        return stop.code, stderr.getvalue()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+FORKS = multiprocessing.get_context("forkserver")   # imports torch once, which takes seconds; from there on it forks
+FORKS.set_forkserver_preload(["torch._dynamo", "numpy", "tqdm"])
+
+
+def start_fork(script, folder, *arguments, **ending):
+    """start_script in a process forked from one that has imported torch already -> a multiprocessing.Process. It
+    writes to stdout.txt and stderr.txt in the folder. ending: as in_fork takes it."""
+    process = FORKS.Process(target=in_fork, args=(command_line(script, arguments), folder), kwargs=ending, daemon=True)
+    process.start()
+    return process
+
+
+def in_fork(argv, folder, die_at=None, file_size=None, mortal=False):
+    """die_at: SIGKILL at the n-th opening, renaming or removing of a file in the folder. file_size: no file can grow
+    beyond that, as if the disk were full; if mortal, trying to is death, in the middle of the write."""
+    os.chdir(folder)
+    for number, name in ((1, "stdout.txt"), (2, "stderr.txt")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    tqdm.tqdm.set_lock(threading.RLock())           # its own is for several processes, and would outlive a killed one
+    torch.set_num_threads(1)
+    home, count = os.getcwd(), itertools.count(1)
+
+    def watch(event, args):
+        if event in ("open", "os.rename", "os.remove") and os.path.abspath(str(args[0])).startswith(home):
+            if next(count) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+    if die_at:
+        sys.addaudithook(watch)
+    if file_size:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))        # the signal would leave a core file
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL if mortal else signal.SIG_IGN)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def end_fork(process, folder, status=0):
+    """Wait for its end -> (stdout, stderr); the exit status must be the expected one."""
+    process.join(timeout=300)
+    out, err = ((folder / name).read_text() for name in ("stdout.txt", "stderr.txt"))
+    assert process.exitcode == status, f"status {process.exitcode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
+    return out, err
+
+
+def run_fork(script, folder, *arguments, status=0, **ending):
+    """run_script, as a fork."""
+    return end_fork(start_fork(script, folder, *arguments, **ending), folder, status)
+
+
+def wait_for_change(path, process):
+    """Until the file is another one than now, or the process has ended."""
+    def when():
+        return path.stat().st_mtime_ns if path.exists() else None
+    before = when()
+    while process.is_alive() and when() == before:
+        time.sleep(0.002)
+
+
+def endure(script, folder, *flags, seed=0):
+    """Run it undisturbed, and again, killed and resumed KILLS times: both must end with the same weights and log. Of
+    every three kills one is at a random file operation, one in the middle of a write, one at any time."""
+    chance, killed = random.Random(seed), folder / "killed"
+    run_fork(script, folder, *flags, "--out_dir", "calm")
+    size = (folder / "calm/ckpt.pt").stat().st_size
+    for i in range(KILLS):
+        begin = ["--resume"] if (killed / "ckpt.pt").exists() else flags
+        in_a_write = {"file_size": chance.randint(1, size - 1), "mortal": True}
+        ending = ({"die_at": chance.randint(1, 40)}, in_a_write, {})[i % 3]
+        process = start_fork(script, folder, *begin, "--out_dir", "killed", **ending)
+        if not ending:
+            wait_for_change(killed / "ckpt.pt", process)
+            time.sleep(chance.uniform(0, 0.05))
+            process.kill()
+        end_fork(process, folder, -signal.SIGXFSZ if "mortal" in ending else -signal.SIGKILL)
+        TALLY["kills survived"] += 1
+    run_fork(script, folder, "--resume", "--out_dir", "killed")
+    left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True)["model"] for run in ("calm", "killed"))
+    for key in left:
+        assert torch.equal(left[key], right[key]), f"{flags}: {key} differs"
+    assert read_log(folder / "calm") == read_log(killed), f"{flags}: the logs differ"
+
+
+def check_refused(script, folder, arguments, words):
+    """Status 2, one line on stderr with these words, and no folder/never left behind."""
+    status, out, err = call_main(script, *arguments)
+    TALLY["bad inputs tried"] += 1
+    assert status == 2, f"{arguments}: status {status}, {err}"
+    assert words in err and len(err.strip().splitlines()) == 1, f"{arguments}: {err}"
+    assert err.startswith(f"{pathlib.Path(script.__file__).name}: ") and "Traceback" not in err, f"{arguments}: {err}"
+    assert not (folder / "never").exists(), f"{arguments} left a folder behind"
+
+
+@contextlib.contextmanager
+def temporary_folder():
+    with tempfile.TemporaryDirectory() as folder:
+        yield pathlib.Path(folder)
+
+
+# ======================================================================================================================
+# nanogpt_train.py
+# ======================================================================================================================
+
+TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dropout 0.1 --steps 24 --warmup 2 "
+        "--eval_every 8 --save_every 6 --eval_batches 2").split()
 
 
 def test_script_end_to_end():
     """A short run of the main job learns real text, and leaves config, log, checkpoint and a result in words."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        out, _ = run_script(folder, *("--opt rotational_lion --steps 150 --n_layer 2 --n_embd 64 --eval_every 50 "
-                                      "--eval_batches 10 --sample 40 --out_dir run --prompt").split(), "The ")
+    with temporary_folder() as folder:
+        flags = ("--opt rotational_lion --steps 150 --n_layer 2 --n_embd 64 --eval_every 50 --eval_batches 10 "
+                 "--sample 40 --out_dir run --prompt").split()
+        out, _ = run_script(nanogpt_train, folder, *flags, "The ")
         log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
         assert [record["step"] for record in log] == [0, 50, 100, 150] and log[-1]["final"]
         assert abs(log[0]["val_loss"] - math.log(103)) < 0.3, "an untrained model should find all 103 characters alike"
@@ -2458,66 +2583,40 @@ def test_script_end_to_end():
         last = out.strip().splitlines()[-1]
         assert last.startswith(f"val_loss {log[-1]['val_loss']:.4f}"), last
         assert "\nThe " in out, "the sample should begin with the prompt"
-        again, _ = run_script(folder, "--resume", "--eval_only", "--out_dir", "run")
+        again, _ = run_script(nanogpt_train, folder, "--resume", "--eval_only", "--out_dir", "run")
         assert again.strip().splitlines()[-1].startswith(f"val_loss {log[-1]['val_loss']:.4f}")
 
 
 def test_script_killed_and_resumed():
     """A run killed at any moment and resumed ends with the weights and the log of one never killed, bit for bit."""
-    chance = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        long = [*TINY, "--steps", "300", "--eval_every", "60", "--save_every", "2"]
-        for name in ("rotational_lion", "adam"):
-            calm, killed = folder / f"{name}-calm", folder / f"{name}-killed"
-            run_script(folder, *long, "--opt", name, "--out_dir", calm)
-            process, kills = start_script(folder, *long, "--opt", name, "--out_dir", killed), 0
-            while process.poll() is None:
-                before = (killed / "ckpt.pt").stat().st_mtime_ns if (killed / "ckpt.pt").exists() else 0
-                while process.poll() is None and (not (killed / "ckpt.pt").exists()
-                                                  or (killed / "ckpt.pt").stat().st_mtime_ns == before):
-                    time.sleep(0.002)               # until it has trained on, past the checkpoint that it started from
-                if kills < 3:
-                    time.sleep(chance.uniform(0, 0.3))
-                    process.kill()
-                    kills += process.wait() == -signal.SIGKILL
-                    process.communicate()
-                    process = start_script(folder, "--resume", "--out_dir", killed)
-                else:
-                    _, err = process.communicate(timeout=300)
-                    assert process.returncode == 0, err
-            assert kills == 3, "it ended before it could be killed three times"
-            left, right = (torch.load(run / "ckpt.pt", weights_only=True)["model"] for run in (calm, killed))
-            for key in left:
-                assert torch.equal(left[key], right[key]), f"{name}: {key} differs"
-            assert read_log(calm) == read_log(killed), f"{name}: the logs differ"
+    for name in ("rotational_lion", "if_shampoo", "modular_adam", "rf_adamw"):
+        with temporary_folder() as folder:
+            endure(nanogpt_train, folder, *TINY, "--steps", 24 * KILLS, "--eval_every", 30, "--save_every", 2,
+                   "--opt", name)
 
 
 def test_script_stops_on_signal():
     """SIGTERM lets the step end, saves, says how to go on, exits with 143; going on gives the undisturbed numbers."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder, longer = pathlib.Path(folder), "--steps 400 --eval_every 200 --save_every 400 --out_dir".split()
-        run_script(folder, *TINY, *longer, "calm")
-        process = start_script(folder, *TINY, *longer, "stopped")
-        while not (folder / "stopped/log.jsonl").exists() or not (folder / "stopped/log.jsonl").read_text():
-            time.sleep(0.01)                        # the line of step 0: training begins
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 143, (process.returncode, err)
-        assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
-        assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 400
-        run_script(folder, "--resume", "--out_dir", "stopped")
-        assert read_log(folder / "calm") == read_log(folder / "stopped")
+    with temporary_folder() as folder:
+        longer = "--steps 400 --eval_every 200 --save_every 400 --out_dir".split()
+        run_fork(nanogpt_train, folder, *TINY, *longer, "calm")
+        process = start_fork(nanogpt_train, folder, *TINY, *longer, "it's stopped")
+        wait_for_change(folder / "it's stopped/ckpt.pt", process)               # of step 0: training begins
+        os.kill(process.pid, signal.SIGTERM)
+        out, _ = end_fork(process, folder, 143)
+        assert torch.load(folder / "it's stopped/ckpt.pt", weights_only=True)["step"] < 400
+        resume = out.strip().splitlines()[-1].partition("To go on: ")[2]        # as somebody would paste it
+        subprocess.run(f"{resume} --device cpu", shell=True, cwd=folder, check=True, capture_output=True)
+        assert read_log(folder / "calm") == read_log(folder / "it's stopped")
 
 
 def test_script_data_parallel():
     """Two processes with half a batch each see the same losses as one process with the whole batch."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         common = [*TINY, "--dropout", "0", "--grad_accum", "2", "--opt", "rotational_adamw"]
-        run_script(folder, *common, "--out_dir", "one")
+        run_script(nanogpt_train, folder, *common, "--out_dir", "one")
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port()))
-        run_script(folder, *common, "--out_dir", "two", launcher=launcher)
+        run_script(nanogpt_train, folder, *common, "--out_dir", "two", launcher=launcher)
         for one, two in zip(read_log(folder / "one"), read_log(folder / "two"), strict=True):
             for key in one.keys() & {"train_loss", "val_loss"}:
                 assert abs(one[key] - two[key]) < 1e-4, (key, one, two)
@@ -2531,11 +2630,10 @@ def free_port():
 
 def test_script_diverging():
     """A loss that is no number stops the run with status 3, names the step, and leaves the last good checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        run_script(folder, *TINY, "--out_dir", "run")       # an older run, not to be mistaken for this one
+    with temporary_folder() as folder:
+        run_fork(nanogpt_train, folder, *TINY, "--out_dir", "run")        # an older run, not this one
         wild = "--opt sgd --lr 1e25 --warmup 0 --grad_clip 0 --save_every 1 --out_dir run".split()
-        _, err = run_script(folder, *TINY, *wild, status=3)
+        _, err = run_fork(nanogpt_train, folder, *TINY, *wild, status=3)
         step = re.search(r"the loss is (?:nan|inf) at step (\d+)", err.splitlines()[-1])
         assert step and "Traceback" not in err, err
         assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
@@ -2543,15 +2641,19 @@ def test_script_diverging():
 
 def test_script_bad_input():
     """Every bad flag, file or value: exit status 2 and one line that names the mend, no traceback, nothing written."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         (folder / "short.txt").write_text("too short")
         (folder / "empty.txt").write_text("")
         (folder / "latin1.txt").write_bytes("Zwölf Boxkämpfer".encode("latin-1") * 100)
+        (folder / "binary.txt").write_bytes(random.Random(0).randbytes(5000))
+        (folder / "one line.txt").write_text("To be, or not to be.\n")
+        (folder / "stale").mkdir()
+        (folder / "stale/shakespeare.txt").write_text("To be, or not to be.\n")
         (folder / "broken").mkdir()
         (folder / "broken/ckpt.pt").write_bytes(b"not a checkpoint")
         (folder / "file").write_text("")
-        assert call_main(*TINY, "--out_dir", str(folder / "run"), "--data_dir", str(folder / "data"))[0] == 0
+        data = ["--data_dir", folder / "data"]
+        assert call_main(nanogpt_train, *TINY, *data, "--out_dir", folder / "run")[0] == 0
         run = ["--resume", "--out_dir", str(folder / "run")]
         for arguments, words in [
             (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
@@ -2560,6 +2662,19 @@ def test_script_bad_input():
             (["--lr", "-1"], "out of range"),
             (["--lr", "nan"], "out of range"),
             (["--lr", "fast"], "not a number"),
+            (["--weight_decay", "-0.1"], "out of range"),
+            (["--beta1", "nan"], "out of range"),
+            (["--eps=-1e-8"], "out of range"),
+            (["--eps", "inf"], "out of range"),
+            (["--opt", "sgd", "--momentum", "-0.9"], "out of range"),
+            (["--opt", "sgd", "--momentum", "1"], "momentum"),
+            (["--opt", "if_shampoo", "--opt_kwargs", "damping=-1"], "damping"),
+            (["--opt", "if_shampoo", "--opt_kwargs", "lr_cov=nan"], "lr_cov"),
+            (["--grad_clip", "-1"], "out of range"),
+            (["--save_every", "0"], "out of range"),
+            (["--batch_size", "0"], "out of range"),
+            (["--seed", "-1"], "out of range"),
+            (["--n_embd", f"{10**13}"], "out of memory"),
             (["--steps", "0"], "out of range"),
             (["--steps", "1.5"], "not a whole number"),
             (["--beta1", "1"], "betas"),
@@ -2578,6 +2693,13 @@ def test_script_bad_input():
             (["--data", str(folder / "short.txt")], "too few"),
             (["--data", str(folder / "empty.txt")], "too few"),
             (["--data", str(folder / "latin1.txt")], "UTF-8"),
+            (["--data", str(folder / "binary.txt")], "UTF-8"),
+            (["--data", str(folder / "one line.txt")], "too few"),
+            (["--data", str(folder)], "no such text file"),
+            (["--data", "shakespeare", "--data_dir", str(folder / "stale")], "delete it"),
+            (["--data", "shakespeare", "--data_dir", str(folder / "file")], "--data_dir"),
+            (["--out_dir", "/dev/null/run"], "--out_dir"),
+            (["--data_dir", "/dev/null/data"], "--data_dir"),
             (["--block_size", "100000"], "smaller block"),
             (["--out_dir", str(folder / "file")], "--out_dir"),
             (["--data_dir", str(folder / "file")], "--data_dir"),
@@ -2586,6 +2708,7 @@ def test_script_bad_input():
             (["--resume", "--out_dir", str(folder / "none")], "no "),
             (["--resume", "--out_dir", str(folder / "broken")], "not a whole checkpoint"),
             ([*run, "--opt", "sgd"], "is not what"),
+            ([*run, "--n_embd", "32"], "is not what"),
             ([*run, "--eval_only", "--sample", "5", "--prompt", "日"], "does not occur"),
             (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
         ]:
@@ -2593,18 +2716,34 @@ def test_script_bad_input():
             if "--out_dir" not in flags:
                 flags = [*flags, "--out_dir", str(folder / "never")]
             if "--data_dir" not in flags:
-                flags = [*flags, "--data_dir", str(folder / "data")]
-            status, err = call_main(*flags)
-            assert status == 2, f"{arguments}: status {status}, {err}"
-            assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
-            assert not (folder / "never").exists(), f"{arguments} left a folder behind"
+                flags = [*flags, *data]
+            check_refused(nanogpt_train, folder, flags, words)
+
+
+def test_script_killed_while_tokenizing():
+    """What a run leaves that was killed while it tokenized is no obstacle to the next one, which clears it away."""
+    with temporary_folder() as folder:
+        run_fork(nanogpt_train, folder, *TINY, "--out_dir", "run", status=-signal.SIGKILL, die_at=4)
+        assert list(folder.glob("data/*.part/train.bin")) and not list(folder.glob("data/*/meta.json"))
+        run_fork(nanogpt_train, folder, *TINY, "--out_dir", "run")
+        assert not list(folder.rglob("*.part")) and len(list(folder.glob("data/*/meta.json"))) == 1
+
+
+def test_script_bad_input_of_many_processes():
+    """Under torchrun, every process refuses bad input by itself, before it would wait for the others."""
+    with temporary_folder() as folder, unittest.mock.patch.multiple(nanogpt_train, RANK=1, WORLD=2):
+        (folder / "short.txt").write_text("too short")
+        for arguments, words in ((["--data", folder / "short.txt"], "too few"), (["--batch_size", "3"], "a multiple"),
+                                 (["--data", folder / "none.txt"], "no such"), (["--prompt", "日"], "does not occur"),
+                                 (["--opt", "lion", "--beta1", "2"], "betas")):
+            check_refused(nanogpt_train, folder, [*TINY, *arguments, "--data_dir", folder / "data", "--out_dir",
+                                                  folder / "never"], words)
 
 
 def test_script_text_data():
     """Any text is split 90 / 10 by characters and comes back from its token files unchanged, read in pieces or not."""
     text = "".join(chr(random.Random(i).choice([10, 32, 97, 98, 228, 8364, 128512])) for i in range(5000))
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         (folder / "my.txt").write_text(text, encoding="utf-8", newline="")
         for _ in range(2):                          # made, then found
             train, val, codec, _ = nanogpt_train.load_data(str(folder / "my.txt"), folder / "data", "auto")
@@ -2630,42 +2769,6 @@ def test_script_byte_pairs_in_pieces():
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 60])]
         apart = [token for piece in nanogpt_train.whole_words(pieces) for token in codec.encode(piece)]
         assert apart == codec.encode(text), repr(text)
-
-
-def test_script_download():
-    """Downloads are checked before they count: a wrong, broken-off or missing file is one line, and leaves nothing."""
-    body = b"text " * 1000
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(404 if "missing" in self.path else 200)
-            self.send_header("Content-Length", str(len(body) + 10 * ("short" in self.path)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address, right = f"http://127.0.0.1:{server.server_port}/", hashlib.sha256(body).hexdigest()
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
-            with contextlib.redirect_stderr(io.StringIO()):
-                assert nanogpt_train.download(address + "good.txt", right, folder / "good.txt").read_bytes() == body
-            for name, sha256, words in (("bad.txt", "0" * 64, "expected file"), ("short.txt", right, "broke off"),
-                                        ("missing.txt", right, "by hand")):
-                stderr = io.StringIO()
-                try:
-                    with contextlib.redirect_stderr(stderr):
-                        nanogpt_train.download(address + name, sha256, folder / name)
-                    raise AssertionError(f"{name} was accepted")
-                except SystemExit as stop:
-                    assert stop.code == 2 and words in stderr.getvalue().splitlines()[-1], stderr.getvalue()
-            assert [path.name for path in folder.iterdir()] == ["good.txt"]
-    finally:
-        server.shutdown()
 
 
 def test_script_model():
@@ -2709,39 +2812,6 @@ CIFAR_TINY = ("--model convmixer --width 4 --depth 1 --batch_size 20 --epochs 4 
               "--save_every 5 --cutout 6").split()
 
 
-def cifar_start(folder, *arguments):
-    """Start cifar_train.py in a folder, with one thread, as start_script does with nanogpt_train.py."""
-    script = pathlib.Path(cifar_train.__file__).resolve()
-    return subprocess.Popen([sys.executable, str(script), "--device", "cpu", *arguments], cwd=folder,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True)
-
-
-def cifar_run(folder, *arguments):
-    """Run it to its end, which must be a good one -> stdout."""
-    process = cifar_start(folder, *arguments)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, f"status {process.returncode}:\n{out[-2000:]}\n{err[-2000:]}"
-    return out
-
-
-def cifar_main(*arguments):
-    """cifar_train.main() in this process -> (exit status, stderr). Faster than a new process."""
-    stderr, argv = io.StringIO(), sys.argv
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["cifar_train.py", "--device", "cpu", *arguments]
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(io.StringIO()):
-            cifar_train.main()
-        return 0, stderr.getvalue()
-    except SystemExit as stop:
-        return stop.code, stderr.getvalue()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
 def cifar_folder(folder, n_train=100, n_test=40):
     """Noise with a redness that tells the class, in the official layout of CIFAR-10, in folder/bins -> train images and
     labels, test images and labels."""
@@ -2776,8 +2846,7 @@ def test_cifar_reads_official_layouts():
     for name, label_bytes, classes, train, test in (
             ("cifar10", 1, 10, [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
             ("cifar100", 2, 100, ["train.bin"], ["test.bin"])):
-        with tempfile.TemporaryDirectory() as folder:
-            folder = pathlib.Path(folder)
+        with temporary_folder() as folder:
             inner = folder / {"cifar10": "cifar-10-batches-bin", "cifar100": "cifar-100-binary"}[name]
             inner.mkdir()
             expected = []
@@ -2794,6 +2863,7 @@ def test_cifar_reads_official_layouts():
             archive, _, *layout = cifar_train.CIFAR[name]
             with tarfile.open(folder / archive, "w:gz") as tar:
                 tar.add(inner, inner.name)
+                tar.addfile(tarfile.TarInfo(f"../{folder.name}-outside"))       # nothing is unpacked, so nor is this
             original = cifar_train.CIFAR
             sha256 = hashlib.sha256((folder / archive).read_bytes()).hexdigest()
             try:                                    # the archive of the test has a checksum of its own
@@ -2806,6 +2876,7 @@ def test_cifar_reads_official_layouts():
                 same_bits(read, map(torch.from_numpy, expected), name)
                 assert images.n_classes == classes
             assert both[0].fingerprint == both[1].fingerprint
+            assert not (folder.parent / f"{folder.name}-outside").exists()
 
 
 def test_cifar_shapes_need_more_than_a_line():
@@ -2870,11 +2941,11 @@ def test_cifar_augmentation():
 
 def test_cifar_end_to_end():
     """A short run learns, leaves config, log, checkpoint and a result in words; its numbers can be measured again."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         _, _, test, test_labels = cifar_folder(folder, 400, 100)
-        out = cifar_run(folder, *("--data bins --opt rotational_lion --model convmixer --width 16 --depth 1 "
-                                  "--epochs 4 --batch_size 20 --warmup 5 --out_dir run").split())
+        flags = ("--data bins --opt rotational_lion --model convmixer --width 16 --depth 1 --epochs 4 --batch_size 20 "
+                 "--warmup 5 --out_dir run").split()
+        out, _ = run_script(cifar_train, folder, *flags)
         log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
         assert [record["step"] for record in log] == list(range(0, 81, 20)) and log[-1]["final"]
         assert log[-1]["test_acc"] > 0.35 and log[-1]["train_acc"] > 0.35, "chance is 0.1"
@@ -2886,7 +2957,7 @@ def test_cifar_end_to_end():
         config = json.loads((folder / "run/config.json").read_text())
         assert (config["opt"], config["steps"], config["gains"]) == ("rotational_lion", 80, 1)
         assert out.strip().splitlines()[-1].startswith(f"test_acc {100 * log[-1]['test_acc']:.2f} %"), out
-        again = cifar_run(folder, "--resume", "--eval_only", "--out_dir", "run")
+        again, _ = run_script(cifar_train, folder, "--resume", "--eval_only", "--out_dir", "run")
         assert again.strip().splitlines()[-1].startswith(f"test_acc {100 * log[-1]['test_acc']:.2f} %")
 
         # once more from the checkpoint, an image at a time, in float64
@@ -2906,13 +2977,12 @@ def test_cifar_end_to_end():
 
 def test_cifar_split_leaves_the_test_set_alone():
     """--split trains on its share, evaluates on the rest of the training images, and never looks at the test images."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         arguments = ["--data", str(folder / "bins"), *CIFAR_TINY, "--split", "0.8", "--batch_size", "10"]
-        assert cifar_main(*arguments, "--out_dir", str(folder / "a"))[0] == 0
+        assert call_main(cifar_train, *arguments, "--out_dir", str(folder / "a"))[0] == 0
         (folder / "bins/test_batch.bin").write_bytes(bytes(3073 * 7))      # other test images
-        assert cifar_main(*arguments, "--out_dir", str(folder / "b"))[0] == 0
+        assert call_main(cifar_train, *arguments, "--out_dir", str(folder / "b"))[0] == 0
         assert read_log(folder / "a") == read_log(folder / "b")
         final = read_log(folder / "a")[-1]
         assert final["step"] == 32 and final["final"], "4 epochs of 80 images in batches of 10"
@@ -2921,87 +2991,68 @@ def test_cifar_split_leaves_the_test_set_alone():
 
 def test_cifar_killed_and_resumed():
     """A run killed at any moment and resumed ends with the weights and the log of one never killed, bit for bit."""
-    chance = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
-        long = ["--data", "bins", *CIFAR_TINY, "--epochs", "30", "--eval_every", "50", "--save_every", "2",
-                "--opt", "rotational_adamw"]
-        cifar_run(folder, *long, "--out_dir", "calm")
-        process, kills = cifar_start(folder, *long, "--out_dir", "killed"), 0
-        killed = folder / "killed"
-        while process.poll() is None:
-            before = (killed / "ckpt.pt").stat().st_mtime_ns if (killed / "ckpt.pt").exists() else 0
-            while process.poll() is None and (not (killed / "ckpt.pt").exists()
-                                              or (killed / "ckpt.pt").stat().st_mtime_ns == before):
-                time.sleep(0.002)                   # until it has trained on, past the checkpoint that it started from
-            if kills < 2:
-                time.sleep(chance.uniform(0, 0.3))
-                process.kill()
-                kills += process.wait() == -signal.SIGKILL
-                process.communicate()
-                process = cifar_start(folder, "--resume", "--out_dir", "killed")
-            else:
-                _, err = process.communicate(timeout=300)
-                assert process.returncode == 0, err
-        assert kills == 2, "it ended before it could be killed twice"
-        left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True)["model"] for run in ("calm", "killed"))
-        for key in left:
-            assert torch.equal(left[key], right[key]), f"{key} differs"
-        assert read_log(folder / "calm") == read_log(killed), "the logs differ"
+        endure(cifar_train, folder, "--data", "bins", *CIFAR_TINY, "--epochs", 5 * KILLS, "--eval_every", 30,
+               "--save_every", 2, "--opt", "rotational_adamw", seed=1)
 
 
 def test_cifar_stops_on_signal():
     """SIGTERM lets the step end, saves, says how to go on, exits with 143; going on gives the undisturbed numbers."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         longer = [*CIFAR_TINY, "--epochs", "30", "--eval_every", "75", "--save_every", "150", "--out_dir"]
-        cifar_run(folder, "--data", "bins", *longer, "calm")
-        process = cifar_start(folder, "--data", "bins", *longer, "stopped")
-        while not (folder / "stopped/log.jsonl").exists() or not (folder / "stopped/log.jsonl").read_text():
-            time.sleep(0.01)                        # the line of step 0: training begins
-        process.send_signal(signal.SIGTERM)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 143, (process.returncode, err)
+        run_fork(cifar_train, folder, "--data", "bins", *longer, "calm")
+        process = start_fork(cifar_train, folder, "--data", "bins", *longer, "stopped")
+        wait_for_change(folder / "stopped/ckpt.pt", process)                    # of step 0: training begins
+        os.kill(process.pid, signal.SIGTERM)
+        out, _ = end_fork(process, folder, 143)
         assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
         assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 150
-        cifar_run(folder, "--resume", "--out_dir", "stopped")
+        run_fork(cifar_train, folder, "--resume", "--out_dir", "stopped")
         assert read_log(folder / "calm") == read_log(folder / "stopped")
 
 
 def test_cifar_diverging():
     """A loss that is no number stops the run with status 3, names the step, and leaves the last good checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         wild = "--opt sgd --lr 1e25 --warmup 0 --norm none --save_every 1 --out_dir".split()
-        status, err = cifar_main("--data", str(folder / "bins"), *CIFAR_TINY, *wild, str(folder / "run"))
-        step = re.search(r"(?:the loss is (?:nan|inf)|a weight is not a number) at step (\d+)", err.splitlines()[-1])
+        status, _, err = call_main(cifar_train, "--data", folder / "bins", *CIFAR_TINY, *wild, folder / "run")
+        found = r"(?:the loss is (?:nan|inf)|a weight, or .* is not finite) at step (\d+)"
+        step = re.search(found, err.splitlines()[-1])
         assert status == 3 and step and "Traceback" not in err, err
         assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
 
 
 def test_cifar_bad_input():
     """Every bad flag, file or value: exit status 2 and one line that names the mend, no traceback, nothing written."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         cifar_folder(folder)
         for name, damage in (("cut", lambda blob: blob[:-1]), ("labels", lambda blob: b"\x0a" + blob[1:]),
-                             ("lacking", None)):
+                             ("empty", lambda blob: b""), ("lacking", None)):
             shutil.copytree(folder / "bins", folder / name)
             path = folder / name / "data_batch_3.bin"
             path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
+        for path in (folder / "empty").iterdir():
+            path.write_bytes(b"")
+        (folder / "stale").mkdir()
+        (folder / "stale/cifar-10-binary.tar.gz").write_text("<html>Please log in</html>")
         (folder / "broken").mkdir()
         (folder / "broken/ckpt.pt").write_bytes(b"not a checkpoint")
         (folder / "file").write_text("")
         common = ["--data", str(folder / "bins"), *CIFAR_TINY]
-        assert cifar_main(*common, "--out_dir", str(folder / "run"))[0] == 0
+        assert call_main(cifar_train, *common, "--out_dir", str(folder / "run"))[0] == 0
         run = ["--resume", "--out_dir", str(folder / "run")]
         for arguments, words in [
             (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
             (["--modle", "vit"], "did you mean --model?"),
             (["--lr", "nan"], "out of range"),
+            (["--weight_decay", "-1"], "out of range"),
+            (["--beta2", "inf"], "out of range"),
+            (["--beta2", "1.5"], "betas"),
+            (["--epochs", "0"], "out of range"),
+            (["--width", f"{10**14}"], "out of memory"),
             (["--steps", "0"], "out of range"),
             (["--steps", "9", "--epochs", "1"], "give one"),
             (["--width", "9", "--width_mult", "1"], "give one"),
@@ -3023,6 +3074,11 @@ def test_cifar_bad_input():
             (["--data", str(folder)], "data_batch_1.bin"),
             (["--data", str(folder / "cut")], "whole number of records"),
             (["--data", str(folder / "labels")], "label 10"),
+            (["--data", str(folder / "empty")], "0 bytes"),
+            (["--data", "cifar10", "--data_dir", str(folder / "stale")], "delete it"),
+            (["--data", "cifar100", "--data_dir", str(folder / "file")], "cannot download"),
+            (["--data", "shapes", "--data_dir", "/dev/null/data"], "--data_dir"),
+            (["--out_dir", "/dev/null/run"], "--out_dir"),
             (["--data", str(folder / "lacking")], "data_batch_3.bin is missing"),
             (["--data", "shapes", "--data_dir", str(folder / "file")], "--data_dir"),
             (["--out_dir", str(folder / "file")], "--out_dir"),
@@ -3032,19 +3088,18 @@ def test_cifar_bad_input():
             (["--resume", "--out_dir", str(folder / "none")], "no "),
             (["--resume", "--out_dir", str(folder / "broken")], "not a whole checkpoint"),
             ([*run, "--opt", "sgd"], "is not what"),
+            ([*run, "--model", "vit"], "is not what"),
             ([*run, "--data", str(folder / "lacking")], "is not what"),
             (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
         ]:
             if words is None:                       # a borderline case that is fine
-                assert cifar_main(*common, "--epochs", "1", *arguments, "--out_dir", str(folder / "fine"))[0] == 0
+                fine = call_main(cifar_train, *common, "--epochs", "1", *arguments, "--out_dir", folder / "fine")
+                assert fine[0] == 0, fine
                 continue
             flags = arguments if "--resume" in arguments else [*common, *arguments]
             if "--out_dir" not in flags:
                 flags = [*flags, "--out_dir", str(folder / "never")]
-            status, err = cifar_main(*flags)
-            assert status == 2, f"{arguments}: status {status}, {err}"
-            assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
-            assert not (folder / "never").exists(), f"{arguments} left a folder behind"
+            check_refused(cifar_train, folder, flags, words)
 
 
 def test_cifar_every_optimizer_on_every_model():
@@ -3180,35 +3235,8 @@ def test_cifar_modular_shares():
 # translate_train.py
 # ======================================================================================================================
 
-TRANSLATE = pathlib.Path(__file__).resolve().parent / "translate_train.py"
 TINY_TRANSLATE = ("--n_layer 1 --n_head 2 --n_embd 16 --n_ffn 32 --vocab 300 --max_tokens 200 --dropout 0.1 --steps 24 "
                   "--warmup 2 --eval_every 8 --save_every 6 --beam 2").split()
-
-
-def start_translation(folder, *arguments):
-    """Start translate_train.py in a folder of its own, with one thread."""
-    return subprocess.Popen([sys.executable, str(TRANSLATE), "--device", "cpu", *arguments], cwd=folder,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
-
-
-def call_translation(*arguments):
-    """translate_train.main() in this process, with one thread like the others -> (exit status, stdout, stderr)."""
-    stdout, stderr, argv, threads = io.StringIO(), io.StringIO(), sys.argv, torch.get_num_threads()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    sys.argv = ["translate_train.py", "--device", "cpu", *arguments]
-    torch.set_num_threads(1)
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
-            translate_train.main()
-        return 0, stdout.getvalue(), stderr.getvalue()
-    except SystemExit as stop:
-        return stop.code, stdout.getvalue(), stderr.getvalue()
-    finally:
-        sys.argv = argv
-        torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def write_corpus(folder, train=200, zipped=False):
@@ -3512,12 +3540,11 @@ def test_translate_beam_search():
 
 def test_translate_end_to_end():
     """A run on one's own files leaves all that it promises, and its checkpoint alone translates text and lines."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         train = write_corpus(folder / "corpus", zipped=True)
         flags = " ".join(TINY_TRANSLATE).replace("--steps 24", "--epochs 2").split()
         run = ["--out_dir", str(folder / "run")]
-        status, out, err = call_translation(*flags, *run, "--data", train, "--data_dir", str(folder / "data"),
+        status, out, err = call_main(translate_train, *flags, *run, "--data", train, "--data_dir", str(folder / "data"),
                                             "--opt", "rotational_rf_rmsprop")
         assert status == 0, err
         log = [json.loads(line) for line in (folder / "run/log.jsonl").read_text().splitlines()]
@@ -3538,66 +3565,42 @@ def test_translate_end_to_end():
         assert config["hyper"]["batch_size"] == round(tokens / len(batches.sizes))      # the usual number, root-free
         assert last["padding"] == round(batches.padding, 4)
         shutil.rmtree(folder / "corpus")            # not needed any more
-        alone = call_translation("--translate", "halb acht", *run)[1]
-        lines, err = start_translation(folder, "--translate", "-", *run).communicate("neun\n\nhalb acht\n", timeout=60)
+        alone = call_main(translate_train, "--translate", "halb acht", *run)[1]
+        process = start_script(translate_train, folder, "--translate", "-", *run)
+        lines, err = process.communicate("neun\n\nhalb acht\n", timeout=60)
         assert lines.split("\n")[1:] == ["", *alone.split("\n")] and len(alone.split("\n")) == 2, (alone, lines, err)
 
 
 def test_translate_killed_and_resumed():
     """Killed at random moments and resumed each time: weights, log and hypotheses as undisturbed, bit for bit."""
-    chance = random.Random(3)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        train = write_corpus(folder / "corpus")
-        flags = [*" ".join(TINY_TRANSLATE).replace("--steps 24", "--steps 120").split(), "--data", train, "--opt",
-                 "rotational_adamw", "--data_dir", str(folder / "data"), "--out_dir"]
-        status, _, err = call_translation(*flags, str(folder / "calm"))
-        assert status == 0, err
-        process, kills = start_translation(folder, *flags, "killed"), 0
-        checkpoint = folder / "killed/ckpt.pt"
-        while kills < 2:
-            before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
-            while process.poll() is None and (not checkpoint.exists() or checkpoint.stat().st_mtime_ns == before):
-                time.sleep(0.002)                   # until it has trained on, past the checkpoint that it started from
-            time.sleep(chance.uniform(0, 0.2))
-            process.kill()
-            assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
-            process.communicate()
-            kills += 1
-            if kills < 2:
-                process = start_translation(folder, "--resume", "--out_dir", "killed")
-        for _ in range(2):                          # to the end, and once more, when nothing is left to do
-            status, _, err = call_translation("--resume", "--out_dir", str(folder / "killed"))
-            assert status == 0, err
-        left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True) for run in ("calm", "killed"))
-        for key in left["model"]:
-            assert torch.equal(left["model"][key], right["model"][key]), key
-        logs = [[{k: v for k, v in record.items() if k != "decode_seconds"} for record in read_log(folder / run)]
-                for run in ("calm", "killed")]
-        assert logs[0] == logs[1], "the logs differ"
-        assert left["bpe"] == right["bpe"]
+    with temporary_folder() as folder:
+        write_corpus(folder / "corpus")
+        endure(translate_train, folder, *TINY_TRANSLATE, "--steps", 24 * KILLS, "--eval_every", 30, "--save_every", 2,
+               "--data", "corpus/train", "--opt", "shampoo", seed=2)
+        run_fork(translate_train, folder, "--resume", "--out_dir", "killed")        # nothing is left to do
+        assert read_log(folder / "calm") == read_log(folder / "killed"), "the logs differ"
+        left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True)["bpe"] for run in ("calm", "killed"))
+        assert left == right
         assert (folder / "calm/hypotheses.en").read_bytes() == (folder / "killed/hypotheses.en").read_bytes()
 
 
 def test_translate_stops_on_signal():
     """SIGINT lets the step end, saves, says how to go on, exits with 130."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
-        flags = " ".join(TINY_TRANSLATE).replace("--steps 24", "--steps 5000 --save_every 5000").split()
-        process = start_translation(folder, *flags, "--data", write_corpus(folder / "corpus"), "--out_dir", "run")
-        while not (folder / "run/log.jsonl").exists() or not (folder / "run/log.jsonl").read_text():
-            time.sleep(0.01)                        # the line of step 0: training begins
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == 130 and "Traceback" not in err, (process.returncode, err)
+    with temporary_folder() as folder:
+        train = write_corpus(folder / "corpus")
+        process = start_fork(translate_train, folder, *TINY_TRANSLATE, "--steps", 5000, "--save_every", 5000, "--data",
+                             train, "--out_dir", "run")
+        wait_for_change(folder / "run/ckpt.pt", process)                        # of step 0: training begins
+        os.kill(process.pid, signal.SIGINT)
+        out, err = end_fork(process, folder, 130)
+        assert "Traceback" not in err, err
         assert "--resume --out_dir run" in out.strip().splitlines()[-1], out
         assert 0 <= torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] < 5000
 
 
 def test_translate_bad_input():
     """Every bad flag, file or value: status 2 and one line that names the mend; a loss that is no number: status 3."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         train = write_corpus(folder / "corpus")
         for name, de, en in [("unequal", b"a\nb\n", b"a\n"), ("hollow", b"a\n \nb\n", b"a\nb\nc\n"), ("none", b"", b""),
                              ("latin1", "gut\nfünf\n".encode("latin-1"), b"good\nfive\n"), ("alone", b"a\n", None),
@@ -3615,12 +3618,20 @@ def test_translate_bad_input():
         (folder / "data/multi30k").mkdir(parents=True)
         (folder / "data/multi30k/train.de.gz").write_bytes(b"something else")
         common = [*TINY_TRANSLATE, "--data", train, "--data_dir", str(folder / "data")]
-        assert call_translation(*common, "--out_dir", str(folder / "run"))[0] == 0
+        assert call_main(translate_train, *common, "--out_dir", str(folder / "run"))[0] == 0
         run = ["--resume", "--out_dir", str(folder / "run")]
         for arguments, words in [
             (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
             (["--warmup-updates", "1"], "did you mean --warmup?"),
             (["--lr", "nan"], "out of range"),
+            (["--weight_decay", "-1"], "out of range"),
+            (["--eps", "nan"], "out of range"),
+            (["--opt", "sgd", "--momentum", "2"], "momentum"),
+            (["--steps", "0"], "out of range"),
+            (["--n_ffn", f"{10**14}"], "out of memory"),
+            (["--out_dir", "/dev/null/run"], "--out_dir"),
+            (["--data_dir", "/dev/null/data"], "--data_dir"),
+            (["--data", "iwslt14", "--data_dir", str(folder / "file")], "cannot download"),
             (["--vocab", "200"], "out of range"),
             (["--beam", "0"], "out of range"),
             (["--label_smoothing", "2"], "out of range"),
@@ -3649,21 +3660,19 @@ def test_translate_bad_input():
             (["--translate", "x", "--out_dir", str(folder / "nowhere")], "train one first"),
             (["--translate", "\udcff", "--out_dir", str(folder / "run")], "UTF-8"),
             ([*run, "--opt", "sgd"], "is not what"),
+            ([*run, "--n_layer", "2"], "is not what"),
             (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
         ]:
             flags = arguments if {"--resume", "--eval_only", "--translate"} & set(arguments) else [*common, *arguments]
             if "--out_dir" not in flags:
                 flags = [*flags, "--out_dir", str(folder / "never")]
-            status, _, err = call_translation(*flags)
-            assert status == 2, f"{arguments}: status {status}, {err}"
-            assert words in err and len(err.strip().splitlines()) == 1 and "Traceback" not in err, f"{arguments}: {err}"
-            assert not (folder / "never").exists(), f"{arguments} left a folder behind"
+            check_refused(translate_train, folder, flags, words)
         (folder / "corpus/train.en").write_text("x\n" * 200)
-        status, _, err = call_translation(*run)
+        status, _, err = call_main(translate_train, *run)
         assert status == 2 and "not the text that this run began with" in err, err
         wild = "--opt sgd --lr 1e25 --warmup 0 --grad_clip 0 --save_every 1".split()
         write_corpus(folder / "corpus")
-        status, _, err = call_translation(*common, *wild, "--out_dir", str(folder / "wild"))
+        status, _, err = call_main(translate_train, *common, *wild, "--out_dir", str(folder / "wild"))
         err = err.strip().splitlines()[-1]
         assert status == 3 and re.search(r"the loss is (nan|inf) at step \d+", err) and "Traceback" not in err, err
 
@@ -3675,8 +3684,7 @@ def test_translate_iwslt14():
             for language in ("de", "en")}
     text["de"] += "eins zwei drei vier\n\n" + "wort " * 176 + "\n"
     text["en"] += "one two\nempty\n" + "word " * 176 + "\n"
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         path = folder / "iwslt14-de-en.tgz"
         with tarfile.open(path, "w:gz") as archive:
             def add(name, data):
@@ -3698,6 +3706,210 @@ def test_translate_iwslt14():
     assert pairs["valid"] == [right[22], right[45]]
     assert pairs["train"] == [pair for i, pair in enumerate(right) if i not in (22, 45)]
     assert len(pairs["test"]) == 10 and pairs["test"][0] == ("test 0 & so's de", "test 0 & so's en")
+
+
+# ======================================================================================================================
+# The three training scripts together
+# ======================================================================================================================
+
+
+def tiny_runs(folder):
+    """The three training scripts -> flags of a run of 24 steps each; their data is made in the folder."""
+    if not (folder / "bins").exists():
+        cifar_folder(folder)
+    return {nanogpt_train: [*TINY, "--data_dir", folder / "data"],
+            cifar_train: [*CIFAR_TINY, "--data", folder / "bins", "--epochs", 5],
+            translate_train: [*TINY_TRANSLATE, "--data", write_corpus(folder / "corpus"), "--data_dir",
+                              folder / "data"]}
+
+
+def test_scripts_refuse_foreign_checkpoints():
+    """A truncated, empty or foreign ckpt.pt, another script's, or code in a pickle: one line, status 2, nothing run."""
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, ("was run",)
+    with temporary_folder() as folder, contextlib.chdir(folder):
+        flags = tiny_runs(folder)
+        for script, words in flags.items():
+            assert call_main(script, *words, "--out_dir", script.__name__)[0] == 0
+        whole = {script: (folder / script.__name__ / "ckpt.pt").read_bytes() for script in flags}
+        archive = io.BytesIO()
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("data.txt", "text")
+        tensors = io.BytesIO()
+        torch.save({"model": {}, "step": 3}, tensors)
+        for script in flags:
+            others = [whole[other] for other in flags if other is not script]
+            cuts = [whole[script][:len(whole[script]) * part // 10] for part in (1, 5, 9)]
+            for content in (*others, *cuts, b"", archive.getvalue(), tensors.getvalue(), pickle.dumps(Code()),
+                            whole[script][:-1], None):
+                shutil.rmtree("never", ignore_errors=True)
+                os.mkdir("never")
+                path = folder / "never/ckpt.pt"
+                path.mkdir() if content is None else path.write_bytes(content)
+                os.rename("never", "foreign")
+                check_refused(script, folder, ["--resume", "--out_dir", "foreign"], "is not a whole checkpoint")
+                assert os.listdir("foreign") == ["ckpt.pt"] and not os.path.exists("was run")
+                shutil.rmtree("foreign")
+
+
+def test_scripts_on_a_full_disk():
+    """On a full disk the last checkpoint stays, one line says so, nothing half-written does, and room mends it."""
+    with temporary_folder() as folder:
+        for script, flags in tiny_runs(folder).items():
+            run_fork(script, folder, *flags, "--out_dir", script.__name__)
+            ckpt = folder / script.__name__ / "ckpt.pt"
+            before = ckpt.read_bytes()
+            more = ["--resume", "--steps", 48, "--out_dir", script.__name__]
+            _, err = run_fork(script, folder, *more, status=2, file_size=len(before) // 2)
+            assert f"cannot write {script.__name__}/ckpt.pt: File too large. The last one is whole" in err, err
+            assert "Traceback" not in err and ckpt.read_bytes() == before
+            assert not list(folder.rglob("*.part")), list(folder.rglob("*.part"))
+            run_fork(script, folder, *more)
+            assert read_log(ckpt.parent)[-1]["step"] == 48
+    with folder_with_toy() as folder:
+        flags = ["--grid", "lr=1,2", "--fixed", f"betas={'9' * 999}", "--out_dir", "out"]
+        _, err = run_fork(sweep, folder, *TOYS, *flags, status=2, file_size=500)
+        assert "cannot write" in err and err.count("\n") == 1 and not list(folder.rglob("*.part")), err
+
+
+def test_scripts_stop_at_an_infinite_gradient():
+    """One Inf in a gradient, clipped or not: status 3, and the last checkpoint is the one before, and all finite."""
+    build = optim.build
+
+    def build_to_fail(*args, **options):
+        optimizer, calls = build(*args, **options), itertools.count(1)
+
+        def poison(g):
+            if next(calls) == 10:
+                g = g.clone(memory_format=torch.contiguous_format)
+                g.view(-1)[0] = math.inf
+            return g
+        optimizer.param_groups[0]["params"][0].register_hook(poison)
+        return optimizer
+
+    with temporary_folder() as folder, unittest.mock.patch.object(optim, "build", build_to_fail):
+        for script, flags in tiny_runs(folder).items():
+            names = ["adamw", "lion", "rotational_lion"] + ["modular_sgd"] * (script is not cifar_train)
+            for name, clip in itertools.product(names, (0, 1)):
+                status, _, err = call_main(script, *flags, "--opt", name, "--grad_clip", clip, "--save_every", 1,
+                                           "--out_dir", folder / "run")
+                what = f"{script.__name__}, {name}, clipped at {clip}: status {status}, {err}"
+                assert status == 3 and "training diverged" in err.splitlines()[-1] and "Traceback" not in err, what
+                ckpt = torch.load(folder / "run/ckpt.pt", weights_only=True)
+                assert ckpt["step"] == 9, what
+                held = [ckpt["model"], *ckpt["optimizer"]["state"].values()]
+                assert all(x.isfinite().all() for part in held for x in part.values() if torch.is_tensor(x)), what
+                TALLY["bad inputs tried"] += 1
+
+
+def test_scripts_repeat_themselves():
+    """The same seed gives the same log, twice; another one does not."""
+    with temporary_folder() as folder:
+        for script, flags in tiny_runs(folder).items():
+            logs = []
+            for seed in (1, 1, 2):
+                assert call_main(script, *flags, "--seed", seed, "--out_dir", folder / "run")[0] == 0
+                logs.append(read_log(folder / "run"))
+            assert logs[0] == logs[1] != logs[2], script.__name__
+
+
+def test_scripts_checkpoints_compiled_or_not():
+    """A checkpoint of a compiled run is resumed without compiling and the other way round, with the same numbers."""
+    with temporary_folder() as folder, torch.compiler.set_stance("force_eager"):    # wrapped, but not really compiled
+        for script, flags in tiny_runs(folder).items():
+            logs = []
+            for first, then in ((0, 0), (0, 1), (1, 0)):
+                assert call_main(script, *flags, "--compile", first, "--out_dir", folder / "run")[0] == 0
+                more = ["--resume", "--steps", 48, "--compile", then, "--out_dir", folder / "run"]
+                status, _, err = call_main(script, *more)
+                assert status == 0, err
+                logs.append(read_log(folder / "run"))
+            assert logs[0] == logs[1] == logs[2], script.__name__
+
+
+@contextlib.contextmanager
+def misbehaving_server(body):
+    """-> its address. What it answers stands in the path: good, slow, wrong, short, ..."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            kind, data = urllib.parse.unquote(self.path.strip("/")), body
+            if kind == "slow":
+                time.sleep(0.5)
+            if kind == "garbage":
+                data = b"this is no HTTP\r\n" * 9
+            elif kind == "chunked":                 # the second chunk breaks off
+                data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nff\r\nabc"
+            elif kind == "length":
+                data = b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + body
+            else:
+                to = {"loop": "/loop", "moved": "/good", "announced": "/good", "announced wrongly": "/wrong",
+                      "login": "/page"}.get(kind)
+                data = {"wrong": body.upper(), "page": b"<html>Please log in</html>"}.get(kind, body)
+                self.send_response(302 if to else 404 if kind == "missing" else 200)
+                if to:
+                    self.send_header("Location", to)
+                if kind.startswith("announced"):
+                    self.send_header("X-Linked-Etag", f'"{hashlib.sha256(body).hexdigest()}"')
+                self.send_header("Content-Length", str(len(data) + 10 * (kind == "short")))
+                self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+def test_scripts_downloads():
+    """Downloads are checked before they count: whatever a server does, it is one line, and leaves nothing behind."""
+    body = b"text " * 1000
+    right = hashlib.sha256(body).hexdigest()
+
+    def fetch(script, url, checksum, path):         # -> the path, or what went wrong
+        stderr = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(stderr):
+                return script.download(url, checksum, path)
+        except SystemExit as stop:
+            assert stop.code == 2 and "Traceback" not in stderr.getvalue()
+            TALLY["bad inputs tried"] += 1
+            return stderr.getvalue().splitlines()[-1]
+
+    with misbehaving_server(body) as address, temporary_folder() as folder:
+        for script, prefix in ((nanogpt_train, ""), (cifar_train, ""), (translate_train, "sha256:")):
+            assert "http://" not in pathlib.Path(script.__file__).read_text(), "all is fetched by https"
+            for kind in ("good", "slow", "moved"):
+                path = fetch(script, address + kind, prefix + right, folder / "deep/er/file")
+                assert path.read_bytes() == body
+                path.unlink()
+            for kind, words in (("wrong", "did not give"), ("page", "did not give"), ("login", "did not give"),
+                                ("short", "broke off"), ("chunked", "cannot download"), ("garbage", "cannot download"),
+                                ("length", "cannot download"), ("loop", "cannot download"), ("missing", "Not Found")):
+                line = fetch(script, address + kind, prefix + right, folder / "deep/er/file")
+                assert words in line and f"Fetch it by hand and put it at {folder}/deep/er/file" in line, line
+                assert not os.listdir(folder / "deep/er"), f"{script.__name__}: {kind} left something behind"
+            (folder / "file").write_text("an older download")
+            assert "delete it" in fetch(script, address + "good", prefix + right, folder / "file")
+            assert (folder / "file").read_text() == "an older download"
+            for path in (folder / "file/x", folder):            # no place for it
+                assert "by hand" in fetch(script, address + "good", prefix + right, path)
+        # where the sha256 is the one that the Hugging Face hub announces
+        assert fetch(nanogpt_train, address + "announced", None, folder / "hub").read_bytes() == body
+        for kind in ("announced%20wrongly", "login", "page", "good"):
+            assert "did not give" in fetch(nanogpt_train, address + kind, None, folder / "other"), kind
+        assert sorted(os.listdir(folder)) == ["deep", "file", "hub"]
+    away = urllib.request.Request("https://a"), None, 302, "Found", {}, "http://b"
+    refused(OSError, ["insecure"], lambda: nanogpt_train.Redirects().redirect_request(*away))
+
+
+def test_optim_bad_input():
+    """python optim.py --bench with a name that is none: exit status 2 and one line with the nearest that is one."""
+    with temporary_folder() as folder:
+        check_refused(optim, folder, ["--bench", "rotational_lyon"], "did you mean 'rotational_lion'")
 
 
 # ======================================================================================================================
@@ -3750,6 +3962,16 @@ loss = (math.log10(s["lr"]) + 2) ** 2 + s["weight_decay"] + 0.01 * s["x"]
 '''
 
 
+TOYS = "--script toy_train.py --jobs 2".split()
+
+
+@contextlib.contextmanager
+def folder_with_toy():
+    with temporary_folder() as folder:
+        (folder / "toy_train.py").write_text(TOY)
+        yield folder
+
+
 def toy_loss(lr, weight_decay=0.0, seed=1, steps=10):
     """What the toy should end with, worked out here."""
     x = 0.0
@@ -3758,36 +3980,8 @@ def toy_loss(lr, weight_decay=0.0, seed=1, steps=10):
     return (math.log10(lr) + 2) ** 2 + weight_decay + 0.01 * x
 
 
-def start_sweep(folder, *arguments):
-    (folder / "toy_train.py").write_text(TOY)
-    command = [sys.executable, SCRIPT.parent / "sweep.py", "--script", "toy_train.py", "--jobs", "2", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def run_sweep(folder, *arguments, status=0):
-    process = start_sweep(folder, *arguments)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status, f"status {process.returncode}, not {status}:\n{out[-2000:]}\n{err[-2000:]}"
-    return out, err
-
-
 def starts(folder):
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
-
-
-def call_sweep(*arguments):
-    """sweep.main() in this process -> (exit status, stdout, stderr)."""
-    stdout, stderr, argv = io.StringIO(), io.StringIO(), sys.argv
-    sys.argv = ["sweep.py", *map(str, arguments)]
-    try:
-        with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
-            sweep.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    finally:
-        sys.argv = argv
-    return status, stdout.getvalue(), stderr.getvalue()
 
 
 def test_sweep_values():
@@ -3815,12 +4009,11 @@ def test_sweep_values():
 
 def test_sweep_report():
     """The table has numpy's means and deviations, best first; what failed or diverged is named, never averaged away."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         grid = "--grid lr=0.001,0.01,10,666 weight_decay=0,0.5 --seeds 3 --fixed device=cpu --out_dir out".split()
-        run_sweep(folder, *grid, status=1)
+        run_script(sweep, folder, *TOYS, *grid, status=1)
         begun = starts(folder / "out")
-        out, _ = run_sweep(folder, *grid, "--csv", "all.csv", status=1)         # again: nothing is left to do
+        out, _ = run_script(sweep, folder, *TOYS, *grid, "--csv", "all.csv", status=1)      # again: nothing left to do
         assert starts(folder / "out") == begun and set(begun.values()) == {1} and len(begun) == 24
         lines = out.splitlines()
         assert lines[0] == "24 runs of toy_train.py: 12 done, 6 diverged, 6 failed", lines[0]
@@ -3843,8 +4036,7 @@ def test_sweep_report():
         assert not list((folder / "out").glob("*/ckpt.pt")) or all(row["state"] == "failed" for row in rows if (
             folder / "out" / row["folder"] / "ckpt.pt").exists()), "checkpoints of finished runs are to be deleted"
         (folder / "toy_train.py").write_text(TOY.replace('== 666', '== 667').replace('> 1 and', '== 10 and'))
-        again = [sys.executable, SCRIPT.parent / "sweep.py", "--script", "toy_train.py", *grid]
-        out = subprocess.run([*again, "--retry"], cwd=folder, capture_output=True, text=True, check=True).stdout
+        out, _ = run_script(sweep, folder, *TOYS, *grid, "--retry")
         assert "18 done, 6 diverged\n" in out, out
         assert sorted(starts(folder / "out").values()) == [1] * 18 + [2] * 6, "only what failed runs again"
 
@@ -3852,47 +4044,44 @@ def test_sweep_report():
 def test_sweep_killed_at_any_moment():
     """Killed by SIGKILL ten times, a sweep gives the report of one never killed, and starts no finished run again."""
     chance = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         grid = "--grid lr=0.001:1:log4 weight_decay=0,0.1,10 --fixed steps=30 device=cpu --out_dir".split()
         calm, killed = ([*grid, name] for name in ("calm", "killed"))
-        run_sweep(folder, *calm)
+        run_script(sweep, folder, *TOYS, *calm)
         for _ in range(10):
-            process = start_sweep(folder, *killed)
+            process = start_script(sweep, folder, *TOYS, *killed)
             time.sleep(chance.uniform(0.05, 0.9))
             process.kill()
             process.communicate()
             finished = {path.parent.name for path in (folder / "killed").glob("*/log.jsonl")}
             before = starts(folder / "killed")
-        run_sweep(folder, *killed)
+        run_script(sweep, folder, *TOYS, *killed)
         after = starts(folder / "killed")
         assert all(after[name] == before[name] for name in finished), "a finished run was started again"
-        reports = [run_sweep(folder, *which, "--report", "--csv", "runs.csv")[0].replace(which[-1], "")
+        reports = [run_script(sweep, folder, *TOYS, *which, "--report", "--csv", "runs.csv")[0].replace(which[-1], "")
                    + (folder / "runs.csv").read_text() for which in (calm, killed)]
         assert reports[0] == reports[1] and "12 done" in reports[0], reports
 
 
 def test_sweep_waits_for_orphans():
     """A run that outlives its killed sweep is waited for by the next one, not started twice."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         one = "--fixed lr=0.1 steps=100 device=cpu --out_dir out".split()
-        process = start_sweep(folder, *one)
+        process = start_script(sweep, folder, *TOYS, *one)
         while not starts(folder / "out"):
             time.sleep(0.02)
         process.kill()
         process.communicate()
-        _, err = run_sweep(folder, *one)
+        _, err = run_script(sweep, folder, *TOYS, *one)
         assert "another process is at" in err and set(starts(folder / "out").values()) == {1}, err
 
 
 def test_sweep_stops_on_signal():
     """SIGTERM ends the runs too, after they have saved; the same command resumes them and gives the same report."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         grid = "--grid lr=0.01,0.1 --fixed steps=60 device=cpu --out_dir".split()
-        calm, _ = run_sweep(folder, *grid, "calm")
-        process = start_sweep(folder, *grid, "out")
+        calm, _ = run_script(sweep, folder, *TOYS, *grid, "calm")
+        process = start_script(sweep, folder, *TOYS, *grid, "out")
         while len(list((folder / "out").glob("*/ckpt.pt"))) < 2:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
@@ -3902,34 +4091,32 @@ def test_sweep_stops_on_signal():
             with open(path.parent / ".lock") as file:           # it would still be locked if the run were alive
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             assert json.loads(path.read_text())["step"] < 60
-        resumed, _ = run_sweep(folder, *grid, "out")
+        resumed, _ = run_script(sweep, folder, *TOYS, *grid, "out")
         assert sorted(calm.splitlines()) == sorted(resumed.splitlines())
 
 
 def test_sweep_printed_commands():
     """--print_commands | xargs sh -c, then --report, gives the table that the sweep itself gives."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         grid = ["--grid", "lr=0.01,0.1,10", "betas=(0.9, 0.95),it's", "--fixed", "device=cpu", "--out_dir"]
-        run_sweep(folder, *grid, "whole")
-        table, _ = run_sweep(folder, *grid, "whole", "--report")
-        commands, err = run_sweep(folder, *grid, "parts", "--print_commands")
+        run_script(sweep, folder, *TOYS, *grid, "whole")
+        table, _ = run_script(sweep, folder, *TOYS, *grid, "whole", "--report")
+        commands, err = run_script(sweep, folder, *TOYS, *grid, "parts", "--print_commands")
         assert len(commands.splitlines()) == 6 and not starts(folder / "parts") and not err
         subprocess.run("xargs -P2 -I{} sh -c {}", shell=True, input=commands, text=True, cwd=folder, check=True,
                        capture_output=True)
-        parts, _ = run_sweep(folder, *grid, "parts", "--report")
+        parts, _ = run_script(sweep, folder, *TOYS, *grid, "parts", "--report")
         assert parts == table and "4 done, 2 diverged" in parts, parts
-        assert run_sweep(folder, *grid, "parts", "--print_commands")[0] == ""
+        assert run_script(sweep, folder, *TOYS, *grid, "parts", "--print_commands")[0] == ""
 
 
 def test_sweep_two_stage():
     """The second stage draws from the smallest box around the best fifth of the first, and a restart draws the same."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with folder_with_toy() as folder:
         search = ["--two_stage", "--runs", "15", "--space", "lr=log(1e-4,1) weight_decay=uniform(0,1)", "--fixed",
                   "device=cpu steps=2", "--out_dir", "out"]
         first = sweep.draw(sweep.parse_space(["lr=log(1e-4,1) weight_decay=uniform(0,1)"]), 15, seed=0)
-        run_sweep(folder, *search)
+        run_script(sweep, folder, *TOYS, *search)
         begun = starts(folder / "out")
         rows = [json.loads(path.read_text())["flags"] for path in (folder / "out").glob("*/run.json")]
         assert len(begun) == 30
@@ -3939,7 +4126,7 @@ def test_sweep_two_stage():
         stage2, best = set(rows) - set(stage1), np.array(stage1[:3])
         assert len(stage2) == 15
         assert (best.min(0) <= np.array(list(stage2))).all() and (np.array(list(stage2)) <= best.max(0)).all()
-        run_sweep(folder, *search)
+        run_script(sweep, folder, *TOYS, *search)
         assert starts(folder / "out") == begun
 
 
@@ -3970,30 +4157,28 @@ def test_sweep_bad_input():
            ((*grid, "--lr", "3"), "unknown flag --lr"), ((*grid, "--out_dir", "/dev/null/x"), "--out_dir")]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for arguments, words in bad:
-            status, out, err = call_sweep(*arguments)
-            assert status == 2 and not out, f"{arguments}: status {status}, {out}"
-            assert words in err and err.count("\n") == 1 and err.startswith("sweep.py: "), f"{arguments}: {err}"
+            check_refused(sweep, pathlib.Path(folder), arguments, words)
         assert not os.listdir("."), "nothing should have been written"
 
 
 def test_sweep_of_the_real_script():
     """Two GPTs, the sweep and its runs killed halfway: resumed, they end with the logs of the script run by itself."""
-    with tempfile.TemporaryDirectory() as folder:
-        folder = pathlib.Path(folder)
+    with temporary_folder() as folder:
         tiny = dict(zip((word.strip("-") for word in TINY[::2]), TINY[1::2])) | {
             "steps": "300", "eval_every": "100", "save_every": "5", "device": "cpu"}
         fixed = " ".join(f"{key}={value}" for key, value in tiny.items())
-        command = ["--script", "nanogpt_train.py", "--grid", "opt=if_shampoo riemannian_momentum=0.3,0.6", "--fixed",
-                   fixed, "--out_dir", "out"]
-        process = start_sweep(folder, *command)
+        command = ["--jobs", "2", "--grid", "opt=if_shampoo riemannian_momentum=0.3,0.6", "--fixed", fixed, "--out_dir",
+                   "out"]
+        process = start_script(sweep, folder, *command)
         while len(list((folder / "out").glob("*/ckpt.pt"))) < 2:
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         process.communicate(timeout=60)
         assert process.returncode == 143
-        process = start_sweep(folder, *command)
+        process = start_script(sweep, folder, *command)
         flags = [word for key, value in tiny.items() for word in (f"--{key}", value)]
-        run_script(folder, *flags, *"--opt if_shampoo --opt_kwargs riemannian_momentum=0.6 --out_dir alone".split())
+        flags += "--opt if_shampoo --opt_kwargs riemannian_momentum=0.6 --out_dir alone".split()
+        run_script(nanogpt_train, folder, *flags)
         out, err = process.communicate(timeout=120)
         assert process.returncode == 0, err
         run = sweep.Run.of("nanogpt_train.py", tiny | {"opt": "if_shampoo", "riemannian_momentum": "0.6"})
@@ -4006,7 +4191,7 @@ def test_sweep_experiments_ask_for_runs_that_exist():
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for name in sweep.EXPERIMENTS:
             for scale in ("cpu", "gpu"):
-                status, out, err = call_sweep("--experiment", name, "--scale", scale, "--print_commands")
+                status, out, err = call_main(sweep, "--experiment", name, "--scale", scale, "--print_commands")
                 assert status == 0 and out and not err, (name, err)
                 runs = sweep.read_runs(pathlib.Path(f"out/sweep-{name}-{scale}"))
                 assert len(runs) == len(out.splitlines()), name
@@ -4072,6 +4257,7 @@ def test_sweep_verdicts():
 
 
 def main(words):
+    words = [word for word in words if word != "--long"]
     tests = {name: f for name, f in globals().items() if name.startswith("test_") and inspect.isfunction(f)}
     chosen = {name: f for name, f in tests.items() if not words or any(word in name for word in words)}
     if not chosen:
@@ -4091,7 +4277,8 @@ def main(words):
         print(f"{verdict:4s} {name:{width}s} {time.perf_counter() - began:6.2f} s   {claim}", flush=True)
         if details:
             print(details, flush=True)
-    print(f"{count['ok']} passed, {count['FAIL']} failed, {count['skip']} skipped")
+    print("; ".join([f"{count['ok']} passed, {count['FAIL']} failed, {count['skip']} skipped",
+                     *(f"{number} {what}" for what, number in TALLY.items())]))
     return 1 if count["FAIL"] else 0
 
 

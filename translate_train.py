@@ -31,6 +31,7 @@ import gzip
 import hashlib
 import heapq
 import html
+import http.client
 import io
 import json
 import math
@@ -38,11 +39,13 @@ import os
 import pathlib
 import random
 import re
+import shlex
 import signal
 import sys
 import tarfile
 import time
 import urllib.request
+import warnings
 
 import numpy as np
 import torch
@@ -558,18 +561,18 @@ MULTI30K_FILES = {
     "val.en.gz": "sha256:14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
     "test_2016_flickr.de.gz": "sha256:9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
     "test_2016_flickr.en.gz": "sha256:611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"}
-IWSLT14 = ("http://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz", "md5:10936dfdf616504ddbd844e91b94ef4a")
+IWSLT14 = ("https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz", "md5:10936dfdf616504ddbd844e91b94ef4a")
 
 
 def download(url, checksum, path):
     """Fetch url to path, unless it is there: into a .part file, checked, then renamed. checksum: "sha256:..." or so."""
     by_hand = f"Fetch it by hand and put it at {path}, or use --data numbers, which needs no network"
-    if path.exists():
-        if file_checksum(path, checksum) != checksum:
-            fail(f"{path} is not the file that {url} should give: delete it, then start again")
-        return path
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")                # two runs may fetch it at once
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")      # two runs may fetch it at once
     try:
+        if path.exists():
+            if file_checksum(path, checksum) != checksum:
+                fail(f"{path} is not the file that {url} should give: delete it, then start again")
+            return path
         path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": "translate_train.py"})
         with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file:
@@ -578,16 +581,17 @@ def download(url, checksum, path):
                 while chunk := reply.read(1 << 20):
                     file.write(chunk)
                     bar.update(len(chunk))
-            if size and bar.n != size:
-                raise OSError(f"it broke off after {bar.n} of {size} bytes")
-    except OSError as error:                        # also urllib's URLError: no network, no such host, no such file
-        part.unlink(missing_ok=True)
-        fail(f"cannot download {url}: {getattr(error, 'reason', error)}. {by_hand}")
-    if file_checksum(part, checksum) != checksum:
-        part.unlink()
-        fail(f"{url} did not give the expected file ({checksum}). {by_hand}")
-    os.replace(part, path)
-    return path
+        if size and bar.n != size:
+            raise OSError(f"it broke off after {bar.n} of {size} bytes")
+        if file_checksum(part, checksum) != checksum:
+            fail(f"{url} did not give the expected file ({checksum}). {by_hand}")
+        os.replace(part, path)
+        return path
+    except (OSError, ValueError, http.client.HTTPException) as error:          # no network, no such file, no HTTP, ...
+        fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
+    finally:                                        # also after Ctrl-C
+        with contextlib.suppress(OSError):
+            part.unlink()
 
 
 def file_checksum(path, like):
@@ -1264,7 +1268,8 @@ def load_checkpoint(out_dir, why):
     if not path.exists():
         fail(f"{why}: there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
-        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
         if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
             raise KeyError("something is missing")
         return ckpt, BytePairs.from_json(ckpt["bpe"])
@@ -1317,6 +1322,19 @@ def precision(dtype, device):
     return dtype, torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
+@contextlib.contextmanager
+def memory_errors_in_words():
+    """A model or a batch that no memory can hold: bad input like any other."""
+    try:
+        yield
+    except (MemoryError, RuntimeError, ValueError) as error:        # torch has no class of its own for it on the CPU
+        words = "out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big"
+        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
+            raise
+        fail("out of memory: make the model or the batch smaller")
+
+
+@memory_errors_in_words()
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1506,8 +1524,9 @@ def main():
              f"{out_dir}/ckpt.pt", status=3)
 
     def save():
-        if not torch.stack([p.isfinite().all() for p in model.parameters()]).all():
-            diverged("a weight is not a number", done)
+        held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
+        if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
+            diverged("a weight, or what the optimizer remembers, is not finite", done)
         buffer = io.BytesIO()
         torch.save({"config": s, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
                     "seconds": spent + time.time() - t0, "loss_sum": loss_sum, "loss_count": loss_count,
@@ -1578,7 +1597,8 @@ def main():
             save()
         if stop_now and done < s["steps"]:
             bar.close()
-            print(f"stopped after step {done}. To go on: python translate_train.py --resume --out_dir {out_dir}")
+            again = shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)])
+            print(f"stopped after step {done}. To go on: {again}")
             sys.exit(128 + stopped_by[0])
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
