@@ -77,6 +77,7 @@ import importlib.util
 import inspect
 import itertools
 import math
+import statistics
 import sys
 import time
 import types
@@ -158,12 +159,12 @@ def adam_turning(g, state, h, decay=0):
     return adam_ratio(g, g + decay, state, h)
 
 
-def warm_average(average, x, b, h):
+def warm_average(average, x, fresh):
     """An average that needs no bias correction, since it starts at its first x:  m <- m + (1-b)^((t-1)/t) (x - m).
 
-    The exponent runs from 0 at t = 1, where the whole of x is taken, to 1, where a running average is left.
+    `fresh` is that factor. It falls from 1 at t = 1, where the whole of x is taken, to the 1-b of a running average.
     """
-    average.add_((x - average).mul_((1 - b) ** h["warmth"]))
+    average.add_((x - average).mul_(fresh))
     return average
 
 
@@ -172,7 +173,7 @@ def warm_sgd(g, state, h, decay=0):
 
     Shapes   g, m, d: the parameter's               State   exp_avg = m
     """
-    return warm_average(state["exp_avg"], g, h["momentum"], h)
+    return warm_average(state["exp_avg"], g, h["fresh"])
 
 
 def warm_adam(g, state, h, decay=0):
@@ -181,9 +182,9 @@ def warm_adam(g, state, h, decay=0):
 
     Shapes   g, m, v, d: the parameter's            State   exp_avg = m, exp_avg_sq = v
     """
-    b1, b2 = h["betas"]
-    m, v = warm_average(state["exp_avg"], g, b1, h), warm_average(state["exp_avg_sq"], g * g, b2, h)
-    return (m / v.sqrt()).nan_to_num_(0, 0, 0)      # infinite where g^2 is too small for its type, though g is not
+    m = warm_average(state["exp_avg"], g, h["fresh1"])
+    v = warm_average(state["exp_avg_sq"], g * g, h["fresh2"])
+    return torch.where(v > 0, m / v.sqrt(), 0)      # v is 0, too, where g^2 is too small for its type, though g is not
 
 
 def lion(g, state, h, decay=0):
@@ -503,9 +504,15 @@ def unbias_both(h, t):
     return {"unbias1": 1 - b1**t, "unbias2": 1 - b2**t}
 
 
-def warmth(h, t):
-    """The exponent of the warm-started averages."""
-    return {"warmth": (t - 1) / t}
+def fresh_one(h, t):
+    """How much of a new gradient enters a warm-started average."""
+    return {"fresh": (1 - h["momentum"]) ** ((t - 1) / t)}
+
+
+def fresh_both(h, t):
+    """The same for each of the betas."""
+    b1, b2 = h["betas"]
+    return {"fresh1": (1 - b1) ** ((t - 1) / t), "fresh2": (1 - b2) ** ((t - 1) / t)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -523,6 +530,7 @@ class Direction:
     pull: Callable = lambda h, sigma: 1.0           # how strongly wd pulls, relative to decoupled decay
     objection: Callable = lambda h: None            # what is wrong with a combination of hyperparameters, in words
     turning: Callable | None = None                 # another `update`, fed with the decay, for the rotational geometry
+    by_entry: bool = True                           # does each entry of d depend on the same entry of g alone?
 
 
 ADAM_DEFAULTS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -541,11 +549,11 @@ DIRECTIONS = {
         adamw, zeros("exp_avg", "exp_avg_sq"), "d = mean(g) / rms(g)", True, ADAM_DEFAULTS, unbias_both,
         kappa=average_kappa),
     "warm_sgd": Direction(
-        warm_sgd, zeros("exp_avg"), "d = mean(g)", True, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0}, warmth,
+        warm_sgd, zeros("exp_avg"), "d = mean(g)", True, {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0}, fresh_one,
         kappa=heavy_ball_kappa, contribution=lambda h, sigma: sigma),
     "warm_adam": Direction(
         warm_adam, zeros("exp_avg", "exp_avg_sq"), "d = mean(g) / rms(g)", True,
-        {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}, warmth, kappa=average_kappa),
+        {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}, fresh_both, kappa=average_kappa),
     "lion": Direction(
         lion, zeros("exp_avg"), "d = sign(b1 m + (1-b1) g)", True,
         {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}, kappa=lion_kappa, contribution=lion_contribution),
@@ -568,13 +576,13 @@ DIRECTIONS = {
          "max_dim": 2048, "graft": None, "dtype": None},
         lambda h, t: {"refresh": t % h["update_every"] == 0, "unbias_graft": 1 - (1 - h["lr_cov"]) ** t},
         gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=lambda h, sigma: math.nan,
-        objection=shampoo_objection),
+        objection=shampoo_objection, by_entry=False),
     "if_shampoo": Direction(
         if_shampoo, if_shampoo_state, "d = heavy ball of G times K_i K_i^T on every mode + wd w", False,
         {"lr": 1e-3, "momentum": 0.9, "damping": 1e-4, "lr_cov": 0.1, "riemannian_momentum": 0.5, "weight_decay": 0.0,
          "update_every": 2, "batch_size": None, "dtype": None, "max_dim": 2048, "lr_cov_scale": 1.0},
         lambda h, t: {"refresh": refreshes(t - 1, h["update_every"])},
-        gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=newton_contribution),
+        gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=newton_contribution, by_entry=False),
 }
 
 
@@ -830,6 +838,7 @@ class Geometry:
     applies: Callable = lambda p, group: True       # to this parameter? The others take the plain rule
     objection: Callable = lambda p, group: None     # why it cannot be applied, in words
     prepare: Callable = lambda p, group: None       # what it does to a parameter on adding it
+    by_row: Callable = lambda h: True               # does what happens to a row depend on that row alone?
 
 
 PLAIN = Geometry("plain", plain)
@@ -837,11 +846,11 @@ ROTATIONAL = Geometry(
     "rotational", rotational, "norm", rotational_init, rotational_scalars,
     {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True, "rotational_eps": 1e-8,
      "rotational": None, "weight_decay": 1e-2},     # without decay there is no angle
-    applies=rotates, objection=why_stuck, prepare=centre)
+    applies=rotates, objection=why_stuck, prepare=centre, by_row=lambda h: h["per_neuron"])
 MODULAR = Geometry(
     "modular", modular, None, modular_init,
     defaults={"lr": 0.25, "weight_decay": 0.0, "share": 1.0, "norm": "spectral", "scale": None, "seed": 0},
-    applies=has_modular_norm, objection=why_no_norm)
+    applies=has_modular_norm, objection=why_no_norm, by_row=lambda h: h["norm"] == "rows")
 
 PER_GROUP = {"rotational", "lr_cov_scale", "share", "norm", "scale"}        # what differs from weight to weight
 
@@ -852,7 +861,7 @@ PER_GROUP = {"rotational", "lr_cov_scale", "share", "norm", "scale"}        # wh
 
 
 def update(direction, work):
-    """One step for a list of (geometry, p, g, state, h). Eager and compiled runs both go through here.
+    """One step for each (geometry, p, g, state, h) of `work`. Eager and compiled runs both go through here.
 
     Low-precision parameters are moved in float32 and rounded once at the end; float32 and float64 ones in place.
     """
@@ -865,6 +874,28 @@ def update(direction, work):
             p.copy_(w)
 
 
+def block_size(device, compiled):
+    """How many entries to work on at a time. On a CPU the intermediate results of a block stay in its cache, where those
+    of a whole embedding would all go through memory; a call of compiled code costs more than an operation, and has
+    fewer such results. On a GPU blocks only keep them from adding up, and compiled code is not cut."""
+    if device.type == "cpu":
+        return 2**20 if compiled else 2**17
+    return sys.maxsize if compiled else 2**23
+
+
+def blocks(direction, work, compiled=False):
+    """`work` with its large tensors cut into blocks of rows, wherever the update of a row depends on that row alone:
+    the same numbers, sooner and in less memory."""
+    for geometry, p, g, state, h in work:
+        most = block_size(p.device, compiled)
+        if p.numel() <= most or not (direction.by_entry and geometry.by_row(h)):
+            yield geometry, p, g, state, h
+            continue
+        rows = max(1, most * len(p) // p.numel())
+        for i in range(0, len(p), rows):
+            yield geometry, p[i:i + rows], g[i:i + rows], {key: s[i:i + rows] for key, s in state.items()}, h
+
+
 def is_wide(p):
     """Is p precise enough to be moved in place? Averages and small steps drown in the 8 bits of a bfloat16."""
     return p.dtype in (torch.float32, torch.float64)
@@ -875,12 +906,22 @@ def working_copy(p):
     return p if is_wide(p) else p.float()
 
 
+def update_compiled(direction, work):
+    """`update` through torch.compile: all small tensors in one piece of code, and each block of a large one."""
+    small = [job for job in work if job[1].numel() <= block_size(job[1].device, True)]
+    large = [job for job in work if job[1].numel() > block_size(job[1].device, True)]
+    for batch in filter(None, [small, *([job] for job in blocks(direction, large, compiled=True))]):
+        compiled_update(direction, tuple(p.shape for _, p, _, _, _ in batch))(direction, batch)
+
+
 @functools.cache
-def compiled_update(direction):
-    """torch.compile of `update`. Every direction gets a code object of its own: torch.compile keeps its versions of a
-    function, and counts them against a limit, per code object."""
+def compiled_update(direction, shapes):
+    """torch.compile of `update` for parameters of these shapes. Each gets a code object of its own: torch.compile keeps
+    its versions of a function, and counts them against a limit, per code object."""
     own = types.FunctionType(update.__code__.replace(co_name=f"update_{direction.update.__name__}"), globals())
-    return torch.compile(own)
+    # torch 2.11 to 2.13 fail on some loops that they fuse on a CPU (KeyError 'buf1': a row's norm, while the average it
+    # comes from is written): without fusing side by side they don't, and are about as fast. It says nothing to a GPU
+    return torch.compile(own, dynamic=False, options={"cpp.max_horizontal_fusion_size": 1})
 
 
 def as_tensor(value, device):
@@ -1068,8 +1109,9 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError(f"{type(self).__name__}: {name_of(group, i, index)} has a sparse gradient, which "
                                      "is not supported: build nn.Embedding with sparse=False")
         heavy = self.direction.gain is heavy_ball_gain
+        eager, compiled = [], []
         for index, group in enumerate(self.param_groups):
-            work, hyper_at = [], {}
+            hyper_at = {}
             for i, p in enumerate(group["params"]):
                 if p.grad is None:
                     continue
@@ -1085,13 +1127,11 @@ class Optimizer(torch.optim.Optimizer):
                 key = (geometry, state["step"], p.device)
                 if key not in hyper_at:             # parameters with the same step count share one dict of numbers
                     hyper_at[key] = self._hyper(geometry, group, state["step"], p.device)
-                work.append((geometry, p, p.grad, state, hyper_at[key]))
-            if work and group["compile"]:
-                tensors_only = [(geometry, p, g, {k: v for k, v in state.items() if k != "step"}, h)
-                                for geometry, p, g, state, h in work]
-                compiled_update(self.direction)(self.direction, tensors_only)
-            elif work:
-                update(self.direction, work)
+                averages = {key: value for key, value in state.items() if key != "step"}
+                work = compiled if group["compile"] else eager
+                work.append((geometry, p.detach(), p.grad, averages, hyper_at[key]))
+        update(self.direction, blocks(self.direction, eager))
+        update_compiled(self.direction, compiled)
         return loss
 
     def _hyper(self, geometry, group, t, device):
@@ -2138,46 +2178,53 @@ def gpt2_parameters(layers, device):
     return params
 
 
-def milliseconds(step, repeats):
-    """Median time of a step. On a GPU the clock waits for the work to be done."""
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-    return sorted(times)[repeats // 2]
+def milliseconds(step):
+    """The time of one step. On a GPU the clock waits for the work to be done."""
+    started = time.perf_counter()
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - started)
+
+
+def in_turn(step, reference, repeats=9):
+    """Median time of a step, and median ratio to `reference`, run in turn: what else the machine does hits both."""
+    times = [(milliseconds(reference), milliseconds(step)) for _ in range(repeats)]
+    return statistics.median(t for _, t in times), statistics.median(t / r for r, t in times)
 
 
 def bench(names):
-    """Print the time of one step of each optimizer beside torch.optim.AdamW(fused=True), on this machine."""
+    """Print the time of one step of each optimizer beside torch.optim.AdamW(fused=True), on this machine, and how close
+    the compiled one comes to the memory's own speed: bytes that have to move (weights and state read and written,
+    gradients read) over the time, as a share of what copying a tensor reaches."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     layers = 12 if device == "cuda" else 1
-    count = sum(p.numel() for p in gpt2_parameters(layers, "meta"))
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"One step on GPT-2's shapes with {layers} layer{'s' * (layers > 1)}, {count / 1e6:.0f} M parameters, "
-          f"float32, on {machine}, torch {torch.__version__}.\n"
-          "Ratios are to torch.optim.AdamW(fused=True), measured anew before each optimizer.\n")
-    print(f"{'name':24s} {'state':>12s} {'fused AdamW':>12s} {'eager':>18s} {'compiled':>18s}  {'compiling':>9s}")
     params = gpt2_parameters(layers, device)
+    count = sum(p.numel() for p in params)
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    source, target = torch.ones(count, device=device), torch.zeros(count, device=device)
+    bandwidth = 8 * count / statistics.median(milliseconds(lambda: target.copy_(source)) for _ in range(9))
+    del source, target
     fused = torch.optim.AdamW(params, lr=1e-6, fused=True)
     fused.step()
+    print(f"One step on GPT-2's shapes with {layers} layer{'s' * (layers > 1)}, {count / 1e6:.0f} M parameters, "
+          f"float32, on {machine}, torch {torch.__version__}; copying moves {bandwidth / 1e6:.1f} GB/s.\n"
+          "Ratios are to torch.optim.AdamW(fused=True), run in turn.\n")
+    print(f"{'name':24s} {'state':>12s} {'eager':>18s} {'compiled':>18s} {'of copying':>10s} {'compiling':>9s}")
     for name in names:
         kind = OPTIMIZERS[name]
-        reference = milliseconds(fused.step, 9)
         options = {"batch_size": 1024} if "batch_size" in kind.takes() else {}
-        line = f"{name:24s} {state_bytes(kind):5.1f} B/weight {reference:9.1f} ms"
+        embeddings = {"params": params[:2]} | ({"norm": "rows"} if kind.geometry is MODULAR else {})
+        line = f"{name:24s} {state_bytes(kind):5.1f} B/weight"
         for compiled in (False, True):
-            optimizer = kind(params, lr=1e-6, compile=compiled, **options)
-            started = time.perf_counter()
-            optimizer.step()                        # makes the state, and the code
-            first = time.perf_counter() - started
+            optimizer = kind([embeddings, {"params": params[2:]}], lr=1e-6, compile=compiled, **options)
+            first = milliseconds(optimizer.step)    # makes the state, and the code
             optimizer.param_groups[0]["lr"] /= 2
             optimizer.step()
-            time_of_one = milliseconds(optimizer.step, 5)
-            line += f" {time_of_one:8.1f} ms {time_of_one / reference:5.2f}x"
-        print(f"{line}  {first:7.1f} s", flush=True)
+            time_of_one, ratio = in_turn(optimizer.step, fused.step)
+            line += f" {time_of_one:8.1f} ms {ratio:5.2f}x"
+        reached = count * (12 + 2 * state_bytes(kind)) / time_of_one / bandwidth
+        print(f"{line} {reached:10.0%} {first / 1e3:7.1f} s", flush=True)
 
 
 def main():

@@ -2067,22 +2067,67 @@ def test_compiled_equals_eager():
     if not (shutil.which(named) if named else any(found)):
         raise Skip("torch.compile needs a C++ compiler: none of $CXX, c++, g++, clang++ was found")
     from torch._dynamo.utils import counters
-    shapes, lrs = [(4, 6), (5,)], [0.01 * t for t in range(7)]
+    shapes, lrs = [(4, 6), (5,), (13, 6)], [0.01 * t for t in range(7)]
     gradients = noise(shapes, 7)
-    for name in ("adamw", "rotational_sgd"):
+    for name in ("adamw", "rotational_sgd", "modular_adam"):
+        options = {"norm": "rows"} if name == "modular_adam" else {}            # where torch's compiler has a bug
         torch._dynamo.reset()
         counters.clear()
         params, compiled, graphs = parameters(shapes), parameters(shapes), []
-        run(make(name, params), gradients, lrs)
-        optimizer = make(name, compiled, compile=True)
-        for t in range(7):
-            run(optimizer, gradients[t:t + 1], lrs[t:t + 1])
-            graphs.append(counters["stats"]["unique_graphs"])
+        run(make(name, [{"params": params} | options]), gradients, lrs)
+        optimizer = make(name, [{"params": compiled} | options], compile=True)
+        with unittest.mock.patch("optim.block_size", lambda device, compiled: 30):      # 13 rows: 5, 5 and 3
+            for t in range(7):
+                run(optimizer, gradients[t:t + 1], lrs[t:t + 1])
+                graphs.append(counters["stats"]["unique_graphs"])
         for p, q, start in zip(compiled, params, parameters(shapes)):
             close(p, q, 1e-12, name)
             assert not torch.equal(q, start), name
         assert graphs[0] > 0, f"{name}: nothing was compiled"
         assert graphs[-1] == graphs[0], f"{name}: compiled again and again, graphs after each step: {graphs}"
+
+
+class Largest(TorchDispatchMode):
+    """Notes how many bytes the largest tensor has that any operation makes while it is on: views are not made."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        known = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves((args, kwargs))
+                 if torch.is_tensor(x)}
+        out = func(*args, **(kwargs or {}))
+        for x in torch.utils._pytree.tree_leaves(out):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in known:
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+def test_blocks_change_nothing_but_memory():
+    """Cut into blocks of rows, large tensors get the same numbers to the bit; whatever a step makes is no larger."""
+    shapes, small = [(50, 8), (7, 3, 2, 2), (90,)], 45
+    gradients = noise(shapes, 5)
+    for name, kind in optim.OPTIMIZERS.items():
+        for norm in ("spectral", "rows") if kind.geometry is optim.MODULAR else ("",):
+            whole, cut = parameters(shapes), parameters(shapes)
+            if norm == "rows":
+                whole, cut = whole[::2], cut[::2]
+            options = {"norm": norm} if norm else {}
+            given = [step[::2] if norm == "rows" else step for step in gradients]
+            run(make(name, [{"params": whole} | options]), given)
+            optimizer = make(name, [{"params": cut} | options])
+            run(optimizer, given[:1])               # makes the state
+            with unittest.mock.patch("optim.block_size", lambda device, compiled: small):
+                run(optimizer, given[1:-1])
+                for p, g in zip(cut, given[-1]):
+                    p.grad = g
+                with Largest() as largest:
+                    optimizer.step()
+            for p, q in zip(whole, cut):
+                same_bits(p, q, f"{name} {norm}")
+            if "shampoo" not in name and norm != "spectral":
+                assert 0 < largest.bytes <= 8 * small, f"{name} {norm} made a tensor of {largest.bytes} bytes"
 
 
 # ======================================================================================================================
