@@ -250,7 +250,7 @@ def parse_arguments():
     g.add_argument("--show_table", action="store_true", help="print the rule, lr and decay of every parameter")
     g = p.add_argument_group("instead of training")
     g.add_argument("--show", metavar="FILE", help="draw a sheet of training images, a class a row (needs matplotlib)")
-    g.add_argument("--bench", action="store_true", help="time a step and its parts")
+    g.add_argument("--bench", action="store_true", help="time a step and its parts, then leave; writes nothing")
     g.add_argument("--eval_only", action="store_true", help="with --resume: evaluate, do not train")
     return p.parse_args()
 

@@ -7,6 +7,7 @@ Train a GPT-2 on text with any optimizer of optim.py. One file, top to bottom: s
     python nanogpt_train.py --resume --out_dir out/...        go on where a stopped or killed run was
     python nanogpt_train.py --preset shakespeare              nanoGPT's 10M-parameter model (a GPU is advisable)
     torchrun --nproc_per_node=8 nanogpt_train.py --preset gpt2    GPT-2 124M on OpenWebText, on 8 GPUs
+    python nanogpt_train.py --bench                           tokens per second, and where the time of a step goes
 
 Each run writes config.json, log.jsonl (one JSON object a line) and ckpt.pt under --out_dir. Exit status: 0 done, 2 bad
 input, 3 the loss is not a number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
@@ -20,6 +21,7 @@ Optimization in the Modular Norm) for --arch modular.
 import argparse
 import ast
 import contextlib
+import copy
 import difflib
 import functools
 import hashlib
@@ -202,6 +204,7 @@ def parse_arguments():
     g.add_argument("--track", type=flag, metavar="{0,1}",
                    help="log how far neurons turn, at every evaluation (default 1)")
     g.add_argument("--show_table", action="store_true", help="print the rule, lr and decay of every parameter")
+    g.add_argument("--bench", action="store_true", help="time a step and its parts, then leave; writes nothing")
     g = p.add_argument_group("text")
     g.add_argument("--sample", type=whole(0), metavar="N", help="print N tokens of text at the end (default 0)")
     g.add_argument("--prompt", help="what the text begins with (default: as the training text)")
@@ -213,7 +216,7 @@ def parse_arguments():
 DEFAULTS = dict(opt="adamw", schedule="cosine", grad_clip=1.0, seed=1337, bias=0, gains="auto", tokenizer="auto",
                 data_dir="data", device="auto", dtype="auto", track=1)
 # of one command, not of the run: not taken from the checkpoint on resuming
-COMMAND = dict(sample=0, prompt=None, temperature=0.8, show_table=False, eval_only=False)
+COMMAND = dict(sample=0, prompt=None, temperature=0.8, show_table=False, eval_only=False, bench=False)
 # what may differ when a run is resumed; everything else is part of what the checkpoint means
 FREE_ON_RESUME = {"resume", "steps", "out_dir", "data_dir", "save_every", "eval_every", "device", "dtype", "compile",
                   "track", *COMMAND}
@@ -911,6 +914,33 @@ def main():
         model.train()
         return torch.stack(losses).float().mean().item()
 
+    def gradients(windows):
+        """Forward and backward passes over this process's sequences -> the mean loss, still on the device."""
+        total = 0.0
+        for i in range(0, len(windows), micro):
+            x, y = inputs_and_targets(windows[i:i + micro], device)
+            last = i + micro >= len(windows)
+            with contextlib.nullcontext() if WORLD == 1 or last else network.no_sync():     # gradients meet once a step
+                with autocast:
+                    loss = network(x, y) * (len(x) / len(windows))
+                loss.backward()
+            total = total + loss.detach()
+        return total
+
+    def train_step(step):
+        for group, peak in zip(optimizer.param_groups, peaks):
+            group["lr"] = lr_at(step, peak, s)
+        # A step's batch and its dropout depend on (seed, step) alone: a resumed run needs no random state, and N
+        # processes draw the same sequences as one, each keeping its own share.
+        torch.manual_seed(int(np.random.SeedSequence([s["seed"], step, RANK]).generate_state(1)[0]))
+        windows = get_windows(train, np.random.default_rng([s["seed"], step]), sequences, s["block_size"])
+        loss = gradients(windows[RANK * share:(RANK + 1) * share])
+        if s["grad_clip"]:
+            nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"])
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
     def finish(val_loss, seconds):
         """Text if asked for, then the last line: the result."""
         if s["sample"] and RANK == 0:
@@ -922,6 +952,10 @@ def main():
             f"in {seconds:.0f} s: {out_dir}")
 
     done = start
+    if s["bench"]:
+        if WORLD > 1:
+            fail("--bench times one process: leave out torchrun")
+        return bench(model, network, autocast, gradients, train_step, optimizer, train, s)
     if s["eval_only"]:
         finish(evaluate(), spent)
         return
@@ -1021,26 +1055,12 @@ def main():
         log(step=0, val_loss=evaluate(), lr=0.0, seconds=0.0)
         save()                                      # from here on, whatever happens can be resumed
     for step in range(start, s["steps"]):
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = lr_at(step, peak, s)
-        # A step's batch and its dropout depend on (seed, step) alone: a resumed run needs no random state, and N
-        # processes draw the same sequences as one, each keeping its own share.
-        torch.manual_seed(int(np.random.SeedSequence([s["seed"], step, RANK]).generate_state(1)[0]))
-        windows = get_windows(train, np.random.default_rng([s["seed"], step]), sequences, s["block_size"])
-        windows = windows[RANK * share:(RANK + 1) * share]
-        total = 0.0
-        for i in range(0, share, micro):
-            x, y = inputs_and_targets(windows[i:i + micro], device)
-            last = i + micro >= share
-            with contextlib.nullcontext() if WORLD == 1 or last else network.no_sync():     # gradients meet once a step
-                with autocast:
-                    loss = network(x, y) * (len(x) / share)
-                loss.backward()
-            total = total + loss.detach()
-        if s["grad_clip"]:
-            nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"])
+        evaluate_now = step + 1 == s["steps"] or (step + 1) % s["eval_every"] == 0
+        if probe and evaluate_now:
+            probe.measure_next_step()
+        pending.append(train_step(step))
         done = step + 1
-        evaluate_now = done % s["eval_every"] == 0 or done == s["steps"]
+        bar.update()
         read_now = evaluate_now or done % 10 == 0 or done % s["save_every"] == 0
         stop_now = bool(stopped_by)                 # asked once a step: a signal may come between any two lines
         if WORLD > 1:                               # all stop, or none; agreed upon only when the GPUs are read anyway
@@ -1049,12 +1069,6 @@ def main():
                 torch.distributed.all_reduce(votes)
             stop_now = read_now and votes.item() > 0
         save_now = done % s["save_every"] == 0 or done == s["steps"] or stop_now
-        if probe and evaluate_now:
-            probe.measure_next_step()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        pending.append(total)
-        bar.update()
         if read_now or save_now:
             read_losses()
         if evaluate_now:
@@ -1083,6 +1097,79 @@ def main():
     finish(val_loss, seconds)
     if WORLD > 1:
         torch.distributed.destroy_process_group()
+
+
+def flops_per_token(model, n_layer, n_embd, block_size):
+    """Floating-point operations of a training step for one token: 6 for every weight of a Linear (2 forward and 4
+    backward), and 12 n_layer n_embd block_size for attention, as if no product with masked keys were left out (PaLM:
+    Chowdhery et al. 2022, appendix B)."""
+    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
+    return 6 * weights + 12 * n_layer * n_embd * block_size
+
+
+def bench(model, network, autocast, gradients, train_step, optimizer, train, s):
+    """Time four things in turn, and print their medians: forward and backward on a fixed batch, the optimizer's step,
+    a whole step of training, and the same step as nanoGPT's own loop would do it: eager, with torch's fused AdamW.
+
+    MFU ("model FLOPs utilization"): operations a second, as a share of what a large matrix product reaches here.
+    """
+    sequences = s["batch_size"] * s["grad_accum"]
+    fixed = get_windows(train, np.random.default_rng(0), sequences, s["block_size"])
+    batches = [inputs_and_targets(part, s["device"]) for part in np.array_split(fixed, s["grad_accum"])]
+    other = copy.deepcopy(model)
+    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, fused=True)
+
+    def passes(step):
+        for x, y in batches:
+            with autocast:
+                loss = network(x, y)
+            loss.backward()
+        optimizer.zero_grad(set_to_none=True)
+
+    def update(step):
+        optimizer.step()                            # with the gradients left by gradients(), below
+
+    def bare_loop(step):
+        windows = get_windows(train, np.random.default_rng(step), sequences, s["block_size"])
+        for part in np.array_split(windows, s["grad_accum"]):
+            x, y = inputs_and_targets(part, s["device"])
+            with autocast:
+                loss = other(x, y) / s["grad_accum"]
+            loss.backward()
+        nn.utils.clip_grad_norm_(other.parameters(), s["grad_clip"] or math.inf)
+        other_optimizer.step()
+        other_optimizer.zero_grad(set_to_none=True)
+
+    def product(step):
+        a @ a
+
+    size, dtype = (8192, torch.bfloat16) if s["device"] == "cuda" else (1024, torch.float32)
+    a = torch.ones(size, size, dtype=dtype, device=s["device"])
+    rounds, steps = (10, 5) if s["device"] == "cuda" else (15, 4)
+    times = {kind: [] for kind in (passes, update, train_step, bare_loop, product)}
+    for i in range(-2, rounds):                     # two rounds to warm up
+        for kind, results in times.items():
+            if kind is update:
+                gradients(fixed)
+            if s["device"] == "cuda":
+                torch.cuda.synchronize()
+            began = time.perf_counter()
+            for step in range(steps):
+                kind(step)
+            if s["device"] == "cuda":
+                torch.cuda.synchronize()
+            if i >= 0:
+                results.append((time.perf_counter() - began) / steps)
+            optimizer.zero_grad(set_to_none=True)
+    alone, optimizing, whole, bare, multiplying = (float(np.median(results)) for results in times.values())
+    tokens, rate = sequences * s["block_size"], 2 * size**3 / multiplying
+    flops = flops_per_token(model, s["n_layer"], s["n_embd"], s["block_size"])
+    print(f"{tokens / whole:,.0f} tokens/s, {1e3 * whole:.2f} ms a step: forward and backward {1e3 * alone:.2f}, "
+          f"optimizer {1e3 * optimizing:.2f} ({100 * optimizing / whole:.1f} %), all that is not forward and backward "
+          f"{100 * (1 - alone / whole):.1f} %; MFU {100 * flops * tokens / whole / rate:.1f} % of the "
+          f"{rate / 1e12:.3g} TFLOP/s of a {dtype} product of {size} x {size} matrices".replace("torch.", ""))
+    print(f"a bare eager loop with torch.optim.AdamW(fused=True): {1e3 * bare:.2f} ms a step, {bare / whole:.2f} times "
+          "as long")
 
 
 if __name__ == "__main__":

@@ -875,9 +875,9 @@ def update(direction, work):
 
 
 def block_size(device, compiled):
-    """How many entries to work on at a time. On a CPU the intermediate results of a block stay in its cache, where those
-    of a whole embedding would all go through memory; a call of compiled code costs more than an operation, and has
-    fewer such results. On a GPU blocks only keep them from adding up, and compiled code is not cut."""
+    """How many entries to work on at a time. On a CPU the intermediate results of a block stay in its cache; those of a
+    whole embedding would all go through memory. (A call of compiled code costs more than an operation, and has fewer
+    such results.) On a GPU blocks only keep them from adding up, and compiled code is not cut."""
     if device.type == "cpu":
         return 2**20 if compiled else 2**17
     return sys.maxsize if compiled else 2**23

@@ -2839,6 +2839,18 @@ def test_script_model():
         assert same == (length <= 8), f"token 8 and the prediction after {length} tokens: {'deaf' if same else 'leak'}"
 
 
+def test_script_counts_its_operations():
+    """The formula behind MFU gives what torch counts in a forward and backward pass, product by product."""
+    from torch.utils.flop_counter import FlopCounterMode
+    for arch in (nanogpt_train.GPT(11, 3, 2, 8, 16, 0.0, True, True), nanogpt_train.ModularGPT(11, 3, 2, 8, 16, 0.0)):
+        x = torch.zeros(5, 16, dtype=torch.long)
+        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(
+                torch.nn.attention.SDPBackend.MATH):
+            arch(x, x).backward()
+        claimed, counted = nanogpt_train.flops_per_token(arch, 3, 8, 16) * x.numel(), counter.get_total_flops()
+        assert claimed == counted, f"{type(arch).__name__}: {claimed} claimed, {counted} counted"
+
+
 def test_script_schedule():
     """Warmup is a straight line that never starts at 0; cosine, linear and constant go where their formulas say."""
     for name, middle in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
@@ -3505,7 +3517,7 @@ def test_translate_model():
 
 
 def test_translate_modular_tree():
-    """The modular tree has every matrix once: masses 5, 5, 1, 1 for encoder, decoder, embedding, head, shares by hand."""
+    """The modular tree has every matrix once: masses 5, 5, 1, 1 of encoder, decoder, embedding, head; shares by hand."""
     for norm in ("pre", "post"):
         model = small_translator(norm=norm, modular=True)
         tree, shares = model.modular_tree(), {}
@@ -3766,6 +3778,16 @@ def tiny_runs(folder):
             cifar_train: [*CIFAR_TINY, "--data", folder / "bins", "--epochs", 5],
             translate_train: [*TINY_TRANSLATE, "--data", write_corpus(folder / "corpus"), "--data_dir",
                               folder / "data"]}
+
+
+def test_scripts_bench():
+    """--bench prints how fast training is and where the time of a step goes, and writes nothing."""
+    with temporary_folder() as folder, contextlib.chdir(folder):
+        for script, words in tiny_runs(folder).items():
+            status, out, err = call_main(script, *words, "--out_dir", "new", "--bench")
+            assert status == 0 and re.search(r"[\d,]+ (tokens|images|English tokens)/s", out), f"{script}: {out}{err}"
+            assert re.search(r"outside( of)? forward|is not forward", out), out
+            assert not os.path.exists("new"), script
 
 
 def test_scripts_refuse_foreign_checkpoints():

@@ -205,7 +205,7 @@ def parse_arguments():
     g.add_argument("--track", type=flag, metavar="{0,1}",
                    help="log how far neurons turn, at every evaluation (default 1)")
     g.add_argument("--show_table", action="store_true", help="print the rule, lr and decay of every parameter")
-    g.add_argument("--bench", type=whole(1), metavar="N", help="time N steps of training, then leave; writes nothing")
+    g.add_argument("--bench", action="store_true", help="time a step and its parts, then leave; writes nothing")
     g = p.add_argument_group("translation")
     g.add_argument("--beam", type=whole(1), help="hypotheses kept for every sentence (default 5); 1: greedy")
     g.add_argument("--length_penalty", type=number(0),
@@ -219,7 +219,7 @@ DEFAULTS = dict(opt="adamw", schedule="cosine", batch_size=None, label_smoothing
                 gains="auto", data_dir="data", test=None, device="auto", dtype="auto", track=1, beam=5,
                 length_penalty=1.0)
 # of one command, not of the run: not taken from the checkpoint on resuming
-COMMAND = dict(show_table=False, eval_only=False, translate=None, bench=None)
+COMMAND = dict(show_table=False, eval_only=False, translate=None, bench=False)
 # what may differ when a run is resumed; everything else is part of what the checkpoint means
 FREE_ON_RESUME = {"resume", "steps", "epochs", "out_dir", "data_dir", "test", "save_every", "eval_every", "device",
                   "dtype", "compile", "track", "beam", "length_penalty", *COMMAND}
@@ -1478,7 +1478,7 @@ def main():
 
     done = start
     if s["bench"]:
-        return bench(s["bench"], train_on, update, train.tokens_per_batch, device)
+        return bench(train_on, update, train.tokens_per_batch, device)
     if s["eval_only"]:
         score, decoding, hypotheses = test()
         finish(score, decoding, hypotheses, evaluate(), spent)
@@ -1616,13 +1616,15 @@ def main():
     finish(score, decoding, hypotheses, val_loss, seconds)
 
 
-def bench(count, train_on, update, tokens, device):
-    """--bench: how many tokens a second training handles, and how much of a step is neither forward nor backward pass.
-    On a GPU the two are measured apart, each waiting for the other, which real training does not."""
+def bench(train_on, update, tokens, device):
+    """How many tokens a second training handles, and how much of a step is neither forward nor backward pass. On a GPU
+    the two are measured apart, each waiting for the other, which real training does not."""
     def now():
         if device == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    count = 100 if device == "cuda" else 20
     for step in range(3):                           # what compiles or is allocated once
         train_on(step)
         update(step)
