@@ -14,8 +14,9 @@ are resumed from their checkpoints. With the same command
                         ... --print_commands | xargs -P2 -I{} sh -c {}       or GNU parallel, or a Slurm array
 
 A key of --grid, --fixed or --space is a flag of the script, without dashes; what the script has no flag for goes into
-its --opt_kwargs. Every run has a folder of its own under --out_dir, named by a hash of the script and its flags. Only
-its log.jsonl is read: the last line has "final": true and bleu, test_acc, val_acc (more is better) or val_loss.
+its --opt_kwargs. (Two options of optimizers are called like flags: write opt_kwargs.dtype and opt_kwargs.seed.) Every
+run has a folder of its own under --out_dir, named by a hash of the script and its flags. Only its log.jsonl is read:
+the last line has "final": true and bleu, test_acc, val_acc (more is better) or val_loss.
 
 Exit status: 0 all runs are done or have diverged, which is a result; 1 some failed or were killed, 2 bad input, 130 or
 143 stopped by Ctrl-C or SIGTERM, after the runs have saved. `kill -9` leaves the runs alone: they go on to their end,
@@ -198,7 +199,7 @@ def settings(texts, flag):
     found = {}
     for token in re.findall(r"(?:\([^()]*\)|\S)+", " ".join(texts or [])):
         key, equals, value = token.partition("=")
-        if not equals or not value or not re.fullmatch(r"[A-Za-z]\w*", key):
+        if not equals or not value or not re.fullmatch(r"(opt_kwargs\.)?[A-Za-z]\w*", key):
             fail(f"{flag} {token}: write it as KEY=VALUE, the key without dashes")
         if key in found:
             fail(f"{flag} has {key} twice: give all its values at once")
@@ -320,7 +321,7 @@ class Run:
     def arguments(self, known):
         """The command line; known: flags_of(self.script)."""
         flags = [f"--{key}={value}" for key, value in self.flags if key in known]
-        others = [f"{key}={value}" for key, value in self.flags if key not in known]
+        others = [f"{key.removeprefix('opt_kwargs.')}={value}" for key, value in self.flags if key not in known]
         return flags + (["--opt_kwargs", *others] if others else [])
 
     def words(self, without=()):
@@ -1129,13 +1130,17 @@ def half_precision(lab):
     """Claim    Without roots and inverses Shampoo runs in bfloat16 throughout: as good as in float32, and faster
              than Shampoo, whose roots need float32. [RF]
     Done     if_shampoo with all its state and arithmetic in bfloat16 and in float32, and shampoo, which refreshes its
-             roots as often (every 2nd step); three seeds, one run at a time for the clock's sake.
+             roots as often (every 2nd step), each at the best of four lrs (chosen in float32, with one seed); three
+             other seeds, one run at a time for the clock's sake.
     Held if  bfloat16's mean loss is at most 0.02 above float32's and shampoo's, and its step takes less time than
              either's."""
-    lab.jobs, steps = 1, 300
-    kinds = {"if_shampoo, bfloat16": dict(opt="if_shampoo", dtype="bfloat16"),
-             "if_shampoo, float32": dict(opt="if_shampoo", dtype="float32"),
-             "shampoo, float32": dict(opt="shampoo", update_every=2)}
+    steps, lrs = 300, {"if_shampoo": (1e-3, 2e-3, 4e-3, 8e-3), "shampoo": (3e-4, 6e-4, 1.2e-3, 2.4e-3)}
+    tuning = lab.results([half_run(lab, steps, dict(opt=opt, lr=lr, update_every=2), 0)
+                          for opt in lrs for lr in lrs[opt]])
+    lr = {opt: by_setting([result for result in tuning if result.run["opt"] == opt])[0].flags["lr"] for opt in lrs}
+    kinds = {f"{opt}, {dtype}": {"opt": opt, "lr": lr[opt], "update_every": 2, "opt_kwargs.dtype": dtype}
+             for opt, dtype in (("if_shampoo", "bfloat16"), ("if_shampoo", "float32"), ("shampoo", "float32"))}
+    lab.jobs = 1
     results = lab.results([half_run(lab, steps, h, seed) for h in kinds.values() for seed in (1, 2, 3)])
     found = {name: Setting({}, results[3 * i:3 * i + 3]) for i, name in enumerate(kinds)}
 
@@ -1145,8 +1150,8 @@ def half_precision(lab):
         return 1e3 * (end["seconds"] - middle["seconds"]) / (end["step"] - middle["step"])
     took = {name: statistics.median(milliseconds(result) for result in s.results) for name, s in found.items()}
     half, single, roots = kinds
-    rows = [["optimizer", "val_loss", "ms per step"]]
-    rows += [[name, s.words(), f"{took[name]:.1f}"] for name, s in found.items()]
+    rows = [["optimizer", "lr", "val_loss", "ms per step"]]
+    rows += [[name, kinds[name]["lr"], s.words(), f"{took[name]:.1f}"] for name, s in found.items()]
     checks = [(f"val_loss {found[half].words()} in bfloat16, {found[other].words()} of {other}",
                found[half].score <= found[other].score + 0.02) for other in (single, roots)]
     checks += [(f"{took[half]:.1f} ms per step in bfloat16, {took[other]:.1f} of {other}", took[half] < took[other])
@@ -1221,7 +1226,7 @@ def planned(args, known):
         if key not in known:
             import optim                            # it takes seconds, and mostly nobody needs to know
             takes = {name for kind in optim.OPTIMIZERS.values() for name in kind.takes()}
-            if key not in takes:
+            if key.removeprefix("opt_kwargs.") not in takes:
                 near = difflib.get_close_matches(key, known | takes, n=1)
                 fail(f"{key} is neither a flag of {args.script} nor an option of an optimizer: " +
                      (f"did you mean {near[0]}?" if near else f"python {args.script} --help lists the flags"))

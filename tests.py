@@ -3517,7 +3517,7 @@ def test_translate_model():
 
 
 def test_translate_modular_tree():
-    """The modular tree has every matrix once: masses 5, 5, 1, 1 of encoder, decoder, embedding, head; shares by hand."""
+    """The modular tree has every matrix once; shares by hand, masses 5, 5, 1, 1."""
     for norm in ("pre", "post"):
         model = small_translator(norm=norm, modular=True)
         tree, shares = model.modular_tree(), {}
@@ -4070,8 +4070,10 @@ def test_sweep_values():
     assert one.name == sweep.Run.of("/else/nanogpt_train.py", {"opt": "sgd", "lr": 0.001}).name
     assert one.name != sweep.Run.of("nanogpt_train.py", {"opt": "sgd", "lr": 0.002}).name
     known = sweep.flags_of("nanogpt_train.py")
-    run = sweep.Run.of("nanogpt_train.py", {"lr": "1e-3", "damping": "1e-6", "graft": "sgd"})
-    assert run.arguments(known) == ["--lr=0.001", "--opt_kwargs", "damping=1e-06", "graft=sgd"]
+    run = sweep.Run.of("nanogpt_train.py", {"lr": "1e-3", "damping": "1e-6", "graft": "sgd", "dtype": "float32",
+                                            "opt_kwargs.dtype": "bfloat16"})
+    assert run.arguments(known) == ["--dtype=float32", "--lr=0.001", "--opt_kwargs", "damping=1e-06", "graft=sgd",
+                                    "dtype=bfloat16"]
 
 
 def test_sweep_report():
