@@ -1096,7 +1096,8 @@ def main():
         val_loss, seconds = evaluate(), spent
     finish(val_loss, seconds)
     if WORLD > 1:
-        torch.distributed.destroy_process_group()
+        torch.distributed.barrier()                 # gloo's threads must be idle: freeing a tensor there, while the main
+        torch.distributed.destroy_process_group()   # thread waits for them with Python's lock held, would be a deadlock
 
 
 def flops_per_token(model, n_layer, n_embd, block_size):

@@ -1974,6 +1974,7 @@ def replica(rank, folder):
         train(model, make(name, model.parameters()), [normal(t, 8, 6).chunk(2)[rank] for t in range(5)])
         weights[name] = values(model.parameters())
     torch.save(weights, f"{folder}/{rank}.pt")
+    torch.distributed.barrier()                     # see the end of nanogpt_train.py's main
     torch.distributed.destroy_process_group()
 
 
