@@ -2086,11 +2086,16 @@ WALKS = [
 NEURONS, C = 64, 256
 
 
+def fail(message):
+    """Bad input: one line, and status 2."""
+    print(f"optim.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
 def lesson(plot=None):
     """Print the table of optimizers and the random walk; with `plot`, draw the walk into that file as well."""
     if plot and not importlib.util.find_spec("matplotlib"):
-        print("optim.py: --plot needs matplotlib: pip install matplotlib", file=sys.stderr)
-        sys.exit(2)
+        fail("--plot needs matplotlib: pip install matplotlib")
     torch.manual_seed(0)
     print("An optimizer is a direction (which way) times a geometry (how far, on which surface).\n")
     print(f"{'name':22s} {'geometry':11s} {'state':>12s}   direction")
@@ -2163,8 +2168,7 @@ def draw(walks, path):
     try:
         figure.savefig(path, dpi=150)
     except (OSError, ValueError) as error:          # no such folder; no such format
-        print(f"optim.py: cannot draw {path}: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"cannot draw {path}: {error}")
     print(f"\nfigure: {path}")
 
 
@@ -2232,6 +2236,7 @@ def main():
     parser.add_argument("--plot", metavar="FILE", help="also draw norm and angle over the steps (.png, .pdf, .svg)")
     parser.add_argument("--bench", metavar="NAME", nargs="*",
                         help="instead: time one step of these optimizers, or of all (a minute each: they get compiled)")
+    parser.error = fail                             # argparse would print how to use it, too
     args = parser.parse_args()
     if args.bench is None:
         lesson(args.plot)
@@ -2239,8 +2244,7 @@ def main():
     try:
         names = [name for name in args.bench if find(name)] or list(OPTIMIZERS)
     except ValueError as error:
-        print(f"optim.py: {error}", file=sys.stderr)
-        sys.exit(2)
+        fail(error)
     bench(names)
 
 

@@ -3975,9 +3975,10 @@ def test_scripts_downloads():
 
 
 def test_optim_bad_input():
-    """python optim.py --bench with a name that is none: exit status 2 and one line with the nearest that is one."""
+    """python optim.py with a flag or a name that is none: exit status 2 and one line that says so."""
     with temporary_folder() as folder:
         check_refused(optim, folder, ["--bench", "rotational_lyon"], "did you mean 'rotational_lion'")
+        check_refused(optim, folder, ["--benchh"], "unrecognized arguments: --benchh")
 
 
 # ======================================================================================================================
