@@ -2218,9 +2218,9 @@ def bench(names):
     for name in names:
         kind = OPTIMIZERS[name]
         options = {"batch_size": 1024} if "batch_size" in kind.takes() else {}
-        embeddings = {"params": params[:2]} | ({"norm": "rows"} if kind.geometry is MODULAR else {})
         line = f"{name:24s} {state_bytes(kind):5.1f} B/weight"
         for compiled in (False, True):
+            embeddings = {"params": params[:2]} | ({"norm": "rows"} if kind.geometry is MODULAR else {})
             optimizer = kind([embeddings, {"params": params[2:]}], lr=1e-6, compile=compiled, **options)
             first = milliseconds(optimizer.step)    # makes the state, and the code
             optimizer.param_groups[0]["lr"] /= 2
