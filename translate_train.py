@@ -79,8 +79,9 @@ PRESETS = {
 # Tuned for the main job (the cpu preset on numbers), which is easier on optimizers than language is: the values of
 # nanogpt_train.py with another lr, by the validation loss after 400 of the 1000 steps, one seed. adamw, sgd, lion,
 # modular_adam, _sgd and _lion had two to four such runs, the others one; most modular ones share an lr. max_dim: the
-# Shampoos keep a diagonal for the vocabulary, whose matrix would take most of their time. modular_lion is the one that
-# does not learn the task in 1000 steps, at none of five learning rates.
+# Shampoos keep a diagonal for the vocabulary, whose matrix would take most of their time. modular_lion wants a shorter
+# memory than lion: with (0.9, 0.99) it reached BLEU 36 (and with a long warmup 86), with these betas 99. A sign never
+# fades, and neither does the step of a token's row, which goes on in its last direction until the token comes again.
 TUNED = {
     "sgd": dict(lr=0.2, momentum=0.9, weight_decay=1e-4),
     "adam": dict(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0),
@@ -94,7 +95,7 @@ TUNED = {
     "if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0, max_dim=512),
     "modular_sgd": dict(lr=0.08, momentum=0.9, weight_decay=0.0),
     "modular_adam": dict(lr=0.08, betas=(0.9, 0.99), weight_decay=0.0),
-    "modular_lion": dict(lr=0.15, betas=(0.9, 0.99), weight_decay=0.0),
+    "modular_lion": dict(lr=0.08, betas=(0.9, 0.9), weight_decay=0.0),
     "modular_rmsprop": dict(lr=0.08, alpha=0.99, momentum=0.9, weight_decay=0.0),
     "modular_rf_rmsprop": dict(lr=0.08, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
     "modular_rf_adamw": dict(lr=0.08, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.0),
