@@ -80,8 +80,7 @@ PRESETS = {
 # nanogpt_train.py with another lr, by the validation loss after 400 of the 1000 steps, one seed. adamw, sgd, lion,
 # modular_adam, _sgd and _lion had two to four such runs, the others one; most modular ones share an lr. max_dim: the
 # Shampoos keep a diagonal for the vocabulary, whose matrix would take most of their time. modular_lion wants a shorter
-# memory than lion: with (0.9, 0.99) it reached BLEU 36 (and with a long warmup 86), with these betas 99. A sign never
-# fades, and neither does the step of a token's row, which goes on in its last direction until the token comes again.
+# memory than lion: with (0.9, 0.99) it reached BLEU 36 (and with a long warmup 86), with these betas 99.
 TUNED = {
     "sgd": dict(lr=0.2, momentum=0.9, weight_decay=1e-4),
     "adam": dict(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0),
