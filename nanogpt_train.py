@@ -1096,8 +1096,8 @@ def main():
         val_loss, seconds = evaluate(), spent
     finish(val_loss, seconds)
     if WORLD > 1:
-        torch.distributed.barrier()                 # gloo's threads must be idle: freeing a tensor there, while the main
-        torch.distributed.destroy_process_group()   # thread waits for them with Python's lock held, would be a deadlock
+        torch.distributed.barrier()                 # gloo's threads must be idle: to free a tensor there, while the main
+        torch.distributed.destroy_process_group()   # thread waits for them with Python's lock held, is a deadlock
 
 
 def flops_per_token(model, n_layer, n_embd, block_size):
@@ -1119,6 +1119,11 @@ def bench(model, network, autocast, gradients, train_step, optimizer, train, s):
     batches = [inputs_and_targets(part, s["device"]) for part in np.array_split(fixed, s["grad_accum"])]
     other = copy.deepcopy(model)
     other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, fused=True)
+
+    def now():
+        if s["device"] == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def passes(step):
         for x, y in batches:
@@ -1152,15 +1157,12 @@ def bench(model, network, autocast, gradients, train_step, optimizer, train, s):
         for kind, results in times.items():
             if kind is update:
                 gradients(fixed)
-            if s["device"] == "cuda":
-                torch.cuda.synchronize()
-            began = time.perf_counter()
+            began = now()
             for step in range(steps):
                 kind(step)
-            if s["device"] == "cuda":
-                torch.cuda.synchronize()
+            took = (now() - began) / steps
             if i >= 0:
-                results.append((time.perf_counter() - began) / steps)
+                results.append(took)
             optimizer.zero_grad(set_to_none=True)
     alone, optimizing, whole, bare, multiplying = (float(np.median(results)) for results in times.values())
     tokens, rate = sequences * s["block_size"], 2 * size**3 / multiplying

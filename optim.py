@@ -908,8 +908,10 @@ def working_copy(p):
 
 def update_compiled(direction, work):
     """`update` through torch.compile: all small tensors in one piece of code, and each block of a large one."""
-    small = [job for job in work if job[1].numel() <= block_size(job[1].device, True)]
-    large = [job for job in work if job[1].numel() > block_size(job[1].device, True)]
+    small, large = [], []
+    for job in work:
+        _, p, _, _, _ = job
+        (small if p.numel() <= block_size(p.device, compiled=True) else large).append(job)
     for batch in filter(None, [small, *([job] for job in blocks(direction, large, compiled=True))]):
         compiled_update(direction, tuple(p.shape for _, p, _, _, _ in batch))(direction, batch)
 
@@ -919,7 +921,7 @@ def compiled_update(direction, shapes):
     """torch.compile of `update` for parameters of these shapes. Each gets a code object of its own: torch.compile keeps
     its versions of a function, and counts them against a limit, per code object."""
     own = types.FunctionType(update.__code__.replace(co_name=f"update_{direction.update.__name__}"), globals())
-    # On a CPU torch's compiler (2.11 to 2.13) fails with KeyError 'buf1' on the loops of an embedding under `modular`, if
+    # On a CPU torch's compiler (2.11 to 2.13) fails with KeyError 'buf1' on the loops of an embedding under `modular` if
     # it may fuse loops that stand side by side. Without that it is about as fast. GPUs do not know the option.
     return torch.compile(own, dynamic=False, options={"cpp.max_horizontal_fusion_size": 1})
 
@@ -2218,7 +2220,8 @@ def bench(names):
     for name in names:
         kind = OPTIMIZERS[name]
         options = {"batch_size": 1024} if "batch_size" in kind.takes() else {}
-        line = f"{name:24s} {state_bytes(kind):5.1f} B/weight"
+        state = state_bytes(kind)
+        line = f"{name:24s} {state:5.1f} B/weight"
         for compiled in (False, True):
             embeddings = {"params": params[:2]} | ({"norm": "rows"} if kind.geometry is MODULAR else {})
             optimizer = kind([embeddings, {"params": params[2:]}], lr=1e-6, compile=compiled, **options)
@@ -2227,7 +2230,7 @@ def bench(names):
             optimizer.step()
             time_of_one, ratio = in_turn(optimizer.step, fused.step)
             line += f" {time_of_one:8.1f} ms {ratio:5.2f}x"
-        reached = count * (12 + 2 * state_bytes(kind)) / time_of_one / bandwidth
+        reached = count * (12 + 2 * state) / time_of_one / bandwidth
         print(f"{line} {reached:10.0%} {first / 1e3:7.1f} s", flush=True)
 
 
