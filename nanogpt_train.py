@@ -1096,8 +1096,8 @@ def main():
         val_loss, seconds = evaluate(), spent
     finish(val_loss, seconds)
     if WORLD > 1:
-        torch.distributed.barrier()                 # gloo's threads must be idle: to free a tensor there, while the main
-        torch.distributed.destroy_process_group()   # thread waits for them with Python's lock held, is a deadlock
+        torch.distributed.barrier()                 # gloo's threads must be idle: to free a tensor there, while main
+        torch.distributed.destroy_process_group()   # waits for them with Python's lock held, is a deadlock
 
 
 def flops_per_token(model, n_layer, n_embd, block_size):

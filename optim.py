@@ -921,8 +921,8 @@ def compiled_update(direction, shapes):
     """torch.compile of `update` for parameters of these shapes. Each gets a code object of its own: torch.compile keeps
     its versions of a function, and counts them against a limit, per code object."""
     own = types.FunctionType(update.__code__.replace(co_name=f"update_{direction.update.__name__}"), globals())
-    # On a CPU torch's compiler (2.11 to 2.13) fails with KeyError 'buf1' on the loops of an embedding under `modular` if
-    # it may fuse loops that stand side by side. Without that it is about as fast. GPUs do not know the option.
+    # On a CPU torch's compiler (2.11 to 2.13) fails (KeyError 'buf1') on the loops of an embedding under `modular`
+    # if it may fuse loops that stand side by side. Without that it is about as fast. GPUs do not know the option.
     return torch.compile(own, dynamic=False, options={"cpp.max_horizontal_fusion_size": 1})
 
 
