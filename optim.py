@@ -365,7 +365,7 @@ def if_shampoo(g, state, h, decay=0):
         for i, k in enumerate(K):
             rest, c = x.numel() / len(k), 1                                     # products over the other modes:
             for other in K[:i] + K[i + 1:]:                                     # of d_j, and of ||K_j||^2 / d_j
-                c = c * (other * other).sum() / len(other)
+                c = c * torch.linalg.vector_norm(other) ** 2 / len(other)
             # K has d_i^2 entries, and each pass over them counts: the products bring the factors of the sum with them
             curvature, damped = second_moment(A, i, k.dim() == 1), k * (h["damping"] * c / 2) ** 0.5
             if k.dim() == 1:
