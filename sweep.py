@@ -16,7 +16,8 @@ are resumed from their checkpoints. With the same command
 A key of --grid, --fixed or --space is a flag of the script, without dashes; what the script has no flag for goes into
 its --opt_kwargs. (Two options of optimizers are called like flags: write opt_kwargs.dtype and opt_kwargs.seed.) Every
 run has a folder of its own under --out_dir, named by a hash of the script and its flags. Only its log.jsonl is read:
-the last line has "final": true and bleu, test_acc, val_acc (more is better) or val_loss.
+the last line has "final": true and bleu, test_acc, val_acc (more is better) or val_loss: the first of them that is
+there counts, or the one that --metric names (what is tuned on a test set proves nothing there any more).
 
 Exit status: 0 all runs are done or have diverged, which is a result; 1 some failed or were killed, 2 bad input, 130 or
 143 stopped by Ctrl-C or SIGTERM, after the runs have saved. `kill -9` leaves the runs alone: they go on to their end,
@@ -116,6 +117,7 @@ def parse_arguments():
     g.add_argument("--run", metavar="HASH", help="do this one run: what the printed commands say")
     g = p.add_argument_group("what to see")
     g.add_argument("--report", action="store_true", help="run nothing, show what is there")
+    g.add_argument("--metric", choices=tuple(METRICS), help="what counts (default: the first of these that is there)")
     g.add_argument("--plot", metavar="FILE", help="draw it: .png, .pdf, .svg (needs matplotlib)")
     g.add_argument("--csv", metavar="FILE", help="one line a run, with all its flags")
     return p.parse_args()
@@ -137,8 +139,8 @@ def settle(args):
             near = difflib.get_close_matches(args.experiment, EXPERIMENTS, n=1)
             fail(f"--experiment {args.experiment}: " + (f"did you mean {near[0]}?" if near else
                                                         f"there are {', '.join(EXPERIMENTS)}"))
-        if general:
-            fail(f"--experiment {args.experiment} has its own settings: leave out {general[0]}")
+        if own := general + given("metric"):
+            fail(f"--experiment {args.experiment} has its own settings: leave out {own[0]}")
     elif args.scale:
         fail("--scale is for --experiment: leave it out")
     if len(kinds) > 1:
@@ -336,10 +338,11 @@ class Result:
     state: str = "unfinished"
     last: dict = field(default_factory=dict)
     message: str = ""                               # of one that diverged or failed: the last line it wrote to stderr
+    metrics: tuple = tuple(METRICS)                 # the first of these that it has is its result
 
     @property
     def metric(self):
-        return next((name for name in METRICS if name in self.last), None)
+        return next((name for name in self.metrics if name in self.last), None)
 
     @property
     def value(self):
@@ -371,16 +374,16 @@ def read_log(folder):
     return records
 
 
-def read_result(run, folder):
+def read_result(run, folder, metrics):
     """Look into its folder. A log that has its last line counts, whatever happened to the process after that."""
-    log = read_log(folder)
+    log, result = read_log(folder), Result(run, folder, metrics=metrics)
     if log and log[-1].get("final"):
-        return Result(run, folder, "done", log[-1])
-    try:
+        result.state, result.last = "done", log[-1]
+        return result
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no such file: it did not come to an end
         end = json.loads((folder / "failed.json").read_text())
-        return Result(run, folder, "diverged" if end["status"] == 3 else "failed", message=end["message"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return Result(run, folder)
+        result.state, result.message = "diverged" if end["status"] == 3 else "failed", end["message"]
+    return result
 
 
 def read_runs(out_dir):
@@ -461,10 +464,11 @@ class Lab:
         self.out_dir, self.scale, self.jobs, self.retry = args.out_dir, args.scale, args.jobs, args.retry
         self.keep_checkpoints, self.strict = args.keep_checkpoints, bool(args.experiment)
         self.mode = "report" if args.report else "print" if args.print_commands else "run"
+        self.metrics = (args.metric,) if args.metric else tuple(METRICS)
         self.asked = []
 
     def result(self, run):
-        return read_result(run, self.out_dir / run.name)
+        return read_result(run, self.out_dir / run.name, self.metrics)
 
     def is_open(self, result):
         return result.state == "unfinished" or result.state == "failed" and self.retry
@@ -1268,6 +1272,10 @@ def main():
     results = [lab.result(run) for run in lab.asked or read_runs(lab.out_dir)]
     if not results:
         fail(f"{lab.out_dir} holds no runs: was the sweep started with another --out_dir?")
+    done = [result for result in results if result.state == "done"]
+    if done and not any(result.metric for result in done):
+        fail(f"--metric {args.metric}: no run has it; they have "
+             f"{', '.join(name for name in METRICS if name in done[0].last) or 'none of the others either'}")
     if not args.experiment:
         print(report(results))
     if args.csv:

@@ -4111,6 +4111,22 @@ def test_sweep_report():
         assert sorted(starts(folder / "out").values()) == [1] * 18 + [2] * 6, "only what failed runs again"
 
 
+def test_sweep_metric():
+    """Two runs, one better on the test set, one on the validation set: --metric says which of them comes first."""
+    with temporary_folder() as folder:
+        for lr, bleu, val_loss in (("1", 20.0, 0.5), ("2", 10.0, 0.25)):
+            run = sweep.Run.of("translate_train.py", {"lr": lr})
+            home = folder / "out" / run.name
+            home.mkdir(parents=True)
+            (home / "run.json").write_text(json.dumps({"script": "translate_train.py", "flags": {"lr": lr}}))
+            (home / "log.jsonl").write_text(json.dumps({"bleu": bleu, "val_loss": val_loss, "final": True}) + "\n")
+        show = ("--script", "translate_train.py", "--report", "--out_dir", str(folder / "out"))
+        for flags, words in (((), ["20.00", "1", "1"]), (("--metric", "val_loss"), ["0.2500", "1", "2"])):
+            out, _ = run_script(sweep, folder, *show, *flags)
+            assert out.splitlines()[3].split() == words, out
+        check_refused(sweep, folder, (*show, "--metric", "val_acc"), "no run has it; they have bleu, val_loss")
+
+
 def test_sweep_killed_at_any_moment():
     """Killed by SIGKILL ten times, a sweep gives the report of one never killed, and starts no finished run again."""
     chance = random.Random(0)
@@ -4220,6 +4236,7 @@ def test_sweep_bad_input():
            (("--two_stage", "--runs", "4", "--space", "lr=log(1,2)"), "'4'"), ((*grid, "--seed", "1"), "random draws"),
            ((*grid, "--seeds", "2", "--fixed", "seed=1"), "seed="), (("--experiment", "warmpu"), "warmup"),
            (("--experiment", "warmup", *grid), "--grid"), ((*grid, "--scale", "gpu"), "--experiment"),
+           (("--experiment", "warmup", "--metric", "bleu"), "--metric"), ((*grid, "--metric", "loss"), "'loss'"),
            ((*grid, "--script", "nanogtp_train.py"), "no such file"), ((*grid, "--plot", "x.exe"), ".png"),
            ((*grid, "--csv", "no/such/x.csv"), "no such folder"), (("--report", "--out_dir", "no/such"), "no runs"),
            (("--run", "abc"), "--out_dir"), (("--run", "abc", "--out_dir", "no/such"), "no such run"),
