@@ -826,6 +826,15 @@ class ConvMixer(nn.Module):
         return self.head(h.mean((2, 3)))
 
 
+def attend(q, k, v, **how):
+    """torch's attention; in float32 on a CPU, even under autocast to bfloat16, whose kernel there takes two to six times
+    as long to go backward. (On a GPU bfloat16 is the fast one.)"""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):      # it would cast them back
+        return F.scaled_dot_product_attention(q, k, v, **how)
+
+
 class ViTBlock(nn.Module):
     def __init__(self, width, parts):
         super().__init__()
@@ -837,7 +846,7 @@ class ViTBlock(nn.Module):
     def forward(self, x):                                                           # (B, T, C)
         B, T, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)                                 # (B, heads, T, C / heads)
+        y = attend(q, k, v)                                                         # (B, heads, T, C / heads)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 

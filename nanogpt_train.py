@@ -574,6 +574,15 @@ class Linear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
+def attend(q, k, v, **how):
+    """torch's attention; in float32 on a CPU, even under autocast to bfloat16, whose kernel there takes two to six times
+    as long to go backward. (On a GPU bfloat16 is the fast one.)"""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        q, k, v = q.float(), k.float(), v.float()
+    with torch.autocast("cpu", enabled=False):      # it would cast them back
+        return F.scaled_dot_product_attention(q, k, v, **how)
+
+
 class Attention(nn.Module):
     def __init__(self, n_head, n_embd, dropout, bias, gain):
         super().__init__()
@@ -585,7 +594,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # each (B, H, T, C / H)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = attend(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -677,7 +686,7 @@ class ModularBlock(nn.Module):
         q, k, v = (layer(h).view(B, T, self.n_head, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
         # The paper divides the logits by d = C / H, not by its root, and q, k and v by 3 each, which gives attention
         # sensitivity 1. Both together: logits over 9 d, and the output over 3.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.n_head / (9 * C)) / 3
+        y = attend(q, k, v, is_causal=True, scale=self.n_head / (9 * C)) / 3
         x = torch.lerp(x, self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C))), self.s)
         h = math.sqrt(2) * F.gelu(self.up(parameter_free_norm(x)))         # gelu alone has sensitivity 1 / sqrt(2)
         return torch.lerp(x, self.dropout(self.down(h)), self.s)
@@ -1110,7 +1119,8 @@ def flops_per_token(model, n_layer, n_embd, block_size):
 
 def bench(model, network, autocast, gradients, train_step, optimizer, train, s):
     """Time four things in turn, and print their medians: forward and backward on a fixed batch, the optimizer's step,
-    a whole step of training, and the same step as nanoGPT's own loop would do it: eager, with torch's fused AdamW.
+    a whole step of training, and the same step as nanoGPT's own loop would do it: eager, with torch's fused AdamW, and
+    on a CPU in float32, whatever --dtype is.
 
     MFU ("model FLOPs utilization"): operations a second, as a share of what a large matrix product reaches here.
     """
@@ -1139,7 +1149,7 @@ def bench(model, network, autocast, gradients, train_step, optimizer, train, s):
         windows = get_windows(train, np.random.default_rng(step), sequences, s["block_size"])
         for part in np.array_split(windows, s["grad_accum"]):
             x, y = inputs_and_targets(part, s["device"])
-            with autocast:
+            with autocast if s["device"] == "cuda" else contextlib.nullcontext():
                 loss = other(x, y) / s["grad_accum"]
             loss.backward()
         nn.utils.clip_grad_norm_(other.parameters(), s["grad_clip"] or math.inf)
@@ -1149,7 +1159,8 @@ def bench(model, network, autocast, gradients, train_step, optimizer, train, s):
     def product(step):
         a @ a
 
-    size, dtype = (8192, torch.bfloat16) if s["device"] == "cuda" else (1024, torch.float32)
+    size = 8192 if s["device"] == "cuda" else 1024
+    dtype = torch.bfloat16 if isinstance(autocast, torch.autocast) else torch.float32
     a = torch.ones(size, size, dtype=dtype, device=s["device"])
     rounds, steps = (10, 5) if s["device"] == "cuda" else (15, 4)
     times = {kind: [] for kind in (passes, update, train_step, bare_loop, product)}

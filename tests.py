@@ -3780,6 +3780,17 @@ def tiny_runs(folder):
                               folder / "data"]}
 
 
+def test_scripts_attention_on_a_cpu():
+    """Under autocast to bfloat16 a CPU computes attention in float32: equal to the formula in float64 to 1e-5."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, 20, 8).bfloat16() for _ in range(3))
+    Q, K, V = (x.double() for x in (q, k, v))
+    expected = (Q @ K.mT / math.sqrt(8)).masked_fill(torch.ones(20, 20).triu(1).bool(), -math.inf).softmax(-1) @ V
+    for script in (nanogpt_train, cifar_train, translate_train):
+        with torch.autocast("cpu", torch.bfloat16):
+            close(script.attend(q, k, v, is_causal=True), expected, 1e-5, script.__name__)
+
+
 def test_scripts_bench():
     """--bench prints how fast training is and where the time of a step goes, and writes nothing."""
     with temporary_folder() as folder, contextlib.chdir(folder):
