@@ -77,6 +77,7 @@ import importlib.util
 import inspect
 import itertools
 import math
+import os
 import statistics
 import sys
 import time
@@ -2252,4 +2253,9 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+        sys.stdout.flush()                          # here, where a pipe that nobody reads can be caught
+    except BrokenPipeError:                         # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -3791,6 +3791,20 @@ def test_scripts_attention_on_a_cpu():
             close(script.attend(q, k, v, is_causal=True), expected, 1e-5, script.__name__)
 
 
+def test_scripts_into_a_closed_pipe():
+    """`script | head`: no traceback when nobody reads the output any more."""
+    with temporary_folder() as folder:
+        runs = [(script, [*words, "--out_dir", script.__name__]) for script, words in tiny_runs(folder).items()]
+        for script, words in [*runs, (optim, [])]:
+            read, write = os.pipe()
+            os.close(read)
+            done = subprocess.run([sys.executable, *command_line(script, words)], cwd=folder, stdout=write,
+                                  stderr=subprocess.PIPE, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"})
+            os.close(write)
+            assert done.returncode == 1 and "Traceback" not in done.stderr, f"{script.__name__}: {done.stderr}"
+            assert "BrokenPipe" not in done.stderr, f"{script.__name__}: {done.stderr}"
+
+
 def test_scripts_bench():
     """--bench prints how fast training is and where the time of a step goes, and writes nothing."""
     with temporary_folder() as folder, contextlib.chdir(folder):

@@ -1651,5 +1651,9 @@ def bench(train_on, update, tokens, device):
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()                          # here, where a pipe that nobody reads can be caught
     except KeyboardInterrupt:                       # before training: nothing to save yet
         sys.exit(130)
+    except BrokenPipeError:                         # `| head` has seen enough; ckpt.pt is there to go on from
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
