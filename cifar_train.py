@@ -1075,18 +1075,23 @@ def loss_of(logits, y, kind, smoothing=0.0):
 
 
 @contextlib.contextmanager
-def memory_errors_in_words():
-    """A model or a batch that no memory can hold: bad input like any other."""
+def torch_errors_in_words():
+    """A model or a batch that no memory can hold, and --compile without a compiler: bad input like any other."""
     try:
         yield
     except (MemoryError, RuntimeError, ValueError) as error:        # torch has no class of its own for it on the CPU
-        words = "out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big"
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            fail(f"torch.compile fails here: {reason[:200]}. It needs a C++ compiler, and Triton on a GPU; --compile 0 "
+                 "does without")
+        words = ("out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big|"
+                 "CUBLAS_STATUS_ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         fail("out of memory: make the model or the batch smaller")
 
 
-@memory_errors_in_words()
+@torch_errors_in_words()
 def main():
     args = parse_arguments()
     given = explicit(args)
@@ -1132,7 +1137,8 @@ def main():
     # ---- model and optimizer
     torch.manual_seed(s["seed"])
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
+        torch.set_float32_matmul_precision("highest" if s["opt"].endswith("shampoo") else "high")
         torch.backends.cudnn.benchmark = True       # all batches are alike: worth looking for the fastest algorithm
     model = make_model(s, images.n_classes).to(device, memory_format=torch.channels_last)
     hyper = s["hyper"] | ({"dtype": getattr(torch, s["hyper"]["dtype"])} if "dtype" in s["hyper"] else {})
@@ -1155,7 +1161,10 @@ def main():
                                                     ("step", "seconds", "loss_sum", "right_sum", "count"))
     probe = optim.RotationProbe(optimizer) if s["track"] else None
     network = torch.compile(model) if s["compile"] else model
-    dtype = s["dtype"] if s["dtype"] != "auto" else "bfloat16" if device == "cuda" else "float32"
+    dtype = s["dtype"]
+    if dtype == "auto":                             # older GPUs have bfloat16, but only emulate it
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
     autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
     print(f"{s['opt']} ({', '.join(f'{k} {v}' for k, v in s['hyper'].items())}) on {s['data']}: {n_train:,} + "

@@ -687,9 +687,9 @@ class ModularBlock(nn.Module):
         # The paper divides the logits by d = C / H, not by its root, and q, k and v by 3 each, which gives attention
         # sensitivity 1. Both together: logits over 9 d, and the output over 3.
         y = attend(q, k, v, is_causal=True, scale=self.n_head / (9 * C)) / 3
-        x = torch.lerp(x, self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C))), self.s)
+        x = torch.lerp(x, self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C))).to(x.dtype), self.s)
         h = math.sqrt(2) * F.gelu(self.up(parameter_free_norm(x)))         # gelu alone has sensitivity 1 / sqrt(2)
-        return torch.lerp(x, self.dropout(self.down(h)), self.s)
+        return torch.lerp(x, self.dropout(self.down(h)).to(x.dtype), self.s)
 
 
 def parameter_free_norm(x):
@@ -814,18 +814,23 @@ def lr_at(step, peak, s):
 
 
 @contextlib.contextmanager
-def memory_errors_in_words():
-    """A model or a batch that no memory can hold: bad input like any other."""
+def torch_errors_in_words():
+    """A model or a batch that no memory can hold, and --compile without a compiler: bad input like any other."""
     try:
         yield
     except (MemoryError, RuntimeError, ValueError) as error:        # torch has no class of its own for it on the CPU
-        words = "out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big"
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            fail(f"torch.compile fails here: {reason[:200]}. It needs a C++ compiler, and Triton on a GPU; --compile 0 "
+                 "does without")
+        words = ("out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big|"
+                 "CUBLAS_STATUS_ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         fail("out of memory: make the model or the batch smaller")
 
 
-@memory_errors_in_words()
+@torch_errors_in_words()
 def main():
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")       # a sampled character must not cost the result line
@@ -878,7 +883,8 @@ def main():
     # ---- model and optimizer
     torch.manual_seed(s["seed"])
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
+        torch.set_float32_matmul_precision("highest" if s["opt"].endswith("shampoo") else "high")
     shape = tokenizer.n_vocab, s["n_layer"], s["n_head"], s["n_embd"], s["block_size"], s["dropout"]
     model = ModularGPT(*shape) if s["arch"] == "modular" else GPT(*shape, bool(s["bias"]), bool(s["gains"]))
     model.to(device)
@@ -901,7 +907,10 @@ def main():
         start, spent, loss_sum, loss_count = ckpt["step"], ckpt["seconds"], ckpt["loss_sum"], ckpt["loss_count"]
     probe = optim.RotationProbe(optimizer) if s["track"] else None
     network = torch.compile(model) if s["compile"] else model
-    dtype = s["dtype"] if s["dtype"] != "auto" else "bfloat16" if device == "cuda" else "float32"
+    dtype = s["dtype"]
+    if dtype == "auto":                             # older GPUs have bfloat16, but only emulate it
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
     autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
     say(f"{s['opt']} ({', '.join(f'{k} {v}' for k, v in s['hyper'].items())}) on {s['data']}: {len(train):,} + "
@@ -1097,6 +1106,8 @@ def main():
             bar.close()
             again = shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)])
             say(f"stopped after step {done}. To go on: {again}")
+            if WORLD > 1:
+                torch.distributed.barrier()         # a process that leaves early makes torchrun stop rank 0 in its save
             sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -32,6 +32,7 @@ Run it for a lesson (half a minute, no network, no GPU):
 
     python optim.py                    the table, then a random walk that shows where weight decay leads
     python optim.py --plot walk.png    the same, and a figure (needs matplotlib)
+    python optim.py --bench adamw lion one step of these beside torch.optim.AdamW(fused=True); without names, of all
 
 Symbols, in the formulas and in the code:
 
@@ -40,6 +41,7 @@ Symbols, in the formulas and in the code:
     b1,b2  betas                 mu     momentum                                     a    alpha, RMSProp's beta
     m, v   running averages of g and of g^2                                          h    dict of hyperparameters
     C      weights in a neuron   sigma  RMS size of one entry of g                   n    kept norm of a neuron
+    B      batch size: examples (or tokens) that the loss is a mean over             k    number of modes (long dims)
 
 A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 picks it, the other dims belong to it.
 
@@ -48,7 +50,8 @@ Where the two factors cannot quite be separated (half of the lesson):
      preconditioner and before the heavy ball (rf_rmsprop, both shampoos; for sgd the two are the same). So a direction
      takes the decay term as an argument. The plain geometry fills it, unless decay is decoupled; the others leave it
      out (but for adam: adam_turning).
-  2. The rotational geometry needs one number of the direction, its kappa: see "What one gradient does over all time".
+  2. The rotational geometry needs two numbers of the direction, kappa and gain: see "What one gradient does over all
+     time".
   3. Biases and gains have no neurons to turn. They use the plain geometry, whatever the optimizer is called.
   4. The root-free directions need to know over how many examples the loss is a mean: batch_size.
   5. The modular geometry has to know the whole architecture: the model states it (modular_tree), `build` reads it. And
@@ -179,7 +182,7 @@ def warm_sgd(g, state, h, decay=0):
 
 def warm_adam(g, state, h, decay=0):
     """Adam with averages started warm and without eps:  d = m / sqrt(v), and 0 where that is 0/0. The modular norm's
-    Adam ([MN]'s code): there is no need for an eps where nothing depends on the size of d.
+    Adam ([MN]'s code): an entry counts in full, however small its gradients are.
 
     Shapes   g, m, v, d: the parameter's            State   exp_avg = m, exp_avg_sq = v
     """
@@ -221,8 +224,8 @@ def rmsprop(g, state, h, decay=0):
 #
 # RMSProp and Adam divide by sqrt(v). Take the root away, and v is no longer a normaliser but a curvature: for the mean
 # loss over B examples, the average of g^2 is about 1/B times the diagonal of the (empirical) Fisher matrix, so B v
-# estimates that diagonal whatever B is, and g / (B v) is a diagonal Newton step. It is called s here, since it plays
-# another part, and starts at 1/B: the first preconditioner is 1.
+# estimates that diagonal whatever B is, and g / (B v) is a diagonal Newton step. We then call v s. It starts at
+# 1/B, so that B s starts at 1.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -230,9 +233,10 @@ def rf_rmsprop(g, state, h, decay=0):
     """RMSProp without the root:  s <- a s + (1-a) g^2;  d = g / (B s + eps);  heavy ball on d + decay.
 
     Shapes   all: the parameter's                   State   square_avg = s = 1/B at first; momentum_buffer
-    Units    with the loss in nats, B s is in nats / parameter^2: d is in parameters and lr has no unit, as for Newton
+    Units    B s is in loss^2 / weight^2. For a negative log-likelihood in nats that is a curvature (Fisher's matrix is
+             the mean Hessian there), d is in weights and lr has no unit, as for Newton
     Why B    the noise in the mean of B gradients makes s shrink like 1/B, though the curvature it stands for does not
-             depend on B. B s does not either; without the B, lr would have to be retuned for every batch size
+             depend on B. Times B, s is free of it; without, lr would have to be retuned for every batch size
     Source   [RF]; the decay joins after the preconditioner, in the heavy ball, as in the authors' code
     """
     s, B = state["square_avg"], h["batch_size"]
@@ -298,9 +302,9 @@ def shampoo(g, state, h, decay=0):
 
     State    L0, L1, .. = 0 at first; R0, R1, ..: the roots, 1 until they are first computed; momentum_buffer
     Units    every L_i has those of g^2, and the powers -1/(2k) of k modes make 1/g of it: d has no unit
-    Notice   a root takes an eigendecomposition, in float32 at least: eigenvalues that differ by less than the rounding
-             of the largest come out as noise, and a negative power blows noise up. That is why roots are recomputed
-             only every `update_every` steps, and why this direction refuses bfloat16
+    Notice   a root takes an eigendecomposition, which is costly: hence one every `update_every` steps. And it takes
+             float32 at least: eigenvalues below the rounding of the largest come out as noise, and a negative power
+             blows noise up. Hence no bfloat16
     """
     x = modes(g).to(state["L0"].dtype)
     order = x.dim()
@@ -317,11 +321,15 @@ def inverse_root(L, p, damping):
     """(L + damping)^(-1/p) of a symmetric positive semi-definite matrix, or of a diagonal."""
     if L.dim() == 1:
         return (L + damping) ** (-1 / p)
+    identity = torch.eye(len(L), dtype=L.dtype, device=L.device)
     # the damping goes in first: float32 LAPACK can fail on a matrix with hundreds of zero rows (unused tokens)
-    eigenvalues, Q = torch.linalg.eigh(L + damping * torch.eye(len(L), dtype=L.dtype, device=L.device))
+    damped = L + damping * identity
+    finite = damped.isfinite().all()                # where training diverges, eigh must not be what fails
+    eigenvalues, Q = torch.linalg.eigh(torch.where(finite, damped, identity))
     root = (Q * eigenvalues.clamp(min=damping) ** (-1 / p)) @ Q.T              # rounding makes eigenvalues too small
-    seen = L.diagonal() > 0                         # an index without any gradient so far must not get rounding noise
-    return root * seen * seen[:, None]
+    unseen = L.diagonal() == 0                      # an index without any gradient so far must not get rounding noise
+    root.masked_fill_(unseen | unseen[:, None], 0).diagonal().masked_fill_(unseen, damping ** (-1 / p))
+    return torch.where(finite, root, math.nan)
 
 
 def graft(d, g, state, h):
@@ -346,14 +354,14 @@ def if_shampoo(g, state, h, decay=0):
         H_i = 1/2 [ A_(i) A_(i)^T / (product of the other d_j)  +  damping c_i K_i^T K_i  -  I ]
         c_i = product over the other modes of  ||K_j||^2 / d_j
         M_i <- rho M_i + (1-rho) H_i                                    rho = riemannian_momentum
-        K_i <- K_i - lr_cov / max(1, ||M_i||) K_i M_i                   matrix exponential, to first order
+        K_i <- K_i - lr_cov lr_cov_scale / max(1, ||M_i||) K_i M_i      matrix exponential, to first order
 
     and at every step  d = G times K_i K_i^T on every mode,  then heavy ball on d + decay. With one mode it settles at
     H = 0:  K^T (B E[g g^T] + damping) K = I,  so K K^T is the inverse of the damped curvature: nothing was inverted.
 
     State    K0, K1, .. = I and M0, M1, .. = 0 at first; momentum_buffer; all of it in `dtype`
     Units    as in rf_rmsprop: with one mode, d is a Newton step
-    Notice   one A serves all H_i: unfolded along mode i it is what the formula of K_i asks for. max(1, sqrt(max|K_i|))
+    Notice   the paper has an A_i for each mode; all of them are this A, unfolded along mode i. max(1, sqrt(max|K_i|))
              is taken out of K_i before it is squared and put back after, so that nothing overflows on the way
     """
     if g.numel() == 0:
@@ -367,7 +375,7 @@ def if_shampoo(g, state, h, decay=0):
             rest, c = x.numel() / len(k), 1                                     # products over the other modes:
             for other in K[:i] + K[i + 1:]:                                     # of d_j, and of ||K_j||^2 / d_j
                 c = c * torch.linalg.vector_norm(other) ** 2 / len(other)
-            # K has d_i^2 entries, and each pass over them counts: the products bring the factors of the sum with them
+            # factors of the sum go into the products: each pass over the d_i^2 entries of K_i for itself takes time
             curvature, damped = second_moment(A, i, k.dim() == 1), k * (h["damping"] * c / 2) ** 0.5
             if k.dim() == 1:
                 H.append(curvature / (2 * rest) + damped * damped - 0.5)
@@ -376,8 +384,8 @@ def if_shampoo(g, state, h, decay=0):
                 H[-1].diagonal().sub_(0.5)                                      # minus I / 2
         for k, m, new in zip(K, M, H):
             m.lerp_(new, 1 - h["riemannian_momentum"])
-            stride = h["lr_cov"] * h["lr_cov_scale"] / torch.linalg.vector_norm(m).clamp(min=1)
-            k.addcmul_(k * m if k.dim() == 1 else k @ m, stride, value=-1)
+            step_size = h["lr_cov"] * h["lr_cov_scale"] / torch.linalg.vector_norm(m).clamp(min=1)
+            k.addcmul_(k * m if k.dim() == 1 else k @ m, step_size, value=-1)
     scale = 1
     for k in K:
         s = torch.linalg.vector_norm(k, math.inf).sqrt().clamp(min=1)
@@ -415,7 +423,7 @@ def heavy_ball_kappa(h):
 
 
 def average_kappa(h):
-    """sqrt(sum of (1-b)^2 b^2k) / 1  =  sqrt((1-b) / (1+b)), b = b1. (v averages for long: it counts as constant.)"""
+    """sqrt(sum of (1-b)^2 b^2k) / 1  =  sqrt((1-b) / (1+b)), b = b1. (v is so slow that it counts as constant.)"""
     b1, _ = h["betas"]
     return math.sqrt((1 - b1) / (1 + b1))
 
@@ -463,7 +471,9 @@ def mode_factors(w, h, **starts):
 
 
 def shampoo_objection(h):
-    """Shampoo's `dtype` must be one that roots survive."""
+    """Shampoo's `dtype` must be one that roots survive, and so must its matrices."""
+    if h["damping"] == 0:
+        return ("damping=0: a matrix that too few gradients have filled has no inverse root. Set damping > 0, say 1e-6")
     if h["dtype"] in (torch.bfloat16, torch.float16):
         return (f"dtype={h['dtype']}: inverse roots need float32 or float64. Rounding to {h['dtype']} makes small "
                 "eigenvalues noise, and a negative power blows it up; if_shampoo has no roots and runs in bfloat16")
@@ -522,8 +532,8 @@ class Direction:
     update: Callable                                # (g, state, h, decay) -> d
     init: Callable                                  # (w, h) -> dict of state tensors, before the first step
     formula: str                                    # d in one line, for the printed table
-    decoupled: bool                                 # where decay enters: the geometry applies it, or g + wd w
-    defaults: dict                                  # hyperparameters it reads, with torch.optim's defaults
+    decoupled: bool                                 # True: the geometry applies decay. False: `update` is given it
+    defaults: dict                                  # hyperparameters of its plain class, torch.optim's if it has it
     scalars: Callable = lambda h, t: {}             # numbers that depend on the step
     gain: Callable = lambda h: 1.0
     kappa: Callable = lambda h: 1.0
@@ -591,11 +601,12 @@ DIRECTIONS = {
 # Rotational equilibrium: where plain optimizers go by themselves
 #
 # A gradient is orthogonal to the weight (in a random walk: nearly, by chance; before a normalisation layer: exactly).
-# So what it contributes over all time makes the weight longer: ||w||^2 grows by ||contribution||^2. Decay makes it
-# shorter: by 2 lr gain wd ||w||^2 a step. The two balance at one norm, and then an update of known size on a sphere of
-# known radius turns the neuron by a known angle. Apart from the betas it depends on lr * wd alone, not on the layer,
-# except where the decay is divided by the gradient's RMS (adam, rmsprop). ([RE], table 1; rmsprop's and the root-free
-# ones' are ours. The gradients' size is taken as given here, not as shrinking with a growing weight.)
+# So what it contributes over all time makes the weight longer: ||w||^2 grows by C (lr gain contribution)^2 a step.
+# Decay makes it shorter: by 2 lr gain wd ||w||^2. The two balance at one norm, and then an update of known size on a
+# sphere of known radius turns the neuron by a known angle. Apart from the betas it depends on lr * wd alone, not on the
+# layer, except where the decay is divided by the gradient's RMS (adam, rmsprop). ([RE], table 1; rmsprop's and the
+# root-free ones' are ours. sigma is taken as given here. Where it is sigma0 / ||w||, as before a normalisation layer,
+# put that in and solve for the norm.)
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -605,16 +616,16 @@ def equilibrium(direction, h, C, sigma):
     Formula  norm^2 * 2 lr_total wd  =  (lr_total * contribution)^2 * C           decay = growth, in every step
              angle = kappa * lr_total * contribution * sqrt(C) / norm  =  kappa sqrt(2 lr_total wd)
              with lr_total = lr * gain. For adam and rmsprop wd stands for wd / sigma: it is divided by the RMS, too
-    Args     C: weights in the neuron. sigma: RMS size of a gradient entry (matters for sgd, adam and rmsprop)
+    Args     C: weights in the neuron. sigma: RMS size of a gradient entry (felt by all but adamw and lion)
     Returns  norm in the weight's unit, angle in radians; (nan, nan) where nothing decays or nothing moves
     Source   [RE], section 3.2 and table 1. Lion's sign is linearised there: see lion_walk_norm for the exact value
     """
-    lr, wd = h["lr"] * direction.gain(h), h["weight_decay"]
-    if not (lr > 0 and wd > 0 and sigma > 0):
+    lr_total = h["lr"] * direction.gain(h)
+    if not (lr_total > 0 and h["weight_decay"] > 0 and sigma > 0):
         return math.nan, math.nan
-    wd = wd * direction.pull(h, sigma)
-    norm = math.sqrt(lr / (2 * wd) * C) * direction.contribution(h, sigma)
-    return norm, direction.kappa(h) * math.sqrt(2 * lr * wd)
+    wd = h["weight_decay"] * direction.pull(h, sigma)
+    norm = math.sqrt(lr_total / (2 * wd) * C) * direction.contribution(h, sigma)
+    return norm, direction.kappa(h) * math.sqrt(2 * lr_total * wd)
 
 
 def lion_walk_norm(h, C):
@@ -627,7 +638,7 @@ def lion_walk_norm(h, C):
     b1, b2 = h["betas"]
     S, shrink = lion_filter_power(h), 1 - h["lr"] * h["weight_decay"]
     total = 1.0                                                                         # lag 0: asin(1) * 2/pi = 1
-    for k in itertools.takewhile(lambda k: (b2 * shrink) ** k > 1e-9, itertools.count(1)):
+    for k in itertools.takewhile(lambda k: (b2 * shrink) ** (k - 1) > 1e-9, itertools.count(1)):
         rho = b1 * (1 - b2) * b2 ** (k - 1) * ((1 - b1) + b1 * b2 / (1 + b2)) / S       # sum of c_j c_(j+k), over S
         total += 2 * (2 / math.pi) * math.asin(rho) * shrink**k                         # lags k and -k
     return math.sqrt(h["lr"] * C / (2 * h["weight_decay"]) * total)
@@ -665,17 +676,19 @@ def neuron_norm(w, dims):
 
 def rotational(direction, w, g, state, h):
     """Turn every neuron on the sphere it started on ([RE], algorithm 1). The average angle per step is set outright to
-    what the plain optimizer would reach in equilibrium: the same for every neuron of every layer, and without the
-    hundreds of steps of getting there (only U and the averages of the direction have to fill first).
+    what the plain optimizer would reach in equilibrium, if decay is not divided by an RMS: the same for every neuron of
+    every layer, and without the 1 / (2 lr gain wd) steps of getting there (only U and the direction's averages have to
+    fill first).
 
     Formula  d <- d - mean(d);  d <- d - w (d.w)/n^2          no common offset, and tangent to the sphere
              U <- beta U + (1-beta) ||d||^2                   how large d is on average
              w <- w - angle * n * d / (sqrt(U / (1-beta^t)) + eps);   w <- w * n / ||w||
              angle = kappa sqrt(2 lr gain wd)
-    Shapes   w, g, d: (neurons, ...);  n, U: (neurons, 1, ...), or all ones if per_neuron=False
-    Units    angle: radians per step. lr and wd act through their product alone; the scale of d does not matter at all
-    Notice   the first step turns by exactly arctan(angle), since U is then the size of this very d; later steps turn
-             more when d is larger than it used to be, less when it is smaller. beta = 0: always the same angle
+    Shapes   w, g, d: (neurons, ...);  n, U: (neurons, 1, ...), or (1, 1, ...) if per_neuron=False
+    Units    angle: radians per step. lr and wd act through their product alone (but in adam, whose v sees wd w); the
+             scale of d does not matter until eps is felt
+    Notice   the first step turns by exactly arctan(angle) (if eps = 0), since U is then the size of this very d; later
+             steps turn more when d is larger than it used to be, less when it is smaller. beta = 0: always as the first
     """
     dims, n, U = neuron_dims(w, h), state["norm"], state["update_norm_sq"]
     d = direction.turning(g, state, h, h["weight_decay"] * w) if direction.turning else direction.update(g, state, h)
@@ -688,7 +701,7 @@ def rotational(direction, w, g, state, h):
     size = size * (size > rounding(w) * whole)                      # where only rounding is left, there is no direction
     U.lerp_(size * size, 1 - h["update_norm_decay_factor"])
     rms = (U / h["unbias_update_norm"]).sqrt()
-    w.addcmul_(d, h["angle"] * n * (size > 0) / (rms + h["rotational_eps"]), value=-1)
+    w.addcmul_(d, torch.where(size > 0, h["angle"] * n / (rms + h["rotational_eps"]), 0), value=-1)
     w.mul_(n / neuron_norm(w, dims))                                # back onto the sphere, exactly
 
 
@@ -699,7 +712,8 @@ def rotational_init(w, h):
 
 
 def rotational_scalars(direction, h, t):
-    """The angle that the plain optimizer with this lr and wd settles to by itself, and the bias of U."""
+    """The angle that the plain optimizer with this lr and wd settles to by itself (adam and rmsprop: would, if their
+    decay were not divided by the RMS), and the bias of U."""
     lr = max(h["lr"], 0)                            # see is_rate
     angle = direction.kappa(h) * (2 * lr * direction.gain(h) * h["weight_decay"]) ** 0.5
     return {"angle": angle, "unbias_update_norm": 1 - h["update_norm_decay_factor"] ** t}
@@ -762,7 +776,8 @@ def spectral_norm(d, u):
 
     Shapes   d: (out, in, ...), u: (in, ...), v: (out, ...), norm: (...), the dots being the kernel's
     Notice   an update of zero would make u NaN for good: then u stays as it is. One that is orthogonal to u would hide
-             for good: then v starts again from a vector that has no reason to be orthogonal to anything
+             for good: then v starts again from a vector that has no reason to be orthogonal to anything, and for this
+             once the Frobenius norm stands in, which is never below the spectral one
     """
     v = torch.einsum("oi...,i...->o...", d, u)
     size = torch.linalg.vector_norm(v, dim=0)
@@ -771,7 +786,7 @@ def spectral_norm(d, u):
     longer = torch.einsum("oi...,o...->i...", d, v)
     norm = torch.linalg.vector_norm(longer, dim=0)
     u.copy_(torch.where((norm > 0) & norm.isfinite(), longer / norm, u))
-    return norm
+    return torch.where(size > 0, norm, torch.linalg.vector_norm(d, dim=(0, 1)))
 
 
 def modular(direction, w, g, state, h):
@@ -785,8 +800,8 @@ def modular(direction, w, g, state, h):
              Embedding   "rows": Euclidean, for each row       sqrt(dim)         rows are put back, whatever wd is
     Shapes   w, g, d: (out, in, ...), or (rows, dim)
     Units    none: the scale of d does not matter, and scale is the size that a weight of that layer has by its own
-             (`initialise`). lr = 1 would change every layer by as much as it is large, or by its share of that
-    Notice   a zero update, or a zero row of one, moves nothing
+             (`initialise`). At lr = 1 an update would be as large as the weight itself, times its share
+    Notice   a zero update, or a zero row of one, adds nothing; decay and putting rows back happen all the same
     """
     d, rows = direction.update(g, state, h), h["norm"] == "rows"
     scale = h["scale"] or usual_size(w.shape, h["norm"])
@@ -864,7 +879,8 @@ PER_GROUP = {"rotational", "lr_cov_scale", "share", "norm", "scale"}        # wh
 def update(direction, work):
     """One step for each (geometry, p, g, state, h) of `work`. Eager and compiled runs both go through here.
 
-    Low-precision parameters are moved in float32 and rounded once at the end; float32 and float64 ones in place.
+    Low-precision parameters are moved in float32 and rounded once at the end, where a step below half the spacing of
+    their numbers is lost; float32 and float64 ones in place.
     """
     for geometry, p, g, state, h in work:
         if is_wide(p):
@@ -876,9 +892,9 @@ def update(direction, work):
 
 
 def block_size(device, compiled):
-    """How many entries to work on at a time. On a CPU the intermediate results of a block stay in its cache; those of a
-    whole embedding would all go through memory. (A call of compiled code costs more than an operation, and has fewer
-    such results.) On a GPU blocks only keep them from adding up, and compiled code is not cut."""
+    """How many entries to work on at a time. On a CPU a block's intermediate results stay in the cache; those of a
+    whole embedding would go through memory. (Compiled code has fewer of them, and a call costs more: larger blocks.) On
+    a GPU blocks only save memory, and compiled code is not cut."""
     if device.type == "cpu":
         return 2**20 if compiled else 2**17
     return sys.maxsize if compiled else 2**23
@@ -995,8 +1011,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Subclasses set `direction` and `geometry`. Everything a torch.optim.Optimizer can do works: groups, schedulers,
     closures, state_dict, pickle, deepcopy. All state is in self.state[p], as tensors or plain numbers, in float32 or
-    the parameter's type, whichever is wider; `step` there counts the steps in which p had a gradient. Parameters
-    without one are left alone, and so is their state.
+    the parameter's type, whichever is wider (unless `dtype` says otherwise); `step` there counts the steps in which p
+    had a gradient. Parameters without one are left alone, and so is their state.
 
     Groups may be edited in mid-run, by hand or by a scheduler; every step checks their values as the constructor did.
     But a parameter's first step settles what its state looks like: leave per_neuron, rotational, norm, graft, dtype and
@@ -1004,6 +1020,9 @@ class Optimizer(torch.optim.Optimizer):
 
     On the CPU the same gradients give the same weights, to the bit. On CUDA gradients themselves can differ from run to
     run, since some backward passes add with atomics: see torch.use_deterministic_algorithms.
+
+    compile=True: the step goes through torch.compile. lr may then change at every step; a change of any other
+    hyperparameter compiles anew, and after some eight of those torch gives up and runs the step eagerly.
 
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
     Errors   ValueError for values out of range, unknown keys in a group, parameters that are complex, sparse or
@@ -1207,7 +1226,7 @@ class Adam(Optimizer):
              w <- w - lr * (m / (1-b1^t)) / (sqrt(v / (1-b2^t)) + eps)
     Shapes   any
     State    2 tensors like w
-    Units    lr: weight per step (each weight moves by at most about lr). weight_decay: loss / weight^2
+    Units    lr: weight per step (while gradients agree: lr). weight_decay: loss / weight^2
     Settles  ||w||^2 = lr C sigma / (2 wd), turning by sqrt(2 lr wd (1-b1) / ((1+b1) sigma)) a step: both depend on the
              gradient's size sigma. Layers with large gradients turn slowly, others fast; AdamW has no such imbalance
     Errors   ValueError: lr, eps, weight_decay < 0 or not finite; betas outside [0, 1)
@@ -1229,7 +1248,7 @@ class AdamW(Optimizer):
     Units    lr: weight per step. weight_decay: 1 / (lr * steps): w forgets its past in 1 / (lr * weight_decay) steps
     Settles  ||w||^2 = lr C / (2 wd), turning by sqrt(2 lr wd (1-b1) / (1+b1)) a step, whatever the gradient's size
     Errors   ValueError: lr, eps, weight_decay < 0 or not finite; betas outside [0, 1)
-    Source   Loshchilov and Hutter 2019, algorithm 2; equal to torch.optim.AdamW
+    Source   Loshchilov and Hutter 2019, algorithm 2 (where decay is not multiplied by lr); equal to torch.optim.AdamW
     """
     direction = DIRECTIONS["adamw"]
 
@@ -1328,6 +1347,7 @@ class RotationalAdam(Optimizer):
              angle = sqrt(2 lr weight_decay (1-b1) / (1+b1))  radians a step, and keeps its norm
     Shapes   as in RotationalAdamW; the parameters that do not turn follow plain Adam, L2 included
     State    2 tensors like w and 2 numbers per neuron
+    Units    lr * weight_decay sets the angle, and weight_decay is felt by v besides. Biases, gains: lr as in Adam
     Options  as in RotationalAdamW
     Errors   as in RotationalAdamW
     Source   Kosson et al. 2024, section 5.3; the authors' wrapper around Adam with the angle of AdamW
@@ -1457,11 +1477,12 @@ class Shampoo(Optimizer):
     Formula  L_i <- (1-lr_cov) L_i + lr_cov G_(i) G_(i)^T, L_i = 0 at first;   d = G times (L_i + damping)^(-1/2k) on
              each of its k modes;   m <- momentum * m + (d + weight_decay * w);   w <- w - lr * m
     Shapes   any; modes of size 1 are squeezed away, modes longer than max_dim get a diagonal L_i
-    State    1 tensor like w, and 2 matrices d_i x d_i per mode (vectors beyond max_dim)
+    State    1 tensor like w (2 with graft="adam"), and 2 matrices d_i x d_i per mode (vectors beyond max_dim)
     Options  update_every: steps between new roots (before the first, d = G).  graft: "sgd" or "adam" gives d the norm
-             of that method's direction.  dtype: of the matrices; None: the parameter's, float32 at least
-    Units    d has none, but its size depends on the shape (no graft): ||d|| is about sqrt(d_1 .. d_k)^(1/2) at k = 2
-    Errors   ValueError: values out of range; dtype bfloat16 or float16, which no root survives
+             of that method's direction (adam without momentum, b2 = 1 - lr_cov).  dtype: of the matrices; None: the
+             parameter's, float32 at least
+    Units    d has none (graft="sgd": g's), but a size. Without graft, on noise: ||d|| = (number of weights)^(1/(2k))
+    Errors   ValueError: values out of range; damping 0; dtype bfloat16 or float16, which no root survives
     Source   Gupta et al. 2018, algorithm 1 and 2, with a running average; heavy ball and decay as in RootFreeRMSProp
     """
     direction = DIRECTIONS["shampoo"]
@@ -1526,7 +1547,7 @@ ModularInverseFreeShampoo = compose("ModularInverseFreeShampoo", "if_shampoo", M
 # A network is written as an expression of its layers ([MN], section 3 and table 1). Two numbers belong to every part:
 #
 #   mass          how much of the learning is to happen in it. A weight has mass 1 unless told otherwise
-#   sensitivity   by how much its output can change for a change of its input, where all is of its usual size. 1 is best
+#   sensitivity   how much its output can change per change of its input, both of their usual size. 1 is best
 #
 #                              mass             sensitivity
 #   weight(layer)              1                1             nn.Linear, nn.Conv2d, nn.Embedding
@@ -1538,7 +1559,7 @@ ModularInverseFreeShampoo = compose("ModularInverseFreeShampoo", "if_shampoo", M
 #   M ** L                     L m              s^L           L copies of M, each with its own weights, in a row
 #   M.tare(m)                  m                s             all masses in it rescaled to give m in sum
 #
-# The update of size 1 of the whole is shared out from the top. What comes later amplifies what comes earlier, so
+# The whole network's update has size 1; each part gets a share of it. What comes later amplifies what comes earlier:
 #
 #   M2 @ M1:   M1 gets  target * mass1/mass / sensitivity2,   M2 gets  target * mass2/mass
 #   (M1, M2):  each gets  target * its mass/mass
@@ -1804,7 +1825,10 @@ def weight(*layers, mass=1.0, norm=None):
 
 
 def bond(name, sensitivity=1.0):
-    """Something without weights, as a tree: bond("relu", 0.5 ** 0.5), bond("attention"), bond("layernorm")."""
+    """Something without weights, as a tree: bond("attention"), bond("relu", 0.5 ** 0.5).
+
+    Values   sensitivity 1: identity, mean subtraction, layer norm, attention, abs. 1/sqrt(2): relu, gelu
+    """
     if not is_size(sensitivity):
         raise ValueError(f"optim.bond: sensitivity={sensitivity!r} must be a finite number >= 0")
     return Bond(name, sensitivity)
@@ -1862,8 +1886,8 @@ def build(name, model, **hyper):
         2 dims and more (Linear, Conv, Embedding)    decay; turned, where the geometry is rotational
         the same, but with a neuron that can't turn  decay under the plain rule (one input; all zeros, as the row of an
                                                      Embedding's padding_idx: give that group by hand if it matters)
-        1 dim and less (biases, gains, norms)        no decay, plain rule: pulling a gain or a bias to 0 has no
-                                                     equilibrium to offer, only a smaller gain or bias
+        1 dim and less (biases, gains, norms)        no decay, plain rule: decay would only make them smaller; without
+                                                     neurons there is no equilibrium
 
     Embeddings count as matrices: the row of a token is a neuron, decayed and turned like any other. The paper's
     GPT2-124M runs on OpenWebText did the same, its Wikitext runs left them out. Tied weights are one parameter.
@@ -2177,7 +2201,7 @@ def draw(walks, path):
 
 def gpt2_parameters(layers, device):
     """Parameters of the shapes of GPT-2 124M's (tied head), with gradients."""
-    block = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (2304,), (768,), (3072,), (768,), (768,), (768,)]
+    block = [(2304, 768), (768, 768), (3072, 768), (768, 3072), (2304,), (768,), (3072,), (768,), *[(768,)] * 4]
     shapes = [(50304, 768), (1024, 768), *block * layers, (768,), (768,)]
     params = [torch.nn.Parameter(torch.randn(shape, device=device) * 0.02) for shape in shapes]
     for p in params:

@@ -481,9 +481,9 @@ def test_constant_update_moves_nothing():
 def test_zero_gradients():
     """Zero gradients leave turning weights bit for bit and never lead to NaN, not even once gradients return."""
     for name in ROTATIONAL:
-        for dtype in (torch.float32, torch.float64):
+        for dtype, eps in itertools.product((torch.float32, torch.float64), (1e-8, 0.0)):
             params = parameters(TURNING, dtype)
-            optimizer = make(name, params)
+            optimizer = make(name, params, rotational_eps=eps)
             starts, zeros = values(params), [torch.zeros_like(p) for p in params]
             run(optimizer, [zeros] * 5)
             same_bits(params, starts, f"{name} {dtype}")
@@ -759,6 +759,20 @@ def test_shampoo_equals_transcription():
                   {"graft": "adam", "update_every": 3}, {"max_dim": 2}, {"max_dim": 0, "damping": 1e-3}):
         equals_transcription("shampoo", MODES, base | other, [0.02] * 12)
         equals_transcription("shampoo", MODES, base | other, schedule)
+
+
+def test_shampoo_first_gradient_of_an_index():
+    """An index without gradient until now has L = 0, so its roots are damping^(-1/4), in a matrix as in a diagonal."""
+    damping = 1e-4
+    for max_dim in (2, 1):
+        w = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+        optimizer = optim.Shampoo([w], lr=1.0, momentum=0.0, damping=damping, update_every=5, max_dim=max_dim)
+        here, there = torch.zeros(2, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
+        here[0, 0] = there[1, 1] = 1.0
+        run(optimizer, [[here]] * 6)                        # the roots of step 5 know nothing of index 1
+        before = w.detach().clone()
+        run(optimizer, [[there]])
+        close(before - w, there * damping ** -0.5, 1e-12, f"max_dim={max_dim}")
 
 
 def test_if_shampoo_equals_transcription():
@@ -1191,6 +1205,7 @@ def test_errors_of_root_free():
                 refused(ValueError, [f"lr_cov_scale={value!r}", "group 0"],
                         lambda: make(name, [{"params": [weight(3, 4)], "lr_cov_scale": value}]))
         elif name.endswith("shampoo"):
+            refused(ValueError, ["Shampoo", "damping=0"], lambda: make(name, [weight(3, 4)], damping=0.0))
             for dtype in (torch.bfloat16, torch.float16):
                 refused(ValueError, ["Shampoo", str(dtype), "roots", "if_shampoo"],
                         lambda: make(name, [weight(3, 4)], dtype=dtype))
@@ -1365,7 +1380,7 @@ def test_modular_survives_degenerate_updates():
         run(optimizer, noise([(4, 5)], 3))
         assert w.isfinite().all() and not torch.equal(w, start), name
     hidden = torch.zeros(4, 5, dtype=torch.float64)
-    hidden[0, 0] = 1.0                                      # its row space is e_0, u's is e_1 from the first step on
+    hidden[2, 0] = 1.0                                      # its row space is e_0, u's is e_1 from the first step on
     first = torch.zeros_like(hidden)
     first[1, 1] = 1.0
     [w] = parameters([(4, 5)])
@@ -3882,7 +3897,7 @@ def test_scripts_stop_at_an_infinite_gradient():
 
     with temporary_folder() as folder, unittest.mock.patch.object(optim, "build", build_to_fail):
         for script, flags in tiny_runs(folder).items():
-            names = ["adamw", "lion", "rotational_lion"] + ["modular_sgd"] * (script is not cifar_train)
+            names = ["adamw", "lion", "rotational_lion", "shampoo"] + ["modular_sgd"] * (script is not cifar_train)
             for name, clip in itertools.product(names, (0, 1)):
                 status, _, err = call_main(script, *flags, "--opt", name, "--grad_clip", clip, "--save_every", 1,
                                            "--out_dir", folder / "run")
@@ -3893,6 +3908,22 @@ def test_scripts_stop_at_an_infinite_gradient():
                 held = [ckpt["model"], *ckpt["optimizer"]["state"].values()]
                 assert all(x.isfinite().all() for part in held for x in part.values() if torch.is_tensor(x)), what
                 TALLY["bad inputs tried"] += 1
+
+
+def test_scripts_in_bfloat16():
+    """A direction of each geometry trains under bfloat16 autocast, to a loss within 0.1 of that in float32."""
+    with temporary_folder() as folder:
+        for script, flags in tiny_runs(folder).items():
+            for name in ("adamw", "rotational_adamw", "modular_adam"):
+                model = ("--model", "resmlp") if script is cifar_train else ()
+                losses = []
+                for dtype in ("float32", "bfloat16"):
+                    status, _, err = call_main(script, *flags, *model, "--opt", name, "--dtype", dtype, "--out_dir",
+                                               folder / "run")
+                    assert status == 0, f"{script.__name__}, {name}, {dtype}: {err}"
+                    last = read_log(folder / "run")[-1]
+                    losses.append(last["val_loss"] if "val_loss" in last else last["test_loss"])
+                close(losses[1], losses[0], 0.1, f"{script.__name__}, {name}", scale=1)
 
 
 def test_scripts_repeat_themselves():

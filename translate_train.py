@@ -1196,8 +1196,9 @@ def beam_search(model, source, begin, end, beam, length_penalty, longest=(1.2, 1
         parent, token = index // V, index % V
         over = (token == end) & top.isfinite()
         over[:, K:] = False
-        for i, j in over.nonzero().tolist():
-            finished[live[i]].append((top[i, j].item() / (t + 1) ** length_penalty, said[i, parent[i, j]].tolist()))
+        i, j = over.nonzero().unbind(1)
+        for b, score, ids in zip(i.tolist(), top[i, j].tolist(), said[i, parent[i, j]].tolist()):
+            finished[live[b]].append((score / (t + 1) ** length_penalty, ids))
         scores, rank = top.masked_fill(token == end, -math.inf).topk(K)
         parent, last = parent.gather(1, rank), token.gather(1, rank)
         hopes = (scores[:, 0] / (t + 1) ** length_penalty).tolist()
@@ -1327,23 +1328,30 @@ def only_translate(args):
 
 def precision(dtype, device):
     """--dtype -> its name, settled, and a context for forward passes."""
-    dtype = dtype if dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    if dtype == "auto":                             # older GPUs have bfloat16, but only emulate it
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if native else "float32"
     return dtype, torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def memory_errors_in_words():
-    """A model or a batch that no memory can hold: bad input like any other."""
+def torch_errors_in_words():
+    """A model or a batch that no memory can hold, and --compile without a compiler: bad input like any other."""
     try:
         yield
     except (MemoryError, RuntimeError, ValueError) as error:        # torch has no class of its own for it on the CPU
-        words = "out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big"
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
+            fail(f"torch.compile fails here: {reason[:200]}. It needs a C++ compiler, and Triton on a GPU; --compile 0 "
+                 "does without")
+        words = ("out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big|"
+                 "CUBLAS_STATUS_ALLOC_FAILED")
         if not isinstance(error, MemoryError) and not re.search(words, str(error)):
             raise
         fail("out of memory: make the model or the batch smaller")
 
 
-@memory_errors_in_words()
+@torch_errors_in_words()
 def main():
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1395,7 +1403,8 @@ def main():
     # ---- model and optimizer
     torch.manual_seed(s["seed"])
     if device == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves float32
+        # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
+        torch.set_float32_matmul_precision("highest" if s["opt"].endswith("shampoo") else "high")
     model = make_model(s, bpe).to(device)
     hyper = s["hyper"] | ({"dtype": getattr(torch, s["hyper"]["dtype"])} if "dtype" in s["hyper"] else {})
     try:
