@@ -575,7 +575,7 @@ class Linear(nn.Linear):
 
 
 def attend(q, k, v, **how):
-    """torch's attention; in float32 on a CPU, even under autocast to bfloat16, whose kernel there takes two to six times
+    """torch's attention; on a CPU in float32 even under autocast to bfloat16, whose kernel there takes two to six times
     as long to go backward. (On a GPU bfloat16 is the fast one.)"""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         q, k, v = q.float(), k.float(), v.float()
