@@ -388,7 +388,8 @@ def if_shampoo(g, state, h, decay=0):
             k.addcmul_(k * m if k.dim() == 1 else k @ m, step_size, value=-1)
     scale = 1
     for k in K:
-        s = torch.linalg.vector_norm(k, math.inf).sqrt().clamp(min=1)
+        lowest, highest = k.aminmax()                       # ten times as fast as the infinity norm
+        s = torch.maximum(-lowest, highest).sqrt().clamp(min=1)
         scale = scale * s**2
         if k.dim() == 2 and len(k) ** 2 > x.numel():        # K (K^T x) costs less than (K K^T) x
             x = torch.tensordot(torch.tensordot(x / s, k, dims=([0], [0])) / s, k, dims=([-1], [1]))
