@@ -1138,7 +1138,7 @@ def half_precision(lab):
              other seeds, one run at a time for the clock's sake.
     Held if  bfloat16's mean loss is at most 0.02 above float32's and shampoo's, and its step takes less time than
              either's."""
-    steps, lrs = 300, {"if_shampoo": (2e-3, 4e-3, 8e-3, 1.6e-2), "shampoo": (3e-4, 6e-4, 1.2e-3, 2.4e-3)}
+    steps, lrs = 300, {"if_shampoo": (1e-3, 2e-3, 4e-3, 8e-3), "shampoo": (3e-4, 6e-4, 1.2e-3, 2.4e-3)}
     tuning = lab.results([half_run(lab, steps, dict(opt=opt, lr=lr, update_every=2), 0)
                           for opt in lrs for lr in lrs[opt]])
     lr = {opt: by_setting([result for result in tuning if result.run["opt"] == opt])[0].flags["lr"] for opt in lrs}
