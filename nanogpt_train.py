@@ -583,9 +583,9 @@ def attend(q, k, v, **how):
     """torch's attention; on a CPU in float32 even under autocast to bfloat16, whose kernel there takes two to six times
     as long to go backward. (On a GPU bfloat16 is the fast one.)"""
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        q, k, v = q.float(), k.float(), v.float()
-    with torch.autocast("cpu", enabled=False):      # it would cast them back
-        return F.scaled_dot_product_attention(q, k, v, **how)
+        with torch.autocast("cpu", enabled=False):  # it would cast them back
+            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
+    return F.scaled_dot_product_attention(q, k, v, **how)
 
 
 class Attention(nn.Module):
