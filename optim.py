@@ -931,17 +931,19 @@ def update_compiled(direction, work):
         _, p, _, _, _ = job
         (small if p.numel() <= block_size(p.device, compiled=True) else large).append(job)
     for batch in filter(None, [small, *([job] for job in blocks(direction, large, compiled=True))]):
-        compiled_update(direction, tuple(p.shape for _, p, _, _, _ in batch))(direction, batch)
+        compiled_update(direction, tuple((geometry, p.shape) for geometry, p, _, _, _ in batch))(direction, batch)
 
 
 @functools.cache
-def compiled_update(direction, shapes):
-    """torch.compile of `update` for parameters of these shapes. Each gets a code object of its own: torch.compile keeps
-    its versions of a function, and counts them against a limit, per code object."""
+def compiled_update(direction, kinds):
+    """torch.compile of `update` for parameters of these kinds: geometries and shapes. Each gets a code object of its
+    own: torch.compile keeps its versions of a function, and counts them against a limit, per code object."""
     own = types.FunctionType(update.__code__.replace(co_name=f"update_{direction.update.__name__}"), globals())
     # On a CPU torch's compiler (2.11 to 2.13) fails (KeyError 'buf1') on the loops of an embedding under `modular`
-    # if it may fuse loops that stand side by side. Without that it is about as fast. GPUs do not know the option.
-    return torch.compile(own, dynamic=False, options={"cpp.max_horizontal_fusion_size": 1})
+    # if it may fuse loops that stand side by side. `modular` is about as fast without that; `rotational`, with its
+    # many sums over the same rows, is not. GPUs do not know the option.
+    options = {"cpp.max_horizontal_fusion_size": 1} if any(geometry is MODULAR for geometry, _ in kinds) else {}
+    return torch.compile(own, dynamic=False, options=options)
 
 
 def as_tensor(value, device):

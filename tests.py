@@ -3810,7 +3810,7 @@ def test_scripts_into_a_closed_pipe():
     """`script | head`: no traceback when nobody reads the output any more."""
     with temporary_folder() as folder:
         runs = [(script, [*words, "--out_dir", script.__name__]) for script, words in tiny_runs(folder).items()]
-        for script, words in [*runs, (optim, [])]:
+        for script, words in [*runs, (optim, []), (sweep, ["--grid", "lr=1,2", "--print_commands"])]:
             read, write = os.pipe()
             os.close(read)
             done = subprocess.run([sys.executable, *command_line(script, words)], cwd=folder, stdout=write,
