@@ -892,20 +892,22 @@ def update(direction, work):
             p.copy_(w)
 
 
-def block_size(device, compiled):
+def block_size(geometry, device, compiled):
     """How many entries to work on at a time. On a CPU a block's intermediate results stay in the cache; those of a
-    whole embedding would go through memory. (Compiled code has fewer of them, and a call costs more: larger blocks.) On
-    a GPU blocks only save memory, and compiled code is not cut."""
+    whole embedding would go through memory. (A call of compiled code costs more: larger blocks.) On a GPU blocks only
+    save memory. Compiled code is not cut there, nor where it has no intermediate results, as under `plain`."""
+    if compiled and (geometry is PLAIN or device.type != "cpu"):
+        return sys.maxsize
     if device.type == "cpu":
         return 2**20 if compiled else 2**17
-    return sys.maxsize if compiled else 2**23
+    return 2**23
 
 
 def blocks(direction, work, compiled=False):
     """`work` with its large tensors cut into blocks of rows, wherever the update of a row depends on that row alone:
     the same numbers, sooner and in less memory."""
     for geometry, p, g, state, h in work:
-        most = block_size(p.device, compiled)
+        most = block_size(geometry, p.device, compiled)
         if p.numel() <= most or not (direction.by_entry and geometry.by_row(h)):
             yield geometry, p, g, state, h
             continue
@@ -928,8 +930,8 @@ def update_compiled(direction, work):
     """`update` through torch.compile: all small tensors in one piece of code, and each block of a large one."""
     small, large = [], []
     for job in work:
-        _, p, _, _, _ = job
-        (small if p.numel() <= block_size(p.device, compiled=True) else large).append(job)
+        geometry, p, _, _, _ = job
+        (small if p.numel() <= block_size(geometry, p.device, compiled=True) else large).append(job)
     for batch in filter(None, [small, *([job] for job in blocks(direction, large, compiled=True))]):
         compiled_update(direction, tuple((geometry, p.shape) for geometry, p, _, _, _ in batch))(direction, batch)
 
