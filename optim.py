@@ -22,7 +22,7 @@ Every optimizer here is one direction followed by one geometry. Learn the rows a
     rotational   every neuron keeps its length and turns by a controlled average angle; decay only sets that angle
     modular      the update of the whole network has size lr, in a norm made from its architecture
 
-Use it like torch.optim, of which every class here is a true subclass:
+Use it like torch.optim: every class here is a true subclass of torch.optim.Optimizer.
 
     import optim
     optimizer = optim.RotationalAdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
@@ -39,9 +39,12 @@ Symbols, in the formulas and in the code:
     w      weight                g      gradient of the MEAN loss over the batch     d    direction
     lr     learning rate eta     wd     weight decay lambda                          t    step, 1, 2, 3, ...
     b1,b2  betas                 mu     momentum                                     a    alpha, RMSProp's beta
-    m, v   running averages of g and of g^2                                          h    dict of hyperparameters
+    m, v   running averages of g and of g^2 (heavy ball: m is a running sum)         h    dict of hyperparameters
     C      weights in a neuron   sigma  RMS size of one entry of g                   n    kept norm of a neuron
     B      batch size: examples (or tokens) that the loss is a mean over             k    number of modes (long dims)
+    s      average of g^2 in the root-free rules     L, K   a matrix for each mode (shampoo, if_shampoo)
+    U      average of ||d||^2 (rotational)           share, scale   of a weight in the modular norm: its part of the
+                                                                    network's update, and its own usual norm
 
 A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 picks it, the other dims belong to it.
 
@@ -71,7 +74,8 @@ Papers:
           Second-Order Perspective. ICML 2024, arXiv:2402.03496
   [Shampoo] Gupta, Koren, Singer. Shampoo: Preconditioned Stochastic Tensor Optimization. ICML 2018, arXiv:1802.09568
 
-To add a row: write its function, one line in the table of directions, and a class if it deserves a docstring.
+To add a row: write its function; its line in DIRECTIONS (with gain, kappa and contribution, if it is to rotate); the
+range of each new hyperparameter in RANGES; a class, or compose(...) if it needs no docstring; its names in OPTIMIZERS.
 """
 import argparse
 import difflib
@@ -100,6 +104,8 @@ import torch
 # Every running average that starts at 0 is too small at first: after t steps an average with factor b has only seen a
 # total weight of 1 - b^t. Dividing by that removes the bias ([Adam], section 3). h["unbias1"] = 1 - b1^t and the like
 # come ready-made, because they are plain numbers that are best worked out once a step in double precision.
+#
+# With heavy ball the d that is returned IS the buffer in `state`: a geometry must never change d in place.
 # ======================================================================================================================
 
 
@@ -300,7 +306,7 @@ def shampoo(g, state, h, decay=0):
 
     and then heavy ball on d + decay. G_(i) is the gradient unfolded along mode i.
 
-    State    L0, L1, .. = 0 at first; R0, R1, ..: the roots, 1 until they are first computed; momentum_buffer
+    State    L0, L1, .. = 0 at first; R0, R1, ..: the inverse roots, I until first computed; momentum_buffer
     Units    every L_i has those of g^2, and the powers -1/(2k) of k modes make 1/g of it: d has no unit
     Notice   a root takes an eigendecomposition, which is costly: hence one every `update_every` steps. And it takes
              float32 at least: eigenvalues below the rounding of the largest come out as noise, and a negative power
@@ -333,7 +339,7 @@ def inverse_root(L, p, damping):
 
 
 def graft(d, g, state, h):
-    """d with the norm that another method's direction would have, if h["graft"] names one: its size, this way."""
+    """d, rescaled to the norm of another method's direction if h["graft"] names one: the way is d's, the size its."""
     if h["graft"] is None:
         return d
     size = g                                        # "sgd"
@@ -388,7 +394,7 @@ def if_shampoo(g, state, h, decay=0):
             k.addcmul_(k * m if k.dim() == 1 else k @ m, step_size, value=-1)
     scale = 1
     for k in K:
-        lowest, highest = k.aminmax()                       # ten times as fast as the infinity norm
+        lowest, highest = k.aminmax()                       # on a CPU ten times as fast as vector_norm(k, inf)
         s = torch.maximum(-lowest, highest).sqrt().clamp(min=1)
         scale = scale * s**2
         if k.dim() == 2 and len(k) ** 2 > x.numel():        # K (K^T x) costs less than (K K^T) x
@@ -403,28 +409,28 @@ def if_shampoo(g, state, h, decay=0):
 # What one gradient does over all time: gain, kappa, contribution
 #
 # Feed a direction with independent random gradients (a "random walk": late training looks much like it, [RE] section
-# 3). A gradient that arrives now enters the update k steps later with some weight c_k: heavy ball mu^k, a running
-# average (1-b) b^k. Three numbers describe all that matters:
+# 3). A gradient that arrives now enters the update j steps later with some weight c_j: heavy ball mu^j, a running
+# average (1-b) b^j. Three numbers describe all that matters (this gain has nothing to do with a network's gains):
 #
-#   gain          sum of c_k: over all time, one gradient g moves the weight by  lr * gain * (what g is turned into).
+#   gain          sum of c_j: over all time, one gradient g moves the weight by  lr * gain * (what g is turned into).
 #   contribution  RMS size of an entry of what g is turned into: sigma for sgd, 1 where d is divided by an RMS.
-#   kappa         RMS size of ONE update over that of everything one gradient contributes:  sqrt(sum c_k^2) / sum c_k.
+#   kappa         RMS size of ONE update over that of everything one gradient contributes:  sqrt(sum c_j^2) / sum c_j.
 #                 Its parts all point the same way; the longer they are stretched out in time, the smaller each one is.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
 def heavy_ball_gain(h):
-    """sum of mu^k  =  1 / (1-mu)."""
+    """sum of mu^j  =  1 / (1-mu)."""
     return 1 / (1 - h["momentum"])
 
 
 def heavy_ball_kappa(h):
-    """sqrt(sum of mu^2k) / sum of mu^k  =  (1-mu) / sqrt(1-mu^2)  =  sqrt((1-mu) / (1+mu))."""
+    """sqrt(sum of mu^(2j)) / sum of mu^j  =  (1-mu) / sqrt(1-mu^2)  =  sqrt((1-mu) / (1+mu))."""
     return math.sqrt((1 - h["momentum"]) / (1 + h["momentum"]))
 
 
 def average_kappa(h):
-    """sqrt(sum of (1-b)^2 b^2k) / 1  =  sqrt((1-b) / (1+b)), b = b1. (v is so slow that it counts as constant.)"""
+    """sqrt(sum of (1-b)^2 b^(2j)) / 1  =  sqrt((1-b) / (1+b)), b = b1. (v is so slow that it counts as constant.)"""
     b1, _ = h["betas"]
     return math.sqrt((1 - b1) / (1 + b1))
 
@@ -437,14 +443,14 @@ def newton_contribution(h, sigma):
 
 
 def lion_filter_power(h):
-    """S = sum of c_k^2 of the average inside Lion's sign:  c_0 = 1-b1,  c_k = b1 (1-b2) b2^(k-1)  for k >= 1."""
+    """S = sum of c_j^2 of the average inside Lion's sign:  c_0 = 1-b1,  c_j = b1 (1-b2) b2^(j-1)  for j >= 1."""
     b1, b2 = h["betas"]
     return (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
 
 
 def lion_contribution(h, sigma):
     """sqrt(2 / (pi S)).  The sign is replaced by the line that fits it best: for a Gaussian x of RMS size s,
-    sign(x) ~ sqrt(2/pi) x/s. Here s = sqrt(S) sigma, and the c_k add up to 1, so sigma cancels."""
+    sign(x) ~ sqrt(2/pi) x/s. Here s = sqrt(S) sigma, and the c_j add up to 1, so sigma cancels."""
     return math.sqrt(2 / (math.pi * lion_filter_power(h)))
 
 
@@ -472,7 +478,7 @@ def mode_factors(w, h, **starts):
 
 
 def shampoo_objection(h):
-    """Shampoo's `dtype` must be one that roots survive, and so must its matrices."""
+    """What is wrong with Shampoo's options: no damping, or a dtype too coarse for inverse roots."""
     if h["damping"] == 0:
         return ("damping=0: a matrix that too few gradients have filled has no inverse root. Set damping > 0, say 1e-6")
     if h["dtype"] in (torch.bfloat16, torch.float16):
@@ -481,13 +487,13 @@ def shampoo_objection(h):
 
 
 def shampoo_state(w, h):
-    """L = 0 and R = 1 for every mode; no preconditioning until the first roots."""
+    """L = 0 and R = I for every mode; no preconditioning until the first roots."""
     state = zeros("momentum_buffer")(w, h) | mode_factors(w, h, L=0, R=1)
     return state | ({"graft_sq": torch.zeros_like(w)} if h["graft"] == "adam" else {})
 
 
 def if_shampoo_state(w, h):
-    """K = 1 and M = 0 for every mode, and the heavy-ball buffer: all in the recursion's own dtype."""
+    """K = I and M = 0 for every mode, and the heavy-ball buffer: all in the recursion's own dtype."""
     dtype = h["dtype"] or w.dtype
     return {k: v.to(dtype) for k, v in zeros("momentum_buffer")(w, h).items()} | mode_factors(w, h, K=1, M=0)
 
@@ -533,10 +539,10 @@ class Direction:
     update: Callable                                # (g, state, h, decay) -> d
     init: Callable                                  # (w, h) -> dict of state tensors, before the first step
     formula: str                                    # d in one line, for the printed table
-    decoupled: bool                                 # True: the geometry applies decay. False: `update` is given it
+    decoupled: bool                                 # True: `plain` does w <- (1 - lr wd) w. False: decay is in d
     defaults: dict                                  # hyperparameters of its plain class, torch.optim's if it has it
     scalars: Callable = lambda h, t: {}             # numbers that depend on the step
-    gain: Callable = lambda h: 1.0
+    gain: Callable = lambda h: 1.0                  # these three: see "What one gradient does over all time"
     kappa: Callable = lambda h: 1.0
     contribution: Callable = lambda h, sigma: 1.0
     pull: Callable = lambda h, sigma: 1.0           # how strongly wd pulls, relative to decoupled decay
@@ -570,11 +576,11 @@ DIRECTIONS = {
         lion, zeros("exp_avg"), "d = sign(b1 m + (1-b1) g)", True,
         {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0}, kappa=lion_kappa, contribution=lion_contribution),
     "rmsprop": Direction(
-        rmsprop, zeros("square_avg", "momentum_buffer"), "d = heavy ball of (g + wd w) / rms(g + wd w)",
+        rmsprop, zeros("square_avg", "momentum_buffer"), "d = heavy ball of [x / rms(x)],  x = g + wd w",
         False, {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0},
         gain=heavy_ball_gain, kappa=heavy_ball_kappa, pull=lambda h, sigma: 1 / sigma),
     "rf_rmsprop": Direction(
-        rf_rmsprop, zeros_and_curvature("square_avg", "momentum_buffer"), "d = heavy ball of g / (B s) + wd w", False,
+        rf_rmsprop, zeros_and_curvature("square_avg", "momentum_buffer"), "d = heavy ball of [g / (B s) + wd w]", False,
         {"lr": 1e-2, "alpha": 0.99, "eps": 1e-4, "weight_decay": 0.0, "momentum": 0.9, "batch_size": None},
         gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=newton_contribution),
     "rf_adamw": Direction(
@@ -583,14 +589,14 @@ DIRECTIONS = {
          "batch_size": None}, unbias_both,
         kappa=average_kappa, contribution=newton_contribution),
     "shampoo": Direction(
-        shampoo, shampoo_state, "d = heavy ball of G times L_i^(-1/2k) on every mode + wd w", False,
+        shampoo, shampoo_state, "d = heavy ball of [G times L_i^(-1/(2k)) on every mode + wd w]", False,
         {"lr": 1e-2, "momentum": 0.9, "damping": 1e-6, "lr_cov": 0.05, "weight_decay": 0.0, "update_every": 2,
          "max_dim": 2048, "graft": None, "dtype": None},
         lambda h, t: {"refresh": t % h["update_every"] == 0, "unbias_graft": 1 - (1 - h["lr_cov"]) ** t},
         gain=heavy_ball_gain, kappa=heavy_ball_kappa, contribution=lambda h, sigma: math.nan,
         objection=shampoo_objection, by_entry=False),
     "if_shampoo": Direction(
-        if_shampoo, if_shampoo_state, "d = heavy ball of G times K_i K_i^T on every mode + wd w", False,
+        if_shampoo, if_shampoo_state, "d = heavy ball of [G times K_i K_i^T on every mode + wd w]", False,
         {"lr": 1e-3, "momentum": 0.9, "damping": 1e-4, "lr_cov": 0.1, "riemannian_momentum": 0.5, "weight_decay": 0.0,
          "update_every": 2, "batch_size": None, "dtype": None, "max_dim": 2048, "lr_cov_scale": 1.0},
         lambda h, t: {"refresh": refreshes(t - 1, h["update_every"])},
@@ -618,7 +624,8 @@ def equilibrium(direction, h, C, sigma):
              angle = kappa * lr_total * contribution * sqrt(C) / norm  =  kappa sqrt(2 lr_total wd)
              with lr_total = lr * gain. For adam and rmsprop wd stands for wd / sigma: it is divided by the RMS, too
     Args     C: weights in the neuron. sigma: RMS size of a gradient entry (felt by all but adamw and lion)
-    Returns  norm in the weight's unit, angle in radians; (nan, nan) where nothing decays or nothing moves
+    Returns  norm in the weight's unit, angle in radians; (nan, nan) where nothing decays or nothing moves. Shampoo:
+             (nan, angle), as the size of its steps depends on the shape, the angle does not
     Source   [RE], section 3.2 and table 1. Lion's sign is linearised there: see lion_walk_norm for the exact value
     """
     lr_total = h["lr"] * direction.gain(h)
@@ -632,16 +639,16 @@ def equilibrium(direction, h, C, sigma):
 def lion_walk_norm(h, C):
     """Equilibrium norm of Lion in a Gaussian random walk without the paper's linearised sign.
 
-    Formula  norm^2 = lr C / (2 wd) * sum over lags k of  (2/pi) asin(rho_k) (1 - lr wd)^|k|
-             rho_k: autocorrelation of the average inside the sign; asin turns it into that of the signs (arcsine law)
+    Formula  norm^2 = lr C / (2 wd) * sum over lags j of  (2/pi) asin(rho_j) (1 - lr wd)^|j|
+             rho_j: autocorrelation of the average inside the sign; asin turns it into that of the signs (arcsine law)
     Source   ours; [RE] has the same with asin(x) ~ x, which makes the sum (2/pi) / S
     """
     b1, b2 = h["betas"]
     S, shrink = lion_filter_power(h), 1 - h["lr"] * h["weight_decay"]
     total = 1.0                                                                         # lag 0: asin(1) * 2/pi = 1
-    for k in itertools.takewhile(lambda k: (b2 * shrink) ** (k - 1) > 1e-9, itertools.count(1)):
-        rho = b1 * (1 - b2) * b2 ** (k - 1) * ((1 - b1) + b1 * b2 / (1 + b2)) / S       # sum of c_j c_(j+k), over S
-        total += 2 * (2 / math.pi) * math.asin(rho) * shrink**k                         # lags k and -k
+    for j in itertools.takewhile(lambda j: (b2 * shrink) ** (j - 1) > 1e-9, itertools.count(1)):
+        rho = b1 * (1 - b2) * b2 ** (j - 1) * ((1 - b1) + b1 * b2 / (1 + b2)) / S       # sum of c_i c_(i+j), over S
+        total += 2 * (2 / math.pi) * math.asin(rho) * shrink**j                         # lags j and -j
     return math.sqrt(h["lr"] * C / (2 * h["weight_decay"]) * total)
 
 
@@ -684,7 +691,7 @@ def rotational(direction, w, g, state, h):
     Formula  d <- d - mean(d);  d <- d - w (d.w)/n^2          no common offset, and tangent to the sphere
              U <- beta U + (1-beta) ||d||^2                   how large d is on average
              w <- w - angle * n * d / (sqrt(U / (1-beta^t)) + eps);   w <- w * n / ||w||
-             angle = kappa sqrt(2 lr gain wd)
+             angle = kappa sqrt(2 lr gain wd);   beta = update_norm_decay_factor,  eps = rotational_eps
     Shapes   w, g, d: (neurons, ...);  n, U: (neurons, 1, ...), or (1, 1, ...) if per_neuron=False
     Units    angle: radians per step. lr and wd act through their product alone (but in adam, whose v sees wd w); the
              scale of d does not matter until eps is felt
@@ -707,7 +714,7 @@ def rotational(direction, w, g, state, h):
 
 
 def rotational_init(w, h):
-    """n = ||w||, kept for ever; U = 0. One number of each per neuron."""
+    """n = ||w||, kept for ever; U = 0. One number of each per neuron. (h["norm"] is another thing: modular's.)"""
     norm = neuron_norm(w, neuron_dims(w, h))
     return {"norm": norm, "update_norm_sq": torch.zeros_like(norm)}
 
@@ -776,9 +783,9 @@ def spectral_norm(d, u):
     A convolution is a matrix for every kernel position, and has a norm for each.
 
     Shapes   d: (out, in, ...), u: (in, ...), v: (out, ...), norm: (...), the dots being the kernel's
-    Notice   an update of zero would make u NaN for good: then u stays as it is. One that is orthogonal to u would hide
-             for good: then v starts again from a vector that has no reason to be orthogonal to anything, and for this
-             once the Frobenius norm stands in, which is never below the spectral one
+    Notice   after an update of zero u would be NaN for good, so u stays as it is. An update orthogonal to u would have
+             norm 0 for good, so v starts again from a fixed vector that is hardly ever orthogonal to anything, and for
+             this one step the Frobenius norm stands in, which is never below the spectral one
     """
     v = torch.einsum("oi...,i...->o...", d, u)
     size = torch.linalg.vector_norm(v, dim=0)
@@ -797,11 +804,11 @@ def modular(direction, w, g, state, h):
     Formula  w <- w - lr share scale d / norm(d);   then decay:  w <- (1 - lr share wd) w,  or rows back to norm `scale`
                     norm                                       scale             after the update
              Linear      spectral                              sqrt(out/in)      decay
-             Conv        spectral, for each kernel position    sqrt(out/in)/k^2  decay
+             Conv        spectral, for each kernel position    the same / K      decay; K: number of kernel positions
              Embedding   "rows": Euclidean, for each row       sqrt(dim)         rows are put back, whatever wd is
     Shapes   w, g, d: (out, in, ...), or (rows, dim)
-    Units    none: the scale of d does not matter, and scale is the size that a weight of that layer has by its own
-             (`initialise`). At lr = 1 an update would be as large as the weight itself, times its share
+    Units    none: how large d is does not matter, and `scale` is the norm that `initialise` gives a weight of that
+             layer. At lr = 1 an update would be as large as the weight itself, times its share
     Notice   a zero update, or a zero row of one, adds nothing; decay and putting rows back happen all the same
     """
     d, rows = direction.update(g, state, h), h["norm"] == "rows"
@@ -816,8 +823,8 @@ def modular(direction, w, g, state, h):
 
 
 def usual_size(shape, norm):
-    """The norm that a weight of this shape has when its outputs are as large as its inputs: entries of size 1, in both
-    (a row of an embedding answers to an input of size 1)."""
+    """The norm of a weight that turns inputs of RMS 1 into outputs of RMS 1. (An embedding has one number as its input,
+    so each of its rows has norm sqrt(dim).) Spectral: of each kernel position."""
     if norm == "rows":
         return math.sqrt(shape[1])
     return math.sqrt(shape[0] / shape[1]) / math.prod(shape[2:])
@@ -848,7 +855,7 @@ class Geometry:
     """One column of the table: the function above, and what the rest of the file has to know about it."""
     name: str
     move: Callable                                  # (direction, w, g, state, h): changes w
-    key: str | None = None                          # a state entry by which a parameter under it is known, if need be
+    key: str | None = None                          # a state entry that only parameters under this geometry have
     init: Callable = lambda w, h: {}                # (w, h) -> dict of state tensors, before the first step
     scalars: Callable = lambda direction, h, t: {}  # numbers that depend on the step
     defaults: dict = field(default_factory=dict)    # hyperparameters it adds
@@ -873,7 +880,7 @@ PER_GROUP = {"rotational", "lr_cov_scale", "share", "norm", "scale"}        # wh
 
 
 # ======================================================================================================================
-# The optimizer: no mathematics below this line, only bookkeeping
+# The optimizer: no mathematics from here to "The modular tree", only bookkeeping
 # ======================================================================================================================
 
 
@@ -1253,7 +1260,7 @@ class AdamW(Optimizer):
     Units    lr: weight per step. weight_decay: 1 / (lr * steps): w forgets its past in 1 / (lr * weight_decay) steps
     Settles  ||w||^2 = lr C / (2 wd), turning by sqrt(2 lr wd (1-b1) / (1+b1)) a step, whatever the gradient's size
     Errors   ValueError: lr, eps, weight_decay < 0 or not finite; betas outside [0, 1)
-    Source   Loshchilov and Hutter 2019, algorithm 2 (where decay is not multiplied by lr); equal to torch.optim.AdamW
+    Source   Loshchilov and Hutter 2019, algorithm 2, whose decay is not multiplied by lr; ours is torch.optim.AdamW's
     """
     direction = DIRECTIONS["adamw"]
 
@@ -1300,12 +1307,12 @@ class RMSProp(Optimizer):
 class RotationalSGD(Optimizer):
     """SGD's direction on the rotational geometry.
 
-    Formula  m <- momentum * m + g, made zero-mean and tangent;   every neuron turns, on average, by
-             angle = sqrt(2 lr weight_decay / (1 + momentum))  radians a step, and keeps its norm
+    Formula  m <- momentum * m + g;   d = m, made zero-mean and tangent;   every neuron turns, on average, by
+             angle = sqrt(2 lr weight_decay / (1 + momentum))  radians a step along d, and keeps its norm
     Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0; the others (biases,
              gains) follow plain SGD, with their group's decay
     State    1 tensor like w (none if momentum = 0) and 2 numbers per neuron
-    Options  update_norm_decay_factor: how long the size of d is averaged; 0: every step turns by exactly arctan(angle)
+    Options  update_norm_decay_factor: of the average of ||d||^2; 0: every step turns by exactly arctan(angle)
              per_neuron: False keeps the norm of the whole tensor instead.   zero_mean: neurons and updates are centred
              (weights at construction, keeping their norm).   rotational_eps: added to the average size of d
              A group may set rotational=True or False to overrule the choice by shape and decay
@@ -1397,11 +1404,12 @@ class ModularSGD(Optimizer):
 
     Formula  m <- m + (1 - momentum)^((t-1)/t) (g - m);   w <- w - lr share scale m / norm(m)
              then  w <- (1 - lr share weight_decay) w,  or an embedding's rows back to norm `scale`
-    Shapes   2 dims or more: the weights of Linear, Conv, Embedding. The others (biases, gains) follow w <- w - lr m
+    Shapes   2 dims or more: the weights of Linear, Conv, Embedding. The others (biases, gains) follow the plain
+             rule:  w <- (1 - lr weight_decay) w;   w <- w - lr m
     State    1 tensor like w, and 1 like w[0]: where power iteration is
-    Groups   norm ("spectral", or "rows" for embeddings), share, and scale of the weights; None: by shape. optim.build
-             makes groups from the model's modular_tree(). Without groups every weight is taken for a Linear's or a
-             Conv's, with share 1: layers are balanced, but not by what they do to each other
+    Groups   norm: "spectral", or "rows" for embeddings; share; scale: the norm of the weights, None: their usual one.
+             optim.build makes groups from the model's modular_tree(). Without groups every weight is taken for a
+             Linear's or a Conv's, with share 1: layers are balanced, but not by what they do to each other
     Options  seed: of the vector that power iteration starts from
     Units    none: lr is the size of the network's update in its modular norm. Tune it on a small model
     Errors   ValueError: lr, weight_decay, share < 0 or not finite; scale <= 0; momentum outside [0, 1)
@@ -1419,7 +1427,8 @@ class ModularAdam(Optimizer):
     Formula  m <- m + (1-b1)^((t-1)/t) (g - m);   v <- v + (1-b2)^((t-1)/t) (g^2 - v);   d = m / sqrt(v), 0 for 0/0
              w <- w - lr share scale d / norm(d)
              then  w <- (1 - lr share weight_decay) w,  or an embedding's rows back to norm `scale`
-    Shapes   2 dims or more: the weights of Linear, Conv, Embedding. The others (biases, gains) follow w <- w - lr d
+    Shapes   2 dims or more: the weights of Linear, Conv, Embedding. The others (biases, gains) follow the plain
+             rule:  w <- (1 - lr weight_decay) w;   w <- w - lr d
     State    2 tensors like w, and 1 like w[0]: where power iteration is
     Groups   and options: as in ModularSGD
     Units    none: lr is the size of the network's update in its modular norm. Tune it on a small model
@@ -1445,8 +1454,8 @@ class RootFreeRMSProp(Optimizer):
     Errors   ValueError: batch_size missing or <= 0; lr, eps, weight_decay < 0 or not finite; alpha, momentum outside
              [0, 1)
     Source   Lin et al. 2024; the authors' RMSProp, with decay between preconditioner and heavy ball
-    Notice   where RMSProp gives all weights steps of one size, this one gives large gradients SMALL steps: lr is of the
-             order of SGD's on convolutional networks, and below AdamW's on transformers
+    Notice   where RMSProp gives all weights steps of one size, this one gives large gradients SMALL steps. The authors'
+             best lr lies between AdamW's and SGD's on convolutional networks, and below AdamW's on transformers
     """
     direction = DIRECTIONS["rf_rmsprop"]
 
@@ -1479,14 +1488,17 @@ class RootFreeAdamW(Optimizer):
 class Shampoo(Optimizer):
     """Shampoo: an inverse root of a d x d matrix for every mode of a tensor. The baseline with roots.
 
-    Formula  L_i <- (1-lr_cov) L_i + lr_cov G_(i) G_(i)^T, L_i = 0 at first;   d = G times (L_i + damping)^(-1/2k) on
-             each of its k modes;   m <- momentum * m + (d + weight_decay * w);   w <- w - lr * m
+    Formula  L_i <- (1-lr_cov) L_i + lr_cov G_(i) G_(i)^T, L_i = 0 at first
+             d = G times (L_i + damping)^(-1/(2k)) on each of its k modes
+             m <- momentum * m + (d + weight_decay * w);   w <- w - lr * m
     Shapes   any; modes of size 1 are squeezed away, modes longer than max_dim get a diagonal L_i
-    State    1 tensor like w (2 with graft="adam"), and 2 matrices d_i x d_i per mode (vectors beyond max_dim)
+    State    1 tensor like w (none if momentum = 0), 1 more with graft="adam", and 2 matrices d_i x d_i per mode
+             (vectors beyond max_dim)
     Options  update_every: steps between new roots (before the first, d = G).  graft: "sgd" or "adam" gives d the norm
              of that method's direction (adam without momentum, b2 = 1 - lr_cov).  dtype: of the matrices; None: the
              parameter's, float32 at least
-    Units    d has none (graft="sgd": g's), but a size. Without graft, on noise: ||d|| = (number of weights)^(1/(2k))
+    Units    d has none (graft="sgd": g's). Its size depends on the shape: on noise, without graft,
+             ||d|| = (number of weights)^(1/(2k))
     Errors   ValueError: values out of range; damping 0; dtype bfloat16 or float16, which no root survives
     Source   Gupta et al. 2018, algorithm 1 and 2, with a running average; heavy ball and decay as in RootFreeRMSProp
     """
@@ -1507,9 +1519,11 @@ class InverseFreeShampoo(Optimizer):
              K_i <- K_i - lr_cov lr_cov_scale / max(1, ||M_i||) K_i M_i
              d = G times K_i K_i^T on every mode;   m <- momentum * m + (d + weight_decay * w);   w <- w - lr * m
     Shapes   any; modes of size 1 are squeezed away, modes longer than max_dim get a diagonal K_i
-    State    1 tensor like w, and 2 matrices d_i x d_i per mode (vectors beyond max_dim), in `dtype`
+    State    1 tensor like w (none if momentum = 0), and 2 matrices d_i x d_i per mode (vectors beyond max_dim), all in
+             `dtype`
     Options  update_every: the largest gap between preconditioner steps; they are dense at first (`refreshes`).
-             lr_cov_scale: a factor of lr_cov for a group; `build` sets the authors' 0.25 for 1-dim parameters.
+             lr_cov_scale: a factor of lr_cov, given in a group. `build` gives 0.25 to parameters with 1 dim (the
+             authors to all whose name holds norm, proj or bias).
              dtype: of the whole recursion; None: the parameter's, float32 at least. Weights keep their own
     Units    batch_size B: over how many examples the loss is a mean. With one mode d is a Newton step: lr has no unit
     Settles  where gradients are noise without structure: as RootFreeRMSProp, with damping for eps
@@ -1552,7 +1566,7 @@ ModularInverseFreeShampoo = compose("ModularInverseFreeShampoo", "if_shampoo", M
 # A network is written as an expression of its layers ([MN], section 3 and table 1). Two numbers belong to every part:
 #
 #   mass          how much of the learning is to happen in it. A weight has mass 1 unless told otherwise
-#   sensitivity   how much its output can change per change of its input, both of their usual size. 1 is best
+#   sensitivity   how much its output can change, per change of its input: each relative to its usual size. 1 is best
 #
 #                              mass             sensitivity
 #   weight(layer)              1                1             nn.Linear, nn.Conv2d, nn.Embedding
@@ -1817,7 +1831,7 @@ def weight(*layers, mass=1.0, norm=None):
     convs = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     for layer in layers:
         if not isinstance(layer, (torch.nn.Linear, torch.nn.Embedding, *convs)):
-            raise TypeError(f"optim.weight takes nn.Linear, nn.Conv2d, nn.Embedding, not {type(layer).__name__}")
+            raise TypeError(f"optim.weight takes nn.Linear, nn.Conv1d to 3d, nn.Embedding, not {type(layer).__name__}")
         if isinstance(layer, convs) and layer.groups != 1:
             raise TypeError("optim.weight: a convolution with groups has no known modular norm")
     if len({(type(layer), layer.weight.shape) for layer in layers}) != 1:
@@ -1841,8 +1855,8 @@ def bond(name, sensitivity=1.0):
 
 @torch.no_grad()
 def initialise(tree):
-    """Fill the weights of a tree with random ones of their usual size, in place: where shares of an update mean what
-    they say. Linear: all singular values are sqrt(out/in). Conv: likewise for each kernel position, over k^2.
+    """Fill the weights of a tree, in place, with random ones of their usual norm, which is what the shares presuppose.
+    Linear: all singular values are sqrt(out/in). Conv: so at each kernel position, divided by the number of these.
     Embedding: rows of norm sqrt(dim).
 
     Source   [MN]; the authors store the same divided by `scale` and multiply by it in the forward pass
@@ -1889,8 +1903,9 @@ def build(name, model, **hyper):
     """The optimizer `name` for all trainable parameters of a model, with the usual rule for each of them.
 
         2 dims and more (Linear, Conv, Embedding)    decay; turned, where the geometry is rotational
-        the same, but with a neuron that can't turn  decay under the plain rule (one input; all zeros, as the row of an
-                                                     Embedding's padding_idx: give that group by hand if it matters)
+        the same, but with a neuron that can't turn  all of it: decay under the plain rule (a neuron of one weight; or
+                                                     of zeros, as an Embedding's padding_idx has: group it by hand to
+                                                     have the others turn)
         1 dim and less (biases, gains, norms)        no decay, plain rule: decay would only make them smaller; without
                                                      neurons there is no equilibrium
 
@@ -1900,14 +1915,15 @@ def build(name, model, **hyper):
 
     Under a modular geometry the model says more: model.modular_tree() is a Tree with every weight of 2 dims or more in
     it, which gives each a norm, a scale and its share. Biases and gains, which are not in it, take the plain rule with
-    a hundredth of lr: a modular lr is about as large as the weights, not as one step of one entry.
+    a hundredth of lr: a modular lr (0.1 to 2) is relative to the norm of a whole weight, and far too large a step for a
+    single number.
 
     Args     model: an nn.Module. Parameters with requires_grad=False are left out: thaw first, or add_param_group later
              hyper: of the class, OPTIMIZERS[name]
     Returns  the optimizer, its groups holding names ("param_names"), so that `table` can print them
     Errors   ValueError: unknown name, nothing to train, two parameters that share memory without being tied, a
-             rotational optimizer without decay; a weight that is not in the tree, in it twice, or in no model; whatever
-             the class itself refuses
+             rotational optimizer without decay; a weight that is not in the tree or in it twice, or in the tree but not
+             in the model; whatever the class itself refuses
     """
     kind = find(name)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -1933,7 +1949,7 @@ def build(name, model, **hyper):
     groups.append({"params": vectors, "weight_decay": 0.0})
     if kind.geometry is MODULAR:
         groups[-1]["lr"] = 0.01 * hyper.get("lr", kind.takes()["lr"])
-    if "lr_cov_scale" in kind.takes():              # if_shampoo: the authors' choice for norms and biases
+    if "lr_cov_scale" in kind.takes():              # if_shampoo: the authors' factor; they go by names
         groups[-1]["lr_cov_scale"] = 0.25
     return kind([group for group in groups if group["params"]], **hyper)
 
@@ -2002,7 +2018,7 @@ class RotationProbe:
     Rows     name; norm: mean ||w|| of the neurons after the step; angle: mean angle turned, radians; predicted_norm,
              predicted_angle: for rotational parameters the kept norm and the angle that is set; for plain ones the
              equilibrium of a random walk with the lr and decay of this step and, where it matters, the gradient of
-             this step ([RE], table 1), nan where there is no decay, or no theory for the optimizer (modular ones)
+             this step ([RE], table 1), nan where there is no decay or no theory (modular ones, the norm of shampoo)
     Measures parameters with two dims or more that had a gradient. Memory: a copy of these, during a measured step
     """
 
@@ -2136,6 +2152,7 @@ def lesson(plot=None):
         if kind.geometry is not PLAIN:              # decay is the geometry's; only adam's v still sees it
             formula = "d = mean(g) / rms(g + wd w)" if kind.direction.turning else formula.replace(" + wd w", "")
         print(f"{name:22s} {kind.geometry.name:11s} {state_bytes(kind):5.1f} B/weight   {formula}")
+    print("(state: of a 1000 x 1000 matrix, with momentum where there is any)")
 
     print(f"\nA random walk: {NEURONS} neurons of {C} weights, 3 times too short, and gradients of pure noise.")
     print("AdamW takes long to find its angle; its rotational variant, with the same lr and decay, only has to fill\n"
@@ -2156,7 +2173,7 @@ def lesson(plot=None):
           "= sqrt(2 lr wd (1-b1)/(1+b1))")
 
     print("\nWhere plain optimizers settle, by the formulas of `equilibrium` (the paper's table 1, and ours):\n")
-    print(f"{'optimizer':10s} {'|gradient|':>10s} {'norm: formula':>14s} {'measured':>9s} {'':>7s} "
+    print(f"{'optimizer':10s} {'sigma of g':>10s} {'norm: formula':>14s} {'measured':>9s} {'':>7s} "
           f"{'angle: formula':>15s} {'measured':>9s}")
     for name, hyper, sigma in WALKS:
         target = equilibrium(DIRECTIONS[name], hyper, C, sigma)
@@ -2175,7 +2192,8 @@ def lesson(plot=None):
                   f"{target[1]:15.5f} {angle:9.5f} {angle / target[1] - 1:+7.2%}", flush=True)
     print("\nLook at adam + L2: its angle depends on the gradient's size (so does rmsprop's), so layers with small\n"
           "gradients turn fast and others slowly. AdamW, Lion and SGD turn all layers alike in the end, rotational\n"
-          "variants from the start. (lion: the paper fits a line to the sign; 'exact' uses the arcsine law instead.)")
+          "variants once their averages have filled. (sigma: RMS size of an entry of g. lion: the paper fits a line\n"
+          "to the sign; 'exact' uses the arcsine law instead.)")
     if plot:
         draw(drawn, plot)
 
