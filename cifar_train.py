@@ -53,7 +53,7 @@ from tqdm import tqdm
 import optim
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: a flag on the command line goes before the preset, a preset before the optimizer's tuned defaults
+# Settings: a flag on the command line overrides the preset, and a preset the optimizer's tuned defaults
 # ----------------------------------------------------------------------------------------------------------------------
 
 # Kosson et al. 2024 on CIFAR: 200 epochs, 5 of them warmup, cosine to nearly 0, crops and flips. Theirs lays the cosine
@@ -73,7 +73,7 @@ def paper(setup, opt, **hyper):
     return setup | dict(opt=opt, tuned={opt: hyper})
 
 
-# `tuned` goes before the table TUNED below, for the optimizer that it names. Nobody has tried that table at other sizes
+# `tuned` overrides the table TUNED below, for the optimizer that it names. Nobody has tried that table at other sizes
 # than the cpu preset's.
 PRESETS = {
     # the default without CUDA: about a minute on two cores
@@ -202,16 +202,16 @@ def parse_arguments():
     g.add_argument("--weight_decay", type=number(0), help="of matrices and filters; biases and gains have none")
     g.add_argument("--beta1", type=number(0), help="of optimizers with betas")
     g.add_argument("--beta2", type=number(0), help="likewise")
-    g.add_argument("--momentum", type=number(0), help="of the sgd and rmsprop family")
-    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop family")
+    g.add_argument("--momentum", type=number(0), help="of the sgd, rmsprop and shampoo families")
+    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop families (modular_adam has none)")
     g.add_argument("--opt_kwargs", metavar="KEY=VALUE", nargs="+", help="anything else the optimizer's class takes")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=PRESETS, metavar="NAME",
                    help=f"{', '.join(PRESETS)} (default: cpu; with CUDA the resnet18 model on shapes)")
     g.add_argument("--schedule", choices=("cosine", "linear", "constant", "step"),
-                   help="cosine (default), linear: end at 0; step: lr / 10 after a third, / 100 after two thirds")
+                   help="cosine (default), linear: to almost 0; step: lr / 10 after a third, / 100 after two thirds")
     g.add_argument("--warmup", type=whole(0), help="steps over which lr rises linearly")
-    g.add_argument("--steps", type=whole(1), help="optimizer steps; or")
+    g.add_argument("--steps", type=whole(1), help="optimizer steps, instead of --epochs")
     g.add_argument("--epochs", type=whole(1), help="passes over the training images")
     g.add_argument("--batch_size", type=whole(1), help="images per step")
     g.add_argument("--grad_clip", type=number(0), help="largest gradient norm; 0: no clipping (default 0)")
@@ -225,7 +225,7 @@ def parse_arguments():
     g.add_argument("--width_mult", type=in_range(float, 0, above=True), help="the same, as a multiple of the usual")
     g.add_argument("--depth", type=whole(1),
                    help=f"blocks of {', '.join(name for name, family in MODELS.items() if family.depth)}")
-    g.add_argument("--norm", choices=NORMS, help="of convolutional models (default batch; layer: one group)")
+    g.add_argument("--norm", choices=NORMS, help="of convolutional models (default batch; layer: GroupNorm, 1 group)")
     g.add_argument("--weight_standardization", type=flag, metavar="{0,1}",
                    help="filters of mean 0 and fixed norm, in the same models (default 0)")
     g.add_argument("--gains", choices=("auto", "0", "1"),
@@ -246,7 +246,7 @@ def parse_arguments():
     g = p.add_argument_group("machine")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                   help="of autocast; auto: bfloat16 on CUDA, else float32")
+                   help="of autocast; auto: bfloat16 on GPUs that compute in it natively, else float32")
     g.add_argument("--compile", type=flag, metavar="{0,1}", help="torch.compile the model and the optimizer")
     g.add_argument("--track", type=flag, metavar="{0,1}",
                    help="log how far neurons turn, at every evaluation (default 1)")
@@ -498,6 +498,7 @@ def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
+
 def inside(shape, u, v):
     """How far inside the shape the points (u, v) lie, roughly in units of its radius; negative outside. Arrays."""
     r = np.hypot(u, v)
@@ -720,7 +721,7 @@ def chain(*trees):
 
 
 def he_initialise(model):
-    """He et al. 2015, by fan-out, for convolutions: what comes out is as loud as what goes in."""
+    """He et al. 2015, by fan-out, for convolutions: gradients keep their size on the way back."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -749,6 +750,7 @@ class ResidualBlock(nn.Module):
         return F.relu(h + (x if self.projection is None else self.projection(x)))
 
     def modular_tree(self):
+        # relu counts as 1/sqrt(2), though the next norm makes up for it (VGG below counts 1): a convention, no bound
         norm, relu = optim.bond("norm"), optim.bond("relu", 0.5**0.5)
         f = chain(norm @ optim.weight(self.convs[0]), *(norm @ optim.weight(conv) @ relu for conv in self.convs[1:]))
         shortcut = optim.bond("identity") if self.projection is None else norm @ optim.weight(self.projection[0])
@@ -756,8 +758,8 @@ class ResidualBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """He et al. 2016 for 32x32 images: a 3x3 stem, stages of blocks of which each halves H and W and doubles C, global
-    average pooling. `blocks`: per stage. Batch norm, relu after it, 1x1 projections where the shape changes."""
+    """He et al. 2016 for 32x32 images: a 3x3 stem, stages of blocks (but the first, each halves H and W, doubles C),
+    global average pooling. `blocks`: per stage. Batch norm, relu after it, 1x1 projections where the shape changes."""
 
     def __init__(self, n_classes, width, parts, blocks, bottleneck=False):
         super().__init__()
@@ -809,7 +811,7 @@ class VGG(nn.Module):
 
 
 class ConvMixer(nn.Module):
-    """Trockman, Kolter 2022: 2x2 patches, then blocks of a depthwise 5x5 convolution around which x is added, and a
+    """Trockman, Kolter 2022: 2x2 patches, then blocks of a depthwise 5x5 convolution with a residual connection, and a
     pointwise one; GELU and a normalisation after each. Not for modular optimizers: a depthwise convolution has no known
     modular norm."""
 
@@ -903,9 +905,9 @@ def mean_subtract(x):
 
 
 class WellNormed(nn.Module):
-    """The networks of Large et al. 2024 (Modular Norm): L blocks  (1 - 1/L) x + (1/L) f(x),  f twice a weight layer
-    between divisions by the RMS before it and an absolute value and a subtraction of the mean after it. No biases. With
-    the modular optimizers one learning rate serves all widths and depths.
+    """The networks of Large et al. 2024 (Modular Norm): L blocks  (1 - 1/L) x + (1/L) f(x).  f is, twice over:
+    divide by the RMS, a weight layer, absolute value, subtract the mean. No biases. With the modular optimizers one
+    learning rate serves all widths and depths.
 
     Subclasses make the layers: `first`, `blocks` (depth x 2 of them) and `head`; `mass` is that of all blocks together.
     """
@@ -998,7 +1000,7 @@ def make_model(s, n_classes):
                   functools.partial(Linear, gain=bool(s["gains"])))
     model = family.build(n_classes, s["width"], parts=parts, **({"depth": s["depth"]} if family.depth else {}))
     if optim.find(s["opt"]).geometry is optim.MODULAR and hasattr(model, "modular_tree"):
-        optim.initialise(model.modular_tree())      # a modular lr counts in sizes that weights have there
+        optim.initialise(model.modular_tree())      # a modular lr is relative to the norms that weights get here
     return model
 
 
@@ -1023,7 +1025,7 @@ def write_atomically(path, data):
 
 
 def lock(folder):
-    """Keep a second run out of the folder, where the two would overwrite each other. -> the lock; it goes with us."""
+    """Keep a second run out of the folder, where the two would overwrite each other. -> the lock; it ends with us."""
     try:
         import fcntl
     except ImportError:                             # Windows has no flock

@@ -3,7 +3,7 @@ Train a GPT-2 on text with any optimizer of optim.py. One file, top to bottom: s
 
     python nanogpt_train.py                                   AdamW, a 0.8M-parameter GPT, Python's own manual: offline
     python nanogpt_train.py --opt rotational_lion             any name of optim.OPTIMIZERS, with its tuned defaults
-    python nanogpt_train.py --data my_novel.txt --sample 500  any text; prints 500 characters of its own at the end
+    python nanogpt_train.py --data my_novel.txt --sample 500  any text; writes 500 characters of it at the end
     python nanogpt_train.py --resume --out_dir out/...        go on where a stopped or killed run was
     python nanogpt_train.py --preset shakespeare              nanoGPT's 10M-parameter model (a GPU is advisable)
     torchrun --nproc_per_node=8 nanogpt_train.py --preset gpt2    GPT-2 124M on OpenWebText, on 8 GPUs
@@ -53,13 +53,13 @@ from tqdm import tqdm
 import optim
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: a flag on the command line goes before the preset, a preset before the optimizer's tuned defaults
+# Settings: a flag on the command line overrides the preset, and a preset the optimizer's tuned defaults
 # ----------------------------------------------------------------------------------------------------------------------
 
-# `tuned` goes before the table TUNED below; where it has no entry for an optimizer, the small model's values are used,
+# `tuned` overrides the table TUNED below; where it has no entry for an optimizer, the small model's values are used,
 # which nobody has tried at that size.
 PRESETS = {
-    # the default without CUDA: the size of nanoGPT's CPU example, about a minute and a half on two cores
+    # the default without CUDA: the size of nanoGPT's CPU example, a little over a minute on two cores
     "cpu": dict(data="python_docs", n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, batch_size=12,
                 grad_accum=1, steps=2000, warmup=100, eval_every=500, eval_batches=60, compile=0),
     # the default with CUDA, then on python_docs: nanoGPT's config/train_shakespeare_char.py
@@ -80,13 +80,13 @@ PRESETS = {
                             "rotational_adamw": dict(lr=5e-3, weight_decay=0.5, betas=(0.9, 0.95))}),
 }
 
-# Tuned for the main job (the cpu preset on python_docs), one seed. The lr of each NAME was swept in octaves at a quarter
-# of the steps, further up or down where the best one lay at the edge:
+# Tuned for the main job (the cpu preset on python_docs), one seed. The lr of each NAME was swept in octaves, with a
+# quarter of the steps, further up or down where the best lay at the edge:
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3,4e-3,8e-3 --fixed "steps=500 warmup=50 eval_every=500"
-# Short runs like larger lrs than long ones, so what was best there was then compared in full with what stood here from a
-# small search by hand, and the better one stands here now:
+# Short runs like larger lrs than long ones, so what was best there was then compared in full with what stood here (a
+# small search by hand had found it), and the better one stands here now:
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3 --fixed steps=2000
-# The other numbers are by hand; for the rotational ones lr * weight_decay was chosen for an angle of 0.01 to 0.02.
+# The other numbers are by hand; for the rotational ones they give angles of 0.01 to 0.024.
 TUNED = {
     "sgd": dict(lr=0.3, momentum=0.9, weight_decay=1e-4),
     "adam": dict(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0),
@@ -167,12 +167,13 @@ def parse_arguments():
     g.add_argument("--weight_decay", type=number(0), help="of matrices and embeddings; biases and gains have none")
     g.add_argument("--beta1", type=number(0), help="of optimizers with betas")
     g.add_argument("--beta2", type=number(0), help="likewise")
-    g.add_argument("--momentum", type=number(0), help="of the sgd and rmsprop family")
-    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop family")
+    g.add_argument("--momentum", type=number(0), help="of the sgd, rmsprop and shampoo families")
+    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop families (modular_adam has none)")
     g.add_argument("--opt_kwargs", metavar="KEY=VALUE", nargs="+", help="anything else the optimizer's class takes")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=PRESETS, help="default: cpu; with CUDA the shakespeare model on python_docs")
-    g.add_argument("--schedule", choices=("cosine", "linear", "constant"), help="cosine (default), linear: end at 0")
+    g.add_argument("--schedule", choices=("cosine", "linear", "constant"),
+                   help="cosine (default), linear: down to just above 0")
     g.add_argument("--warmup", type=whole(0), help="steps over which lr rises linearly")
     g.add_argument("--steps", type=whole(1), help="optimizer steps")
     g.add_argument("--batch_size", type=whole(1), help="sequences in one forward pass")
@@ -204,7 +205,7 @@ def parse_arguments():
     g = p.add_argument_group("machine")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                   help="of autocast; auto: bfloat16 on CUDA, else float32")
+                   help="of autocast; auto: bfloat16 on GPUs that compute in it natively, else float32")
     g.add_argument("--compile", type=flag, metavar="{0,1}", help="torch.compile the model and the optimizer")
     g.add_argument("--track", type=flag, metavar="{0,1}",
                    help="log how far neurons turn, at every evaluation (default 1)")
@@ -212,7 +213,7 @@ def parse_arguments():
     g.add_argument("--bench", action="store_true", help="time a step and its parts, then leave; writes nothing")
     g = p.add_argument_group("text")
     g.add_argument("--sample", type=whole(0), metavar="N", help="print N tokens of text at the end (default 0)")
-    g.add_argument("--prompt", help="what the text begins with (default: as the training text)")
+    g.add_argument("--prompt", help="what the text begins with (default: the first token of the training text)")
     g.add_argument("--temperature", type=in_range(float, 0, above=True), help="default 0.8")
     g.add_argument("--eval_only", action="store_true", help="with --resume: evaluate and sample, do not train")
     return p.parse_args()
@@ -655,10 +656,11 @@ class GPT(nn.Module):
     def modular_tree(self):
         """The modular tree of a network that was not made for it. What is lost: a sum x + f(x) is written as if it were
         an average, which only the norms that read it make harmless; the gains of these norms are outside the tree;
-        attention is sharper than sensitivity 1 allows, and its three parts share one norm; and the tied weight can only
-        be one thing: it is the head's, and its use as an embedding a bond. (The positions take the spectral norm, too:
-        rows of norm sqrt(n_embd) would drown the tokens.) So updates are balanced by layer, but no bound holds, and lr
-        means something else: on the small model 0.1 is better than ModularGPT's 0.35."""
+        attention is sharper than sensitivity 1 allows, and its three parts share one norm; gelu counts as 1, not as
+        1/sqrt(2); and the tied weight can only be one thing: it is the head's, and its use as an embedding a bond. (The
+        positions take the spectral norm, too: rows of norm sqrt(n_embd) would drown the tokens.) So updates are
+        balanced by layer, but no bound holds, and lr means something else: on the small model 0.1 is better than
+        ModularGPT's 0.35."""
         def each(layer):
             return optim.weight(*map(layer, self.blocks))
         attention = each(lambda b: b.attention.out) @ optim.bond("attention") @ each(lambda b: b.attention.qkv)
@@ -698,7 +700,7 @@ class ModularBlock(nn.Module):
 
 
 def parameter_free_norm(x):
-    """LayerNorm without gain and bias. The paper's has no eps either."""
+    """LayerNorm without gain and bias. The paper's has no eps; 1e-12 keeps a row of equal numbers from becoming NaN."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-12)
 
 
@@ -771,7 +773,7 @@ def write_atomically(path, data):
 
 def lock(folder, wait=False):
     """Keep a second run out of the folder, where the two would overwrite each other, or let it wait for its turn.
-    -> the lock; it goes with us."""
+    -> the lock, which ends with us."""
     try:
         import fcntl
     except ImportError:                             # Windows has no flock
@@ -811,7 +813,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule down to (nearly) 0."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule."""
     if step < s["warmup"]:
         return peak * (step + 1) / (s["warmup"] + 1)
     done = (step - s["warmup"]) / max(s["steps"] - s["warmup"], 1)
@@ -1134,9 +1136,9 @@ def flops_per_token(model, n_layer, n_embd, block_size):
 
 
 def bench(model, network, autocast, gradients, train_step, optimizer, train, s):
-    """Time four things in turn, and print their medians: forward and backward on a fixed batch, the optimizer's step,
-    a whole step of training, and the same step as nanoGPT's own loop would do it: eager, with torch's fused AdamW, and
-    on a CPU in float32, whatever --dtype is.
+    """Time five things in turn, and print their medians: forward and backward on a fixed batch, the optimizer's step,
+    a whole step of training, the same step as nanoGPT's own loop would do it (eager, with torch's fused AdamW, and on a
+    CPU in float32, whatever --dtype is), and a large matrix product, for the MFU.
 
     MFU ("model FLOPs utilization"): operations a second, as a share of what a large matrix product reaches here.
     """

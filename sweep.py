@@ -15,13 +15,13 @@ are resumed from their checkpoints. With the same command
 
 A key of --grid, --fixed or --space is a flag of the script, without dashes; what the script has no flag for goes into
 its --opt_kwargs. (Two options of optimizers are called like flags: write opt_kwargs.dtype and opt_kwargs.seed.) Every
-run has a folder of its own under --out_dir, named by a hash of the script and its flags. Only its log.jsonl is read:
-the last line has "final": true and bleu, test_acc, val_acc (more is better) or val_loss: the first of them that is
-there counts, or the one that --metric names (what is tuned on a test set proves nothing there any more).
+run has a folder of its own under --out_dir, named by a hash of the script and its flags. Results are read from its
+log.jsonl alone: the last line has "final": true and bleu, test_acc, val_acc (more is better) or val_loss: the first of
+them that is there counts, or the one that --metric names (what is tuned on a test set proves nothing there any more).
 
-Exit status: 0 all runs are done or have diverged, which is a result; 1 some failed or were killed, 2 bad input, 130 or
-143 stopped by Ctrl-C or SIGTERM, after the runs have saved. `kill -9` leaves the runs alone: they go on to their end,
-and a new sweep waits for them.
+Exit status: 0 all runs are done or have diverged, which is a result; 1 some failed or were killed, 2 bad input, 129,
+130 or 143 stopped by SIGHUP, Ctrl-C or SIGTERM, after the runs have saved. `kill -9` leaves the runs alone: they go on
+to their end, and a new sweep waits for them.
 """
 import argparse
 import contextlib
@@ -109,7 +109,7 @@ def parse_arguments():
     g.add_argument("--scale", choices=("cpu", "gpu"), help="of an experiment: minutes on two cores (default), or a GPU")
     g = p.add_argument_group("how to run it")
     g.add_argument("--jobs", type=at_least(1), metavar="N",
-                   help="runs at a time (default: one a GPU; else one a core, each with OMP_NUM_THREADS, which is 1)")
+                   help="runs at a time (default: one per GPU, or one per core; OMP_NUM_THREADS is 1 unless it is set)")
     g.add_argument("--out_dir", help="default out/sweep-SCRIPT or out/sweep-EXPERIMENT-SCALE; sweeps may share one")
     g.add_argument("--retry", action="store_true", help="run again what failed (after the cause is mended)")
     g.add_argument("--keep_checkpoints", action="store_true", help="default: a finished run's ckpt.pt is deleted")
@@ -828,7 +828,8 @@ def draw_report(picture, results):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The three papers. An experiment is a function that asks the lab for results and returns what it found. Its docstring
-# is printed: the claim in our words, what is done, and when it counts as held; fixed before the first run at full size.
+# is printed: the claim in our words, what is done, and when it counts as held, which was decided before the first
+# run at full size. README says which set-ups have changed since.
 #
 #   [RE] Rotational Equilibrium, arXiv:2305.17212     [MN] modular norm, arXiv:2405.14813     [RF] root-free, 2402.03496
 # ----------------------------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ data, byte pairs, BLEU, model, beam search, training.
     python translate_train.py --translate "halb acht"         with the trained model; --translate - reads lines
     python translate_train.py --preset multi30k --data corpus/train     any text: corpus/train.de and corpus/train.en
     python translate_train.py --resume --out_dir out/...      go on where a stopped or killed run was
-    python translate_train.py --preset multi30k               image captions: half an hour on a CPU
+    python translate_train.py --preset multi30k               image captions: a quarter of an hour on a CPU, and more
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
 
 Each run writes config.json, log.jsonl (one JSON object a line), ckpt.pt, bpe.json (the vocabulary) and hypotheses.en
@@ -16,8 +16,9 @@ more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
 
 The default data, `numbers`, comes out of a grammar in this file: German number words, ordinals, dates, clock times,
 prices and sentences about them, with their English translation. German turns numbers round (einundzwanzig: one-and-
-twenty), counts half hours up to the next hour (halb acht: half past seven) and puts verbs last. No number, date, time
-or price of the test set occurs anywhere in the training set.
+twenty), counts half hours up to the next hour (halb acht: half past seven) and puts verbs last. What is drawn
+as a number, ordinal, date or time for the test set is never drawn as one for training; prices are told apart by their
+euros. (The minutes of a time and the cents of a price may well repeat a number of the test set.)
 
 References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
 Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
@@ -56,13 +57,13 @@ from tqdm import tqdm
 import optim
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Settings: a flag on the command line goes before the preset, a preset before the optimizer's tuned defaults
+# Settings: a flag on the command line overrides the preset, and a preset the optimizer's tuned defaults
 # ----------------------------------------------------------------------------------------------------------------------
 
-# `tuned` goes before the table TUNED below; where it has no entry for an optimizer, the small model's values are used,
+# `tuned` overrides the table TUNED below; where it has no entry for an optimizer, the small model's values are used,
 # which nobody has tried at that size.
 PRESETS = {
-    # the default: about a minute and a half on two cores
+    # the default: about a minute on two cores
     "cpu": dict(data="numbers", vocab=1000, n_layer=2, n_head=4, n_embd=128, n_ffn=256, norm="post", dropout=0.0,
                 max_tokens=1024, steps=1000, warmup=100, eval_every=250, compile=0),
     # captions of images, for a CPU: nine epochs of a small model
@@ -163,12 +164,13 @@ def parse_arguments():
     g.add_argument("--weight_decay", type=number(0), help="of matrices and embeddings; biases and gains have none")
     g.add_argument("--beta1", type=number(0), help="of optimizers with betas")
     g.add_argument("--beta2", type=number(0), help="likewise")
-    g.add_argument("--momentum", type=number(0), help="of the sgd and rmsprop family")
-    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop family")
+    g.add_argument("--momentum", type=number(0), help="of the sgd, rmsprop and shampoo families")
+    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop families (modular_adam has none)")
     g.add_argument("--opt_kwargs", metavar="KEY=VALUE", nargs="+", help="anything else the optimizer's class takes")
     g = p.add_argument_group("training")
     g.add_argument("--preset", choices=PRESETS, help="default: cpu")
-    g.add_argument("--schedule", choices=("cosine", "linear", "constant"), help="cosine (default), linear: end at 0")
+    g.add_argument("--schedule", choices=("cosine", "linear", "constant"),
+                   help="cosine (default), linear: down to just above 0")
     g.add_argument("--warmup", type=whole(0), help="steps over which lr rises linearly")
     g.add_argument("--steps", type=whole(1), help="optimizer steps")
     g.add_argument("--epochs", type=whole(1), help="instead of --steps: passes over the training set")
@@ -200,7 +202,7 @@ def parse_arguments():
     g = p.add_argument_group("machine")
     g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
     g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                   help="of autocast; auto: bfloat16 on CUDA, else float32")
+                   help="of autocast; auto: bfloat16 on GPUs that compute in it natively, else float32")
     g.add_argument("--compile", type=flag, metavar="{0,1}", help="torch.compile the model and the optimizer")
     g.add_argument("--track", type=flag, metavar="{0,1}",
                    help="log how far neurons turn, at every evaluation (default 1)")
@@ -1256,7 +1258,7 @@ def write_atomically(path, data):
 
 
 def lock(folder):
-    """Keep a second run out of the folder, where the two would overwrite each other. -> the lock; it goes with us."""
+    """Keep a second run out of the folder, where the two would overwrite each other. -> the lock; it ends with us."""
     try:
         import fcntl
     except ImportError:                             # Windows has no flock
@@ -1298,7 +1300,7 @@ def make_model(s, bpe):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule down to (nearly) 0."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule."""
     if step < s["warmup"]:
         return peak * (step + 1) / (s["warmup"] + 1)
     done = (step - s["warmup"]) / max(s["steps"] - s["warmup"], 1)
