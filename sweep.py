@@ -64,7 +64,7 @@ METRICS = {"bleu": dict(sign=-1, digits=2), "test_acc": dict(sign=-1, digits=4),
 
 def fail(message, status=2):
     """The one way out for bad input: a line that says what to do, and a status. Never a traceback."""
-    print(f"sweep.py: {message}", file=sys.stderr)
+    print(f"sweep.py: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(status)
 
 
@@ -94,14 +94,14 @@ def parse_arguments():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     g = p.add_argument_group("what to run")
     g.add_argument("--script", help="nanogpt_train.py (default), cifar_train.py, translate_train.py or one like them")
-    g.add_argument("--grid", metavar="KEY=VALUES", nargs="+",
+    g.add_argument("--grid", metavar="KEY=VALUES", nargs="+", action="extend",
                    help="all combinations of these: a,b,c or 1e-4:1e-1:log8 (8 values) or 0:1:lin5")
     g.add_argument("--random", type=at_least(1), metavar="N", help="N random draws from --space")
     g.add_argument("--two_stage", action="store_true",
                    help="--runs draws from --space, then as many from the box around the best fifth of them")
-    g.add_argument("--space", metavar="KEY=RANGE", nargs="+",
+    g.add_argument("--space", metavar="KEY=RANGE", nargs="+", action="extend",
                    help="log(1e-4,1e-1), uniform(0.5,0.99) or choice(a,b); in quotes, for the shell")
-    g.add_argument("--fixed", metavar="KEY=VALUE", nargs="+", help="the same for all runs")
+    g.add_argument("--fixed", metavar="KEY=VALUE", nargs="+", action="extend", help="the same for all runs")
     g.add_argument("--runs", type=at_least(5), metavar="N", help="of each stage of --two_stage (default 100)")
     g.add_argument("--seeds", type=at_least(1), metavar="N", help="each setting N times, with seed=1 to N")
     g.add_argument("--seed", type=at_least(0), help="of the random draws (default 0)")
@@ -127,6 +127,9 @@ def settle(args):
     """Refuse what does not go together; fill in the defaults."""
     def given(*names):
         return [f"--{name}" for name in names if getattr(args, name)]
+    for name in ("script", "grid", "space", "fixed", "experiment", "run", "out_dir", "plot", "csv"):
+        if (value := getattr(args, name)) is not None and not "".join(value).strip():
+            fail(f"--{name} is empty")              # a shell variable that is not set, say
     general = given("grid", "random", "two_stage", "space", "fixed", "seeds", "script")
     kinds = given("grid", "random", "two_stage")
     if args.run:
@@ -165,10 +168,12 @@ def settle(args):
         fail(f"--plot {args.plot}: name a .png, .pdf or .svg file")
     if args.plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib, then the same command again; nothing will be run twice")
-    args.script = args.script or "nanogpt_train.py"
+    args.script = whole_name(args.script or "nanogpt_train.py")
     args.scale = args.scale or "cpu"
     args.out_dir = pathlib.Path(args.out_dir or (f"out/sweep-{args.experiment}-{args.scale}" if args.experiment else
                                                  f"out/sweep-{pathlib.Path(args.script).stem}"))
+    if "\n" in str(args.out_dir):
+        fail("--out_dir has a line break in it: --print_commands could not say it in a line")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -182,7 +187,9 @@ def plain(text):
         x = float(text)
     except ValueError:
         return text
-    if not math.isfinite(x) or "_" in text or (x.is_integer() and len(text) > 15):      # 2**53: where floats get coarse
+    if not math.isfinite(x) or "_" in text or re.match(r"[-+]?0\d", text):              # 007 is a name
+        return text
+    if x.is_integer() and len(text) > 15:           # 2**53: where floats get coarse
         return text
     return str(int(x)) if x.is_integer() and abs(x) < 1e15 else repr(x)
 
@@ -233,7 +240,10 @@ def grid_values(text, where):
         if kind[1] == "log" and not (a > 0 and b > 0):
             fail(f"{where}: a log range needs ends above 0 (0,FROM:TO:log8 has 0 as well)")
         spread = Space("log" if kind[1] == "log" else "uniform", (a, b))
-        values += [spread.at(i / (count - 1)) for i in range(count)]
+        inner = [spread.at(i / (count - 1)) for i in range(1, count - 1)]
+        values += [plain(parts[0]), *inner, plain(parts[1])]
+        if not all(math.isfinite(float(value)) for value in inner):
+            fail(f"{where}: these ends are too far apart for a computer's numbers")
     return list(dict.fromkeys(values))
 
 
@@ -248,7 +258,7 @@ class Space:
         if self.kind == "choice":
             return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
         a, b = self.values
-        return plain(f"{a * (b / a) ** u if self.kind == 'log' else a + (b - a) * u:.6g}")
+        return plain(f"{a ** (1 - u) * b**u if self.kind == 'log' else a * (1 - u) + b * u:.6g}")
 
     def around(self, texts):
         """The smallest space of this kind that holds all these values."""
@@ -290,17 +300,24 @@ def draw(spaces, count, seed, stage=1):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def find_script(name):
-    """As given, or beside this file."""
-    for path in (pathlib.Path(name), pathlib.Path(__file__).parent / name):
-        if path.is_file():
-            return path
-    fail(f"--script {name}: there is no such file")
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def whole_name(script):
+    """The one name of a script, however it was given: beside this file its own, elsewhere the whole path."""
+    for path in (script, HERE / script):
+        if os.path.isfile(path):
+            path = pathlib.Path(path).resolve()
+            return path.name if path.parent == HERE else str(path)
+    fail(f"--script {script}: there is no such file")
 
 
 def flags_of(script):
     """The flags that a script knows, read from its source: asking it takes seconds, since it would import torch."""
-    return set(re.findall(r"""add_argument\(\s*["']--(\w+)""", find_script(script).read_text(encoding="utf-8")))
+    try:
+        return set(re.findall(r"""add_argument\(\s*["']--(\w+)""", (HERE / script).read_text(encoding="utf-8")))
+    except (OSError, UnicodeDecodeError):
+        fail(f"cannot read {HERE / script}: name a script in Python with --script")
 
 
 @dataclass(frozen=True)
@@ -358,43 +375,64 @@ class Result:
         return read_log(self.folder)
 
 
+def read_text(path):
+    """What a file holds; "" if there is none yet. One that is there and cannot be read must not pass for that: a run
+    would be done again and its results replaced."""
+    try:
+        return path.read_text(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return ""
+    except OSError as error:
+        fail(f"cannot read {path}: {error.strerror}", status=1)
+
+
 def read_log(folder):
     """The lines of log.jsonl as dicts; one that a kill cut short is left out."""
     records = []
-    try:
-        for line in (folder / "log.jsonl").read_text(errors="replace").splitlines():
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(record, dict):
-                records.append(record)
-    except OSError:                                 # not there yet
-        pass
-    return records
+    for line in read_text(folder / "log.jsonl").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
 
 
 def read_result(run, folder, metrics):
     """Look into its folder. A log that has its last line counts, whatever happened to the process after that."""
     log, result = read_log(folder), Result(run, folder, metrics=metrics)
     if log and log[-1].get("final"):
+        for name in metrics:
+            value = log[-1].get(name, 0)
+            if not isinstance(value, (int, float)):
+                result.state, result.message = "failed", f"its {name} is {value!r}, not a number"
+                return result
+            if not math.isfinite(value):
+                result.state, result.message = "diverged", f"its {name} is {value}"
+                return result
         result.state, result.last = "done", log[-1]
         return result
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):     # no such file: it did not come to an end
-        end = json.loads((folder / "failed.json").read_text())
+    with contextlib.suppress(ValueError, KeyError, TypeError):              # no such file: it did not come to an end
+        end = json.loads(read_text(folder / "failed.json"))
         result.state, result.message = "diverged" if end["status"] == 3 else "failed", end["message"]
     return result
 
 
+def read_run(folder):
+    """The run that a folder says it holds; None if it says nothing that can be understood."""
+    try:
+        known = json.loads(read_text(folder / "run.json"))
+        return Run.of(known["script"], known["flags"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
 def read_runs(out_dir):
-    """All runs that a folder knows of."""
+    """All runs that a folder knows of, without copies that somebody made of them."""
     runs = []
     for path in sorted(out_dir.glob("*/run.json")):
-        try:
-            known = json.loads(path.read_text())
-            runs.append(Run.of(known["script"], known["flags"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            fail(f"{path} is damaged: delete its folder, and the sweep will run it again")
+        run = read_run(path.parent)
+        if run is None:
+            fail(f"{path} is damaged: the command that started the sweep mends it")
+        if run.name == path.parent.name:
+            runs.append(run)
     return runs
 
 
@@ -488,23 +526,28 @@ class Lab:
         elif missing and self.mode == "run":
             try:
                 self.do(missing, len(runs))
+            except BrokenPipeError:                 # nobody reads our output
+                raise
             except OSError as error:
                 fail(f"cannot write {error.filename or self.out_dir}: {error.strerror}. Make room; the same command "
                      "goes on", status=1)
         results = [self.result(run) for run in runs]
         failed = [result for result in results if result.state == "failed"]
-        if failed and self.strict and self.mode != "print":
+        if failed and self.strict and not (self.mode == "print" and self.retry):
             fail(f"{len(failed)} of {len(runs)} runs failed, so nothing can be said. The first, {failed[0].folder}: "
                  f"{failed[0].message}. Mend it and add --retry", status=1)
-        if count := sum(result.state == "unfinished" for result in results):
+        if count := len(missing) if self.mode == "print" else sum(r.state == "unfinished" for r in results):
             raise Unfinished(count, len(runs))
         return results
 
     def note(self, run):
         """Make the run's folder and write down in it what its name stands for."""
         path = self.out_dir / run.name / "run.json"
-        if path.exists():
+        if (known := read_run(path.parent)) == run:
             return
+        if known and known.name == run.name and os.path.exists(HERE / known.script):
+            fail(f"{self.out_dir} holds runs of {known.script}, which has the same name: choose another --out_dir for "
+                 f"{run.script}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, json.dumps({"script": run.script, "flags": dict(run.flags)}, indent=1) + "\n")
@@ -514,10 +557,11 @@ class Lab:
     def command(self, run):
         """For the shell. What the run is stands in a comment: no quotes are needed, and xargs, which would take them
         away, does no harm (but choose an --out_dir without spaces)."""
-        keep = ["--keep_checkpoints"] if self.keep_checkpoints else []
-        words = [sys.executable, os.path.abspath(__file__), "--out_dir", str(self.out_dir), "--run", run.name, *keep]
-        flags = " ".join(re.sub(r"[^\w.=,:/()+-]+", "_", f"{key}={value}", flags=re.ASCII) for key, value in run.flags)
-        return f"{shlex.join(words)}  # {pathlib.Path(run.script).name} {flags}"
+        options = ["--keep_checkpoints"] * self.keep_checkpoints + ["--retry"] * self.retry
+        words = [sys.executable, os.path.abspath(__file__), "--out_dir", os.path.abspath(self.out_dir), "--run",
+                 run.name, *options]
+        what = [pathlib.Path(run.script).name, *(f"{key}={value}" for key, value in run.flags)]
+        return f"{shlex.join(words)}  # " + " ".join(re.sub(r"[^\w.=,:/()+-]+", "_", x, flags=re.ASCII) for x in what)
 
     def start(self, run, lock, gpu):
         """Start it, or resume it: what the checkpoint holds is not said again, but where to compute is."""
@@ -537,7 +581,7 @@ class Lab:
             streams.append(open(folder / name, "w"))
         with streams[0], streams[1]:                # a session of its own: Ctrl-C is for us, who pass it on
             return subprocess.Popen(
-                [sys.executable, find_script(run.script), *arguments, f"--out_dir={folder}"], env=environment,
+                [sys.executable, HERE / run.script, *arguments, f"--out_dir={folder}"], env=environment,
                 stdin=subprocess.DEVNULL, stdout=streams[0], stderr=streams[1], start_new_session=True,
                 pass_fds=(lock.fileno(),) if fcntl else ())
 
@@ -547,6 +591,8 @@ class Lab:
         folder, result = self.out_dir / run.name, self.result(run)
         if result.state != "done" and status not in STOPPED:
             message = last_line(folder / "stderr.txt") if status else "it ended without a final line in log.jsonl"
+            if not status:                          # a checkpoint at the end, a log that is damaged: to begin anew
+                (folder / "ckpt.pt").unlink(missing_ok=True)
             message = message.removeprefix(f"{pathlib.Path(run.script).name}: ").replace(str(folder), run.name)
             if status == 3:                         # what diverged, and when; the advice after that is for one run
                 message = message.split(". ")[0]
@@ -566,7 +612,8 @@ class Lab:
         best = min((self.result(run) for run in self.asked), key=lambda result: result.score)
         finished, looked, said = total - len(missing), -math.inf, False
         numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        before = {number: signal.signal(number, lambda number, frame: stopped_by.append(number)) for number in numbers}
+        before = {number: signal.signal(number, lambda number, frame: stopped_by.append(number)) for number in numbers
+                  if signal.getsignal(number) is not signal.SIG_IGN}         # nohup ignores SIGHUP: so do we, then
         bar = tqdm(total=total, initial=finished, unit="run", disable=total == 1,
                    mininterval=0.5 if sys.stderr.isatty() else 30)
 
@@ -596,20 +643,23 @@ class Lab:
                         continue                    # somebody is at it: another sweep, or a run of a killed one
                     waiting.remove(run)
                     if self.is_open(self.result(run)):
-                        slot = min(set(range(jobs)) - {job["slot"] for job in running.values()})
+                        used = {job["slot"] for job in running.values()}
+                        slot = next(i for i in itertools.count() if i not in used)
                         process = self.start(run, lock, devices[slot % len(devices)] if devices else None)
                         running[process] = {"run": run, "lock": lock, "slot": slot, "told": 0}
-                    else:                           # done by somebody else in the meantime
+                    else:                           # done by somebody else in the meantime: it may be an orphan of ours
+                        if not self.keep_checkpoints:
+                            (self.out_dir / run.name / "ckpt.pt").unlink(missing_ok=True)
                         lock.close()
                         finished += 1
                         bar.update()
-            if waiting and not running and not said:
+            if waiting and not running and not said and not stopped_by:
                 bar.write(f"waiting for {len(waiting)} runs that another process is at", file=sys.stderr)
                 said = True
             time.sleep(0.05)
         bar.close()
-        for number in numbers:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
         if stopped_by:
             print(f"stopped: {finished} of {total} runs are finished. The same command goes on", flush=True)
             sys.exit(128 + stopped_by[0])
@@ -698,9 +748,10 @@ def report(results):
         keys, found = varied([result.run for result in some]), by_setting(some)
         counts = {state: sum(result.state == state for result in some)
                   for state in ("done", "diverged", "failed", "unfinished")}
-        lines += [f"{len(some)} runs of {script}: " + ", ".join(f"{n} {state}" for state, n in counts.items() if n),
+        lines += [f"{len(some)} runs of {pathlib.Path(script).name}: " +
+                  ", ".join(f"{n} {state}" for state, n in counts.items() if n),
                   f"all with {some[0].run.words(without={*keys, 'seed'})}", table(found, keys)]
-        if len(keys) == 2:
+        if is_grid(found, keys):
             lines.append(heat_map(found, *axes_of(found, keys)))
         for state in ("failed", "diverged"):
             lines += [line_of(result, keys) for result in some if result.state == state]
@@ -726,6 +777,14 @@ def columns(rows):
 def axes_of(found, keys):
     """The two flags of a map: the one with more values goes from left to right."""
     return sorted(keys, key=lambda key: len({s.flags.get(key) for s in found}), reverse=True)
+
+
+def is_grid(found, keys):
+    """Whether a map of two flags would be filled, at least by half: random draws would give a diagonal of it."""
+    if len(keys) != 2:
+        return False
+    xs, ys, cells = heat(found, *keys)
+    return 2 * len(cells) >= len(xs) * len(ys)
 
 
 def heat(found, x, y):
@@ -756,7 +815,7 @@ def write_csv(results, path):
     keys = sorted({key for result in results for key, _ in result.run.flags})
     metrics = [metric for metric in METRICS if any(metric in result.last for result in results)]
     try:
-        with open(path, "w", newline="") as file:
+        with open(path, "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
             rows = csv.writer(file)
             rows.writerow(["folder", "script", "state", *metrics, *keys, "message"])
             for result in (result for setting in by_setting(results) for result in setting.results):
@@ -772,6 +831,7 @@ def figure(path, draw, *arguments, **size):
     import matplotlib
     matplotlib.use("agg")
     from matplotlib import pyplot
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a flag is a $
     picture = pyplot.figure(constrained_layout=True, **size)
     draw(picture, *arguments)
     try:
@@ -792,7 +852,8 @@ def draw_heat_map(axes, found, x, y):
     sign = next((METRICS[result.metric]["sign"] for s in found for result in s.results if result.metric), 1)
     known = sorted(value for line in grid for value in line if math.isfinite(value))
     # from the best to the median: a few settings that learn nothing must not make all the others look alike
-    ends = (known[0], known[len(known) // 2]) if sign > 0 else (known[len(known) // 2], known[-1]) if known else (0, 1)
+    middle = len(known) // 2
+    ends = ((known[0], known[middle]) if sign > 0 else (known[middle], known[-1])) if known else (0, 1)
     axes.imshow(grid, origin="lower", aspect="auto", cmap="viridis_r" if sign > 0 else "viridis", vmin=ends[0],
                 vmax=ends[1])
     for i, line in enumerate(grid):
@@ -805,22 +866,31 @@ def draw_heat_map(axes, found, x, y):
 
 
 def draw_report(picture, results):
-    """A heat map for two flags, else the result over each flag: every setting a point, with its spread."""
+    """A heat map for a grid of two flags, else the result over each flag: every setting a point, with its spread, or a
+    cross if some of its seeds came to grief. Where nothing but the seed varies, the result over the seed."""
     found = [s for s in by_setting(results) if s.values]
-    keys = varied([result.run for result in results]) or ["seed"]
+    keys = varied([result.run for result in results])
     metric = next(result.metric for result in results if result.metric)
-    if len(keys) == 2:
+    if is_grid(found, keys):
         axes = picture.subplots()
         draw_heat_map(axes, found, *axes_of(found, keys))
         axes.set_title(metric)
         return
+    if not keys:
+        axes = picture.subplots()
+        axes.plot([result.run["seed"] or "default" for result in results], [result.value for result in results], "o")
+        axes.set(xlabel="seed", ylabel=metric)
+        return
     for axes, key in zip(picture.subplots(1, len(keys), sharey=True, squeeze=False)[0], keys):
         some = sorted((s for s in found if s.flags.get(key) is not None), key=lambda s: sort_key(s.flags[key]))
         numbers = all(is_number(s.flags[key]) for s in some)
-        x = [float(s.flags[key]) if numbers else s.flags[key] for s in some]
-        axes.errorbar(x, [s.mean for s in some], [0 if math.isnan(s.spread) else s.spread for s in some],
-                      fmt="o-" if len(keys) == 1 else "o", markersize=4)
-        if numbers and some and min(x) > 0 and max(x) > 10 * min(x):
+        for good, style in ((True, "o-" if len(keys) == 1 else "o"), (False, "x")):
+            these = [s for s in some if s.sound == good]
+            axes.errorbar([float(s.flags[key]) if numbers else s.flags[key] for s in these], [s.mean for s in these],
+                          [0 if math.isnan(s.spread) else s.spread for s in these], fmt=style, color="C0" if good else
+                          "C3", markersize=4 if good else 7)
+        x = [float(s.flags[key]) for s in some] if numbers else []
+        if x and min(x) > 0 and max(x) > 10 * min(x):
             axes.set_xscale("log")
         axes.set_xlabel(key)
     picture.axes[0].set_ylabel(metric)
@@ -979,13 +1049,14 @@ def zero_shot(lab):
     for opt, h in chosen.items():
         plain_one, rotational = by_name[opt], by_name[f"rotational_{opt}"]
         checks.append((f"{opt} {plain_one.words()}, rotational_{opt} {rotational.words()} at lr {h['lr']}, "
-                       f"weight_decay {h['weight_decay']}", rotational.score <= plain_one.score + 0.02))
+                       f"weight_decay {h['weight_decay']}",
+                       rotational.sound and rotational.score <= plain_one.score + 0.02))
 
     def draw(picture):
         axes = picture.subplots()
         axes.bar(range(len(by_name)), [s.mean for s in by_name.values()], yerr=[s.spread for s in by_name.values()])
         axes.set_xticks(range(len(by_name)), by_name, rotation=20)
-        known = [s.mean for s in by_name.values() if s.values]
+        known = [s.mean for s in by_name.values() if s.values] or [0]
         axes.set(ylabel="val_loss", ylim=(min(known) - 0.1, max(known) + 0.1))
     return Finding(table(final, ["opt", "lr", "weight_decay"]), checks, draw)
 
@@ -1114,7 +1185,7 @@ def root_free(lab):
                root_free_score["cnn"] <= score["cnn", "sgd"] + 0.01 and
                root_free_score["cnn"] < score["cnn", "adamw"]),
               (f"GPT, root-free at most 0.03 above adamw: {words['gpt']}",
-               root_free_score["gpt"] <= score["gpt", "adamw"] + 0.03)]
+               math.isfinite(root_free_score["gpt"]) and root_free_score["gpt"] <= score["gpt", "adamw"] + 0.03)]
 
     def draw(picture):
         for axes, net in zip(picture.subplots(1, 2), SCRIPTS):
@@ -1151,6 +1222,8 @@ def half_precision(lab):
 
     def milliseconds(result):
         """A step of the second half of the run, with its share of the one evaluation there."""
+        if result.state != "done":
+            return math.nan
         middle, end = result.log()[-2:]
         return 1e3 * (end["seconds"] - middle["seconds"]) / (end["step"] - middle["step"])
     took = {name: statistics.median(milliseconds(result) for result in s.results) for name, s in found.items()}
@@ -1158,7 +1231,7 @@ def half_precision(lab):
     rows = [["optimizer", "lr", "val_loss", "ms per step"]]
     rows += [[name, kinds[name]["lr"], s.words(), f"{took[name]:.1f}"] for name, s in found.items()]
     checks = [(f"val_loss {found[half].words()} in bfloat16, {found[other].words()} of {other}",
-               found[half].score <= found[other].score + 0.02) for other in (single, roots)]
+               found[half].sound and found[half].score <= found[other].score + 0.02) for other in (single, roots)]
     checks += [(f"{took[half]:.1f} ms per step in bfloat16, {took[other]:.1f} of {other}", took[half] < took[other])
                for other in (single, roots)]
 
@@ -1223,9 +1296,11 @@ def planned(args, known):
     fixed = settings(args.fixed, "--fixed")
     grid = {key: grid_values(text, f"--grid {key}={text}") for key, text in settings(args.grid, "--grid").items()}
     spaces = parse_space(args.space)
+    names = [key if key in ("opt_kwargs.dtype", "opt_kwargs.seed") else key.removeprefix("opt_kwargs.")
+             for key in [*fixed, *grid, *spaces]]
     for key in [*fixed, *grid, *spaces]:
-        if sum(key in group for group in (fixed, grid, spaces)) > 1:
-            fail(f"{key} is fixed and varied: give it once")
+        if names.count(key.removeprefix("opt_kwargs.")) > 1:
+            fail(f"{key.removeprefix('opt_kwargs.')} is given twice, fixed, varied or with opt_kwargs: give it once")
         if key == "seed" and args.seeds:
             fail("--seeds sets the seed: leave out seed=")
         if key not in known:
@@ -1235,6 +1310,10 @@ def planned(args, known):
                 near = difflib.get_close_matches(key, known | takes, n=1)
                 fail(f"{key} is neither a flag of {args.script} nor an option of an optimizer: " +
                      (f"did you mean {near[0]}?" if near else f"python {args.script} --help lists the flags"))
+
+    settings_asked = args.random or (args.runs or 100) * args.two_stage or math.prod(map(len, grid.values()))
+    if (count := settings_asked * (args.seeds or 1)) > 10**6:
+        fail(f"{count:,} runs: more than a million would not end in your lifetime. Make the grid coarser")
 
     def make(flags):
         seeds = [{"seed": seed} for seed in range(1, args.seeds + 1)] if args.seeds else [{}]
@@ -1266,18 +1345,32 @@ def main():
                 lab.results([run for flags in settings_of for run in make(flags)])
     except Unfinished as stop:
         unfinished = stop
+    results = [lab.result(run) for run in lab.asked or read_runs(lab.out_dir)]
+    failed = sum(result.state == "failed" for result in results)
     if lab.mode == "print":
         if not unfinished:
-            print("sweep.py: all runs are finished; --report instead of --print_commands shows them", file=sys.stderr)
-        return
-    results = [lab.result(run) for run in lab.asked or read_runs(lab.out_dir)]
+            print("sweep.py: all runs are finished" + f", but {failed} failed (--retry prints these)" * bool(failed) +
+                  "; --report instead of --print_commands shows them", file=sys.stderr)
+        sys.exit(1 if failed and not unfinished else 0)
     if not results:
         fail(f"{lab.out_dir} holds no runs: was the sweep started with another --out_dir?")
-    done = [result for result in results if result.state == "done"]
-    if done and not any(result.metric for result in done):
-        fail(f"--metric {args.metric}: no run has it; they have "
-             f"{', '.join(name for name in METRICS if name in done[0].last) or 'none of the others either'}")
-    if not args.experiment:
+    scripts = {result.run.script for result in results}
+    for script in scripts:                          # one metric for all runs of a script
+        some = [result for result in results if result.run.script == script]
+        metric = next((name for name in lab.metrics if any(name in result.last for result in some)), None)
+        if metric is None and (done := [result for result in some if result.state == "done"]):
+            there = [name for name in METRICS if name in done[0].last]
+            fail(f"no run of {script} has {args.metric or ', '.join(METRICS)} in the last line of its log" +
+                 f": they have {', '.join(there)}" * bool(there))
+        for result in some:
+            result.metrics = (metric,) if metric else lab.metrics
+    if args.plot and not args.experiment:           # before the report: it may be long
+        if len(scripts) > 1:
+            fail(f"--plot draws the runs of one script, and here are {', '.join(sorted(scripts))}: give the flags of "
+                 "one sweep")
+        if not any(result.metric for result in results):
+            fail("--plot: no run has a result yet", status=1)
+    if not args.experiment or unfinished:
         print(report(results))
     if args.csv:
         write_csv(results, args.csv)
@@ -1287,13 +1380,15 @@ def main():
         count, total = unfinished.args
         fail(f"{count} of {total} runs are not finished: " + ("the same command without --report does them"
              if lab.mode == "report" else "they were killed; the same command goes on"), status=1)
-    sys.exit(1 if any(result.state == "failed" for result in results) else 0)
+    if count := sum(result.state == "unfinished" for result in results):
+        fail(f"{count} of {len(results)} runs are not finished: the command that started them goes on", status=1)
+    sys.exit(1 if failed else 0)
 
 
 def one_run(lab, name):
     """What a printed command does."""
-    run = next((run for run in read_runs(lab.out_dir) if run.name == name), None)
-    if run is None:
+    run = read_run(lab.out_dir / name)
+    if run is None or run.name != name:
         fail(f"--run {name}: {lab.out_dir} knows no such run; print the commands again")
     lab.asked = [run]
     if lab.is_open(lab.result(run)):
@@ -1305,9 +1400,14 @@ def one_run(lab, name):
 
 if __name__ == "__main__":
     try:
-        main()
+        try:
+            main()
+        finally:                                    # main ends in sys.exit
+            sys.stdout.flush()                      # here, where a pipe that nobody reads can be caught
     except KeyboardInterrupt:                       # before or after the runs: nothing to save
         sys.exit(130)
-    except BrokenPipeError:                         # `| head` has seen enough
+    except OSError as error:                        # `| head` has seen enough; or the disk is full
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(1)
+        fail(f"cannot write {error.filename or 'the output'}: {error.strerror}", status=1)

@@ -3815,7 +3815,8 @@ def test_scripts_into_a_closed_pipe():
             read, write = os.pipe()
             os.close(read)
             done = subprocess.run([sys.executable, *command_line(script, words)], cwd=folder, stdout=write,
-                                  stderr=subprocess.PIPE, encoding="utf-8", env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                  stderr=subprocess.PIPE, encoding="utf-8",
+                                  env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""})    # "": buffered
             os.close(write)
             assert done.returncode == 1 and "Traceback" not in done.stderr, f"{script.__name__}: {done.stderr}"
             assert "BrokenPipe" not in done.stderr, f"{script.__name__}: {done.stderr}"
@@ -4181,7 +4182,75 @@ def test_sweep_metric():
         for flags, words in (((), ["20.00", "1", "1"]), (("--metric", "val_loss"), ["0.2500", "1", "2"])):
             out, _ = run_script(sweep, folder, *show, *flags)
             assert out.splitlines()[3].split() == words, out
-        check_refused(sweep, folder, (*show, "--metric", "val_acc"), "no run has it; they have bleu, val_loss")
+        check_refused(sweep, folder, (*show, "--metric", "val_acc"),
+                      "has val_acc in the last line of its log: they have bleu, val_loss")
+
+
+def test_sweep_counts_only_sound_results():
+    """A loss that is NaN has diverged, whatever the log says; a copied folder is no further seed; two scripts of one
+    name do not mix; what cannot be read is not run again; a file with half a run.json is mended."""
+    with temporary_folder() as folder:
+        def finished(lr, **last):
+            run = sweep.Run.of("nanogpt_train.py", {"lr": lr})
+            home = folder / "out" / run.name
+            home.mkdir(parents=True)
+            (home / "run.json").write_text(json.dumps({"script": "nanogpt_train.py", "flags": {"lr": lr}}))
+            (home / "log.jsonl").write_text(json.dumps(last | {"final": True}) + "\n")
+            return home
+        finished("3", val_loss=2.0)
+        finished("2", val_loss=math.nan)
+        finished("1", val_loss=None)
+        best = finished("0.5", val_loss=1.0)
+        shutil.copytree(best, best.with_name("copy"))
+        out, _ = run_script(sweep, folder, "--report", "--out_dir", "out", status=1)
+        lines = [line.split() for line in out.splitlines()]
+        assert out.startswith("4 runs of nanogpt_train.py: 2 done, 1 diverged, 1 failed\n"), out
+        assert lines[3:5] == [["1.0000", "1", "0.5"], ["2.0000", "1", "3"]], out
+        (best / "run.json").write_text('{"script": "nano')
+        same = ("--grid", "lr=0.5,3", "--out_dir", "out")
+        run_script(sweep, folder, *same)
+        assert json.loads((best / "run.json").read_text())["flags"] == {"lr": "0.5"}, "half a run.json was not mended"
+        if os.geteuid():                            # root may read everything
+            (best / "log.jsonl").chmod(0)
+            _, err = run_script(sweep, folder, *same, status=1)
+            assert "cannot read" in err, err
+    with folder_with_toy() as folder:
+        cpu = ("--fixed", "device=cpu", "--out_dir", "out")
+        grid = ("--grid", "lr=0.01", "--grid", "weight_decay=0,0.5", *cpu)
+        run_script(sweep, folder, *TOYS, *grid)
+        assert len(starts(folder / "out")) == 2, "--grid given twice: both count"
+        (folder / "other").mkdir()
+        (folder / "other/toy_train.py").write_text(TOY)
+        with contextlib.chdir(folder):
+            check_refused(sweep, folder, ("--script", "other/toy_train.py", *grid), "choose another --out_dir")
+        evil = ("--grid", "lr=666", *cpu)
+        run_script(sweep, folder, *TOYS, *evil, status=1)
+        (folder / "toy_train.py").write_text(TOY.replace("== 666", "== 667").replace("> 1 and", "> 1000 and"))
+        _, err = run_script(sweep, folder, *TOYS, *evil, "--print_commands", status=1)
+        assert "1 failed" in err, err
+        commands, _ = run_script(sweep, folder, *TOYS, *evil, "--retry", "--print_commands")
+        subprocess.run(["sh", "-c", commands], cwd="/", check=True, capture_output=True)        # from anywhere
+        out, _ = run_script(sweep, folder, *TOYS, *evil, "--report")
+        assert "1 done" in out, out
+
+
+def test_sweep_plots_whatever_there_is():
+    """A figure of any results: grids, diverged seeds, only seeds, text with a $; none: one line."""
+    try:
+        import matplotlib                           # noqa: F401
+    except ImportError:
+        raise Skip("matplotlib is not installed")
+    with folder_with_toy() as folder, contextlib.chdir(folder):
+        plot = ["--plot", "x.png", "--fixed", "device=cpu", "--out_dir", "out", *TOYS]
+        check = [["--grid", "lr=0.1,10", "weight_decay=0,1"], ["--grid", "lr=0.1", "--seeds", "2"],
+                 ["--grid", "lr=0.1,10", "betas=$\\foo$,b", "weight_decay=0,1"],
+                 ["--random", "3", "--space", "lr=log(0.1,1) weight_decay=uniform(0,1)"]]
+        for words in check:
+            (folder / "x.png").unlink(missing_ok=True)
+            run_script(sweep, folder, *words, *plot)
+            assert (folder / "x.png").stat().st_size > 5000, words
+        _, err = run_script(sweep, folder, "--grid", "lr=10", *plot, status=1)
+        assert "no run has a result" in err and len(err.strip().splitlines()) <= 2, err
 
 
 def test_sweep_killed_at_any_moment():
@@ -4298,7 +4367,13 @@ def test_sweep_bad_input():
            ((*grid, "--csv", "no/such/x.csv"), "no such folder"), (("--report", "--out_dir", "no/such"), "no runs"),
            (("--run", "abc"), "--out_dir"), (("--run", "abc", "--out_dir", "no/such"), "no such run"),
            ((*grid, "--print_commands", "--report"), "--report"), ((*grid, "--jobs", "0"), "'0'"),
-           ((*grid, "--lr", "3"), "unknown flag --lr"), ((*grid, "--out_dir", "/dev/null/x"), "--out_dir")]
+           ((*grid, "--lr", "3"), "unknown flag --lr"), ((*grid, "--out_dir", "/dev/null/x"), "--out_dir"),
+           (("--grid", " "), "--grid is empty"), ((*grid, "--out_dir", ""), "--out_dir is empty"),
+           ((*grid, "--out_dir", "a\nb"), "line break"), ((*grid, "--script", "a\nb"), "no such file"),
+           ((*grid, "--script", "x" * 300), "no such file"), ((*grid, "--script", sys.executable), "in Python"),
+           (("--grid", "lr=1", "--grid", "lr=2"), "twice"), ((*grid, "--fixed", "opt_kwargs.lr=1"), "twice"),
+           (("--grid", "lr=1e-300:1e300:log3", "weight_decay=-1e308:1e308:lin100000", "--seeds", "9"), "million"),
+           (("--grid", "weight_decay=1:1e400:lin3"), "not a number")]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         for arguments, words in bad:
             check_refused(sweep, pathlib.Path(folder), arguments, words)
