@@ -1158,8 +1158,8 @@ def root_free(lab):
     Held if  on the convolutional net sgd is ahead of adamw, and the better root-free method is at most 0.01 behind sgd
              in accuracy and ahead of adamw; and if on the GPT it is at most 0.03 above adamw in loss."""
     count = 8 if lab.scale == "cpu" else 40
-    momentum, memory = Space("uniform", (0.1, 0.99)), Space("choice", ("0.7", "0.9", "0.97", "0.99"))
-    decoupled, coupled, damping = Space("log", (1e-3, 0.3)), Space("log", (1e-5, 1e-2)), Space("log", (1e-7, 1e-3))
+    momentum, memory = Space("uniform", (0.1, 0.99)), Space("choice", ("0.9", "0.97", "0.99", "0.997"))
+    decoupled, coupled, damping = Space("log", (1e-3, 0.3)), Space("log", (1e-5, 1e-2)), Space("log", (1e-5, 1e-2))
     spaces = {"sgd": dict(lr=Space("log", (0.01, 1)), momentum=momentum, weight_decay=coupled),
               "adamw": dict(lr=Space("log", (5e-4, 2e-2)), beta1=momentum, beta2=memory, weight_decay=decoupled),
               "rf_rmsprop": dict(lr=Space("log", (1e-4, 1e-2)), momentum=momentum, alpha=memory, eps=damping,
@@ -1210,7 +1210,7 @@ def half_precision(lab):
              other seeds, one run at a time for the clock's sake.
     Held if  bfloat16's mean loss is at most 0.02 above float32's and shampoo's, and its step takes less time than
              either's."""
-    steps, lrs = 300, {"if_shampoo": (2e-3, 4e-3, 8e-3, 1.6e-2), "shampoo": (3e-4, 6e-4, 1.2e-3, 2.4e-3)}
+    steps, lrs = 300, {"if_shampoo": (4e-3, 8e-3, 1.6e-2, 3.2e-2), "shampoo": (3e-4, 6e-4, 1.2e-3, 2.4e-3)}
     tuning = lab.results([half_run(lab, steps, dict(opt=opt, lr=lr, update_every=2), 0)
                           for opt in lrs for lr in lrs[opt]])
     lr = {opt: by_setting([result for result in tuning if result.run["opt"] == opt])[0].flags["lr"] for opt in lrs}
