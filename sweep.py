@@ -598,9 +598,13 @@ class Lab:
                 message = message.split(". ")[0]
             write_atomically(folder / "failed.json", json.dumps({"status": status, "message": message}))
             result = self.result(run)
-        if result.state in ("done", "diverged") and not self.keep_checkpoints:
-            (folder / "ckpt.pt").unlink(missing_ok=True)
+        self.tidy(result)
         return result
+
+    def tidy(self, result):
+        """Delete the checkpoint of a run that needs it no more."""
+        if result.state in ("done", "diverged") and not self.keep_checkpoints:
+            (result.folder / "ckpt.pt").unlink(missing_ok=True)
 
     def do(self, missing, total):
         """Do these runs, some at a time; total: with those that are finished already."""
@@ -648,8 +652,7 @@ class Lab:
                         process = self.start(run, lock, devices[slot % len(devices)] if devices else None)
                         running[process] = {"run": run, "lock": lock, "slot": slot, "told": 0}
                     else:                           # done by somebody else in the meantime: it may be an orphan of ours
-                        if not self.keep_checkpoints:
-                            (self.out_dir / run.name / "ckpt.pt").unlink(missing_ok=True)
+                        self.tidy(self.result(run))
                         lock.close()
                         finished += 1
                         bar.update()
@@ -938,6 +941,11 @@ def capped(result):
     return min(result.value, UNTRAINED) if result.metric else UNTRAINED
 
 
+def at_most(score, limit):
+    """Whether a Setting.score keeps a limit. An infinite one does not, even where the limit is infinite, too."""
+    return math.isfinite(score) and score <= limit
+
+
 def rotations(result):
     """-> steps, {hidden matrix: [its row of `rotation` at each of them]}: not the embeddings and the output, of which
     most rows have no gradient in a step, or whose norm matters to the loss."""
@@ -1049,8 +1057,7 @@ def zero_shot(lab):
     for opt, h in chosen.items():
         plain_one, rotational = by_name[opt], by_name[f"rotational_{opt}"]
         checks.append((f"{opt} {plain_one.words()}, rotational_{opt} {rotational.words()} at lr {h['lr']}, "
-                       f"weight_decay {h['weight_decay']}",
-                       rotational.sound and rotational.score <= plain_one.score + 0.02))
+                       f"weight_decay {h['weight_decay']}", at_most(rotational.score, plain_one.score + 0.02)))
 
     def draw(picture):
         axes = picture.subplots()
@@ -1185,7 +1192,7 @@ def root_free(lab):
                root_free_score["cnn"] <= score["cnn", "sgd"] + 0.01 and
                root_free_score["cnn"] < score["cnn", "adamw"]),
               (f"GPT, root-free at most 0.03 above adamw: {words['gpt']}",
-               math.isfinite(root_free_score["gpt"]) and root_free_score["gpt"] <= score["gpt", "adamw"] + 0.03)]
+               at_most(root_free_score["gpt"], score["gpt", "adamw"] + 0.03))]
 
     def draw(picture):
         for axes, net in zip(picture.subplots(1, 2), SCRIPTS):
@@ -1231,7 +1238,7 @@ def half_precision(lab):
     rows = [["optimizer", "lr", "val_loss", "ms per step"]]
     rows += [[name, kinds[name]["lr"], s.words(), f"{took[name]:.1f}"] for name, s in found.items()]
     checks = [(f"val_loss {found[half].words()} in bfloat16, {found[other].words()} of {other}",
-               found[half].sound and found[half].score <= found[other].score + 0.02) for other in (single, roots)]
+               at_most(found[half].score, found[other].score + 0.02)) for other in (single, roots)]
     checks += [(f"{took[half]:.1f} ms per step in bfloat16, {took[other]:.1f} of {other}", took[half] < took[other])
                for other in (single, roots)]
 
@@ -1298,9 +1305,9 @@ def planned(args, known):
     spaces = parse_space(args.space)
     names = [key if key in ("opt_kwargs.dtype", "opt_kwargs.seed") else key.removeprefix("opt_kwargs.")
              for key in [*fixed, *grid, *spaces]]
-    for key in [*fixed, *grid, *spaces]:
-        if names.count(key.removeprefix("opt_kwargs.")) > 1:
-            fail(f"{key.removeprefix('opt_kwargs.')} is given twice, fixed, varied or with opt_kwargs: give it once")
+    for key, name in zip([*fixed, *grid, *spaces], names):
+        if names.count(name) > 1:
+            fail(f"{name} is given twice, fixed, varied or with opt_kwargs: give it once")
         if key == "seed" and args.seeds:
             fail("--seeds sets the seed: leave out seed=")
         if key not in known:
@@ -1345,13 +1352,13 @@ def main():
                 lab.results([run for flags in settings_of for run in make(flags)])
     except Unfinished as stop:
         unfinished = stop
-    results = [lab.result(run) for run in lab.asked or read_runs(lab.out_dir)]
-    failed = sum(result.state == "failed" for result in results)
     if lab.mode == "print":
+        failed = 0 if unfinished else sum(lab.result(run).state == "failed" for run in lab.asked)
         if not unfinished:
             print("sweep.py: all runs are finished" + f", but {failed} failed (--retry prints these)" * bool(failed) +
                   "; --report instead of --print_commands shows them", file=sys.stderr)
-        sys.exit(1 if failed and not unfinished else 0)
+        sys.exit(1 if failed else 0)
+    results = [lab.result(run) for run in lab.asked or read_runs(lab.out_dir)]
     if not results:
         fail(f"{lab.out_dir} holds no runs: was the sweep started with another --out_dir?")
     scripts = {result.run.script for result in results}
@@ -1382,7 +1389,7 @@ def main():
              if lab.mode == "report" else "they were killed; the same command goes on"), status=1)
     if count := sum(result.state == "unfinished" for result in results):
         fail(f"{count} of {len(results)} runs are not finished: the command that started them goes on", status=1)
-    sys.exit(1 if failed else 0)
+    sys.exit(1 if any(result.state == "failed" for result in results) else 0)
 
 
 def one_run(lab, name):

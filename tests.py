@@ -4372,6 +4372,7 @@ def test_sweep_bad_input():
            ((*grid, "--out_dir", "a\nb"), "line break"), ((*grid, "--script", "a\nb"), "no such file"),
            ((*grid, "--script", "x" * 300), "no such file"), ((*grid, "--script", sys.executable), "in Python"),
            (("--grid", "lr=1", "--grid", "lr=2"), "twice"), ((*grid, "--fixed", "opt_kwargs.lr=1"), "twice"),
+           (("--grid", "opt_kwargs.seed=1,2", "--fixed", "opt_kwargs.seed=3"), "twice"),
            (("--grid", "lr=1e-300:1e300:log3", "weight_decay=-1e308:1e308:lin100000", "--seeds", "9"), "million"),
            (("--grid", "weight_decay=1:1e400:lin3"), "not a number")]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
