@@ -923,6 +923,28 @@ def blocks(direction, work, compiled=False):
             yield geometry, p[i:i + rows], g[i:i + rows], {key: s[i:i + rows] for key, s in state.items()}, h
 
 
+def packs(direction, work):
+    """`work` with its small tensors under `plain` (biases, gains) laid end to end, if the update of an entry depends on
+    that entry alone: the same numbers from one call for all of them, where a call costs more than what it does."""
+    alike = {}
+    for job in work:
+        geometry, p, g, state, h = job
+        if geometry is PLAIN and direction.by_entry and p.numel() <= 2**12:
+            alike.setdefault((id(h), p.dtype, g.dtype, *state), []).append(job)
+        else:
+            yield job
+    for jobs in alike.values():
+        if len(jobs) < 4:                           # laying out and putting back are calls, too
+            yield from jobs
+            continue
+        _, ps, gs, states, (h, *_) = zip(*jobs)
+        own = [ps, *zip(*(state.values() for state in states))]                     # what changes: p, every average
+        p, *averages = packed = [torch.cat([x.flatten() for x in xs]) for xs in own]
+        yield PLAIN, p, torch.cat([g.flatten() for g in gs]), dict(zip(states[0], averages)), h
+        for xs, pack in zip(own, packed):                                           # the step is done: put back
+            torch._foreach_copy_(xs, [new.view_as(x) for x, new in zip(xs, pack.split([x.numel() for x in xs]))])
+
+
 def is_wide(p):
     """Is p precise enough to be moved in place? Averages and small steps drown in the 8 bits of a bfloat16."""
     return p.dtype in (torch.float32, torch.float64)
@@ -1164,7 +1186,7 @@ class Optimizer(torch.optim.Optimizer):
                 averages = {key: value for key, value in state.items() if key != "step"}
                 work = compiled if group["compile"] else eager
                 work.append((geometry, p.detach(), p.grad, averages, hyper_at[key]))
-        update(self.direction, blocks(self.direction, eager))
+        update(self.direction, blocks(self.direction, packs(self.direction, eager)))
         update_compiled(self.direction, compiled)
         return loss
 

@@ -2047,6 +2047,19 @@ def test_checkpoints_cross_devices():
             close(q.cpu(), p, 1e-9, f"{name} on {device}")
 
 
+def test_steps_never_wait_for_the_device():
+    """No step asks for a number on the device, for which the CPU would have to wait, nor makes tensors elsewhere: meta
+    tensors, which have no numbers, get through all of them (but for the checks of a neuron before its first step)."""
+    for name in optim.OPTIMIZERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            params = [nn.Parameter(p.detach().to("meta")) for p in parameters(MIXED, dtype)]
+            with unittest.mock.patch("optim.Optimizer._check_parameter"):
+                optimizer = make(name, params)
+                run(optimizer, [[torch.empty_like(p) for p in params] for _ in range(4)])
+            held = [x for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
+            assert held and all(x.is_meta for x in held), f"{name} in {dtype}"
+
+
 def test_edited_groups():
     """lr, decay, momentum, betas, alpha and eps edited by hand in mid-run act as they do on torch.optim."""
     gradients = noise(MIXED, 12)
@@ -2143,6 +2156,34 @@ def test_blocks_change_nothing_but_memory():
                 same_bits(p, q, f"{name} {norm}")
             if "shampoo" not in name and norm != "spectral":
                 assert 0 < largest.bytes <= 8 * small, f"{name} {norm} made a tensor of {largest.bytes} bytes"
+
+
+def test_small_tensors_in_company():
+    """Small tensors move as each would with an optimizer of its own: of any shape and layout, in two groups, in three
+    precisions, and with gradients missing now and then. They and their averages change in place."""
+    shapes = [(6,), (), (3, 5), (0,), (2, 3, 2), (40,), (7,), (1,), (4, 4), (9,), (5000,)]
+    groups = [{"lr": 0.1, "weight_decay": 0.1}, {"lr": 0.03, "weight_decay": 0.3}]
+    for name in [name for name in optim.OPTIMIZERS if name == base(name)]:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            together, alone = parameters(shapes, dtype), parameters(shapes, dtype)
+            for params in (together, alone):
+                params[8].data = params[8].data.t()                             # another layout
+            one = make(name, [{"params": together[i::2]} | group for i, group in enumerate(groups)])
+            own = [make(name, [{"params": [p]} | groups[i % 2]]) for i, p in enumerate(alone)]
+            for t, gradients in enumerate(noise(shapes, 6, dtype)):
+                for i, (p, q, g) in enumerate(zip(together, alone, gradients)):
+                    p.grad = q.grad = None if (t + i) % 5 == 3 else g
+                for optimizer in (one, *own):
+                    optimizer.step()
+                if t == 4:                          # by now each has had a gradient
+                    held = [*together, *(x for p in together for x in one.state[p].values() if torch.is_tensor(x))]
+                    places = [x.data_ptr() for x in held]
+            assert places == [x.data_ptr() for x in held], f"{name}: something was replaced"
+            for p, q, optimizer in zip(together, alone, own):
+                reached, expected = {"w": p, **one.state[p]}, {"w": q, **optimizer.state[q]}
+                for key in expected:
+                    close(*(torch.as_tensor(x[key]).double() for x in (reached, expected)), 8 * torch.finfo(dtype).eps,
+                          f"{name}, {key} of {tuple(p.shape)} in {dtype}")
 
 
 # ======================================================================================================================
