@@ -21,6 +21,7 @@ its own.
 import argparse
 import ast
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import functools
@@ -379,6 +380,16 @@ def pick_device(name):
     if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not mps:
         fail(f"--device {name}: this machine (or this build of torch) has none; use --device cpu")
     return name
+
+
+def keep_freed_memory():
+    """Let malloc keep what a step frees for the next one. By itself glibc gives large pieces back to Linux, which fills
+    them with zeros, page by page, when they are asked for again: 7 % of a step on a CPU, 24 % of a compiled
+    one (on the machine of README.md)."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):                    # other libraries have none
+        libc.mallopt(-1, 2**31 - 1)                 # M_TRIM_THRESHOLD: how much may lie unused at the heap's end
+        libc.mallopt(-3, 2**25)                     # M_MMAP_THRESHOLD: from where on tensors live outside (its maximum)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1099,6 +1110,7 @@ def torch_errors_in_words():
 
 @torch_errors_in_words()
 def main():
+    keep_freed_memory()
     args = parse_arguments()
     given = explicit(args)
     if args.resume:
