@@ -820,6 +820,13 @@ def lr_at(step, peak, s):
     return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s["schedule"]]
 
 
+def seed_dropout(device, *key):
+    """Start anew the generator that dropout draws from. (torch.manual_seed starts those of all kinds of devices, and
+    keeps a list of what to do for those that are not in use: half a millisecond a step.)"""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    {"cpu": torch.default_generator, "cuda": torch.cuda, "mps": torch.mps}[device].manual_seed(seed)
+
+
 @contextlib.contextmanager
 def torch_errors_in_words():
     """A model or a batch that no memory can hold, and --compile without a compiler: bad input like any other."""
@@ -957,7 +964,7 @@ def main():
             group["lr"] = lr_at(step, peak, s)
         # A step's batch and its dropout depend on (seed, step) alone: a resumed run needs no random state, and N
         # processes draw the same sequences as one, each keeping its own share.
-        torch.manual_seed(int(np.random.SeedSequence([s["seed"], step, RANK]).generate_state(1)[0]))
+        seed_dropout(device, s["seed"], step, RANK)
         windows = get_windows(train, np.random.default_rng([s["seed"], step]), sequences, s["block_size"])
         loss = gradients(windows[RANK * share:(RANK + 1) * share])
         if s["grad_clip"]:

@@ -1320,6 +1320,13 @@ def lr_at(step, peak, s):
     return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s["schedule"]]
 
 
+def seed_dropout(device, *key):
+    """Start anew the generator that dropout draws from. (torch.manual_seed starts those of all kinds of devices, and
+    keeps a list of what to do for those that are not in use: half a millisecond a step.)"""
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    {"cpu": torch.default_generator, "cuda": torch.cuda, "mps": torch.mps}[device].manual_seed(seed)
+
+
 def only_translate(args):
     """--translate: a text, or the lines of standard input, with the model in --out_dir."""
     out_dir = pathlib.Path(args.out_dir or default_out_dir(args.opt or "adamw", args.data or "numbers"))
@@ -1473,7 +1480,7 @@ def main():
     def train_on(step):
         """Forward and backward on the batch of a step -> its loss. Batch and dropout depend on (seed, step) alone: a
         resumed run needs no random state."""
-        torch.manual_seed(int(np.random.SeedSequence([s["seed"], step]).generate_state(1)[0]))
+        seed_dropout(device, s["seed"], step)
         epoch, i = divmod(step, len(train.sizes))
         if epoch not in epochs:
             epochs.clear()
