@@ -915,7 +915,7 @@ def blocks(direction, work, compiled=False):
     the same numbers, sooner and in less memory."""
     for geometry, p, g, state, h in work:
         most = block_size(geometry, p.device, compiled)
-        if p.numel() <= most or not (direction.by_entry and geometry.by_row(h)):
+        if p.numel() <= most or not is_ordinary(p) or not (direction.by_entry and geometry.by_row(h)):
             yield geometry, p, g, state, h
             continue
         rows = max(1, most * len(p) // p.numel())
@@ -929,7 +929,7 @@ def packs(direction, work):
     alike = {}
     for job in work:
         geometry, p, g, state, h = job
-        if geometry is PLAIN and direction.by_entry and p.numel() <= 2**12:
+        if geometry is PLAIN and direction.by_entry and p.numel() <= 2**12 and is_ordinary(p):
             alike.setdefault((id(h), p.dtype, g.dtype, *state), []).append(job)
         else:
             yield job
@@ -945,6 +945,11 @@ def packs(direction, work):
             torch._foreach_copy_(xs, [new.view_as(x) for x, new in zip(xs, pack.split([x.numel() for x in xs]))])
 
 
+def is_ordinary(p):
+    """Is p a plain tensor? Rows cut from one of FSDP's, which lie on several machines, would be copies."""
+    return type(p) is torch.Tensor
+
+
 def is_wide(p):
     """Is p precise enough to be moved in place? Averages and small steps drown in the 8 bits of a bfloat16."""
     return p.dtype in (torch.float32, torch.float64)
@@ -958,8 +963,10 @@ def working_copy(p):
 def update_compiled(direction, work):
     """`update` through torch.compile: all small tensors in one piece of code, and each block of a large one."""
     small, large = [], []
-    for job in work:
-        geometry, p, _, _, _ = job
+    for geometry, p, g, state, h in work:
+        if p.dim() == 0:                            # a CPU's compiled code loses what it writes to 0-d float64
+            p, g, state = p.view(1), g.view(1), {key: s.view(1) if s.dim() == 0 else s for key, s in state.items()}
+        job = geometry, p, g, state, h
         (small if p.numel() <= block_size(geometry, p.device, compiled=True) else large).append(job)
     for batch in filter(None, [small, *([job] for job in blocks(direction, large, compiled=True))]):
         compiled_update(direction, tuple((geometry, p.shape) for geometry, p, _, _, _ in batch))(direction, batch)
@@ -1071,7 +1078,8 @@ class Optimizer(torch.optim.Optimizer):
     def takes(cls):
         """Every hyperparameter of the class, with its default: the factors', unless the constructor has its own."""
         arguments = inspect.signature(cls.__init__).parameters.values()
-        own = {argument.name: argument.default for argument in arguments if argument.default is not argument.empty}
+        own = {argument.name: argument.default for argument in arguments
+               if argument.name in RANGES and argument.default is not argument.empty}
         return cls.direction.defaults | cls.geometry.defaults | {"compile": False} | own
 
     def __init__(self, params, **hyper):
@@ -1138,7 +1146,11 @@ class Optimizer(torch.optim.Optimizer):
             self._check_parameter(p, group, name)
 
     def _check_parameter(self, p, group, name):
-        objection = self.geometry_of(p, group).objection(p, group)
+        geometry = self.geometry_of(p, group)
+        objection = geometry.objection(p, group)
+        if not is_ordinary(p.detach()) and (geometry is MODULAR or not self.direction.by_entry):
+            objection = (f"is a {type(p.detach()).__name__}, of which each process has a part, but matrices are needed "
+                         "whole. Use DistributedDataParallel, or an optimizer whose updates go by entry or row")
         if objection:
             raise ValueError(f"{type(self).__name__}: {name} {tuple(p.shape)} {objection}")
 
@@ -1146,9 +1158,8 @@ class Optimizer(torch.optim.Optimizer):
         """The geometry of a parameter: that of the class, or the plain one for biases, gains and what a group exempts.
         Settled at the first step, for good: a decay that a schedule brings down to 0 must end in an angle of 0, not in
         a sudden change of geometry."""
-        state = self.state.get(p)
-        key = self.geometry.key
-        mine = key in state if key and state else self.geometry.applies(p, group)
+        state, key = self.state.get(p, {}), self.geometry.key
+        mine = key in state if key and "step" in state else self.geometry.applies(p, group)
         return self.geometry if mine else PLAIN
 
     @torch.no_grad()
@@ -1172,7 +1183,7 @@ class Optimizer(torch.optim.Optimizer):
                 if p.grad is None:
                     continue
                 geometry, state = self.geometry_of(p, group), self.state[p]
-                if not state:
+                if "step" not in state:
                     self._check_parameter(p, group, name_of(group, i, index))   # it may have been overwritten since
                     geometry.prepare(p, group)
                     w = working_copy(p)
@@ -1183,7 +1194,7 @@ class Optimizer(torch.optim.Optimizer):
                 key = (geometry, state["step"], p.device)
                 if key not in hyper_at:             # parameters with the same step count share one dict of numbers
                     hyper_at[key] = self._hyper(geometry, group, state["step"], p.device)
-                averages = {key: value for key, value in state.items() if key != "step"}
+                averages = {key: value for key, value in state.items() if torch.is_tensor(value)}
                 work = compiled if group["compile"] else eager
                 work.append((geometry, p.detach(), p.grad, averages, hyper_at[key]))
         update(self.direction, blocks(self.direction, packs(self.direction, eager)))
@@ -1208,7 +1219,26 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """As in torch, but state keeps its precision (torch rounds it to the parameter's type), and the checkpoint of
         an optimizer with other hyperparameters, or of parameters with other shapes, is refused."""
-        kind, restored = type(self).__name__, []
+        loaded = []
+
+        def check(self, state_dict):                # what the user's own hooks have made of it
+            loaded.extend(self._check_state(state_dict))
+
+        def unround(self):                          # before the user's own hooks see it
+            for p, key, value, dtype in loaded:
+                self.state[p][key] = value.to(p.device, dtype, copy=True)
+
+        hooks = [self.register_load_state_dict_pre_hook(check),
+                 self.register_load_state_dict_post_hook(unround, prepend=True)]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _check_state(self, state_dict):
+        """-> (parameter, key, tensor, the type it is to have) for all of a state_dict that fits this optimizer."""
+        kind = type(self).__name__
         for group in state_dict["param_groups"]:
             strange = self.takes().keys() ^ (group.keys() & RANGES.keys())      # what only one of the two knows
             if strange:
@@ -1224,10 +1254,7 @@ class Optimizer(torch.optim.Optimizer):
                     if key in like and value.shape != like[key].shape:
                         raise ValueError(f"{kind}: this state_dict was saved for another model: {key} of "
                                          f"{name_of(group, i, index)} {tuple(p.shape)} is {tuple(value.shape)} in it")
-                    restored.append((p, key, value, like[key].dtype if key in like else w.dtype))
-        super().load_state_dict(state_dict)
-        for p, key, value, dtype in restored:
-            self.state[p][key] = value.to(p.device, dtype, copy=True)
+                    yield p, key, value, like[key].dtype if key in like else w.dtype
 
 
 # ======================================================================================================================
@@ -1953,7 +1980,7 @@ def build(name, model, **hyper):
         raise ValueError("build: the model has no trainable parameters")
     owner = {}
     for n, p in named:
-        first = owner.setdefault((p.device, p.data_ptr()) if p.numel() and not p.is_meta else n, n)
+        first = owner.setdefault((p.device, p.data_ptr()) if p.numel() and p.data_ptr() else n, n)
         if first != n:
             raise ValueError(f"build: {first} and {n} share memory but are two parameters, which would be updated "
                              "twice: tie them by assigning the same nn.Parameter to both modules")

@@ -1625,6 +1625,45 @@ def test_state_stays_float32():
             assert rounded, f"{name}: the state fits into {dtype}, so this shows nothing"
 
 
+def test_hooks_of_checkpoints():
+    """What a user's hook makes of a state_dict is what is loaded, and what it does to the loaded state stays."""
+    shapes = [(4, 6), (4, 6), (5,)]
+    for name in optim.OPTIMIZERS:
+        saved = make(name, parameters(shapes, torch.bfloat16))
+        run(saved, noise(shapes, 2, torch.bfloat16))
+        loaded = make(name, parameters(shapes, torch.bfloat16))
+        loaded.register_load_state_dict_pre_hook(
+            lambda _, state: state | {"state": {0: state["state"][1], 1: state["state"][0], 2: state["state"][2]}})
+        loaded.register_load_state_dict_post_hook(lambda self: self.state[everything(self)[2]].update(step=7))
+        for _ in range(2):                          # twice: nothing of the first time is left
+            loaded.load_state_dict(saved.state_dict())
+        for ours, theirs in zip(everything(loaded), [everything(saved)[i] for i in (1, 0, 2)]):
+            for key, value in saved.state[theirs].items():
+                if torch.is_tensor(value):
+                    same_bits([loaded.state[ours][key]], [value], f"{name}: {key}")
+        assert [loaded.state[p]["step"] for p in everything(loaded)] == [2, 2, 7], name
+
+
+def test_company_in_the_state():
+    """What a user keeps in optimizer.state beside our averages changes nothing; neither does a subclass with arguments
+    of its own."""
+    shapes = [*MIXED, (2,), (3,), (7,)]             # enough small ones to be laid end to end
+    for name, kind in optim.OPTIMIZERS.items():
+        class Own(kind):
+            def __init__(self, params, keep=0.9, **hyper):
+                super().__init__(params, **hyper)
+                self.keep = keep
+
+        params, alone = parameters(shapes), parameters(shapes)
+        optimizer, gradients = Own(params, **settings(name)), noise(shapes, 3)
+        for p in params:
+            optimizer.state[p].update(seen=0, note="mine")
+        run(optimizer, gradients)
+        run(make(name, alone), gradients)
+        same_bits(params, alone, name)
+        assert optimizer.state[params[0]]["note"] == "mine" and optimizer.keep == 0.9
+
+
 def test_foreign_checkpoints_are_refused():
     """The state_dict of another kind of optimizer, or model, is a ValueError, and nothing has been loaded."""
     pairs = [("adamw", "sgd"), ("adamw", torch.optim.AdamW), ("rotational_sgd", "sgd"), ("rotational_adamw", "adamw"),
@@ -1982,6 +2021,7 @@ def test_gradient_scaler():
 
 def replica(rank, folder):
     """One of two processes of DistributedDataParallel: half of every batch, and the weights that come out of it."""
+    from torch.distributed.fsdp import fully_shard
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     weights = {}
@@ -1989,13 +2029,25 @@ def replica(rank, folder):
         model = nn.parallel.DistributedDataParallel(network(seed=rank))         # both start from the weights of rank 0
         train(model, make(name, model.parameters()), [normal(t, 8, 6).chunk(2)[rank] for t in range(5)])
         weights[name] = values(model.parameters())
+    for name, kind in optim.OPTIMIZERS.items():
+        model = network()
+        fully_shard(model)
+        try:
+            optimizer = make(name, model.parameters())
+            optim.build(name, model, **settings(name))          # accepts what the class accepts
+            with unittest.mock.patch("optim.block_size", lambda geometry, device, compiled: 10):
+                train(model, optimizer, [normal(t, 8, 6).chunk(2)[rank] for t in range(5)])
+            weights[f"sharded {name}"] = values(p.full_tensor() for p in model.parameters())
+        except ValueError as error:
+            weights[f"sharded {name}"] = str(error)
     torch.save(weights, f"{folder}/{rank}.pt")
     torch.distributed.barrier()                     # see the end of nanogpt_train.py's main
     torch.distributed.destroy_process_group()
 
 
 def test_data_parallel_replicas():
-    """Two DDP processes hold the same weights to the bit, and those of one process with the whole batch."""
+    """Two DDP processes hold the same weights to the bit, and those of one process with the whole batch. So do two FSDP
+    ones; where the update needs whole matrices, they are refused, by parameter."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(replica, (folder,), nprocs=2)
         one, two = (torch.load(f"{folder}/{rank}.pt", weights_only=True) for rank in range(2))
@@ -2005,6 +2057,11 @@ def test_data_parallel_replicas():
         same_bits(one[name], two[name], f"{name}: the replicas drift apart")
         for p, q in zip(one[name], model.parameters()):
             close(p, q, 1e-10, f"{name}: two processes beside one")
+        if "shampoo" in name or "modular" in name:
+            assert "parameter 0 of group 0 (5, 6) is a DTensor" in one[f"sharded {name}"], one[f"sharded {name}"]
+            continue
+        for p, q in zip(one[f"sharded {name}"], model.parameters(), strict=True):
+            close(p, q, 1e-10, f"{name}: two processes with parts beside one")
 
 
 def test_compiled_training_step():
@@ -2096,7 +2153,7 @@ def test_compiled_equals_eager():
     if not (shutil.which(named) if named else any(found)):
         raise Skip("torch.compile needs a C++ compiler: none of $CXX, c++, g++, clang++ was found")
     from torch._dynamo.utils import counters
-    shapes, lrs = [(4, 6), (5,), (13, 6)], [0.01 * t for t in range(7)]
+    shapes, lrs = [(4, 6), (5,), (13, 6), ()], [0.01 * t for t in range(7)]
     gradients = noise(shapes, 7)
     for name in ("adamw", "rotational_sgd", "modular_adam"):
         options = {"norm": "rows"} if name == "modular_adam" else {}            # where torch's compiler has a bug
