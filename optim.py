@@ -1149,8 +1149,8 @@ class Optimizer(torch.optim.Optimizer):
         geometry = self.geometry_of(p, group)
         objection = geometry.objection(p, group)
         if not is_ordinary(p.detach()) and (geometry is MODULAR or not self.direction.by_entry):
-            objection = (f"is a {type(p.detach()).__name__}, of which each process has a part, but matrices are needed "
-                         "whole. Use DistributedDataParallel, or an optimizer whose updates go by entry or row")
+            objection = (f"is a {type(p.detach()).__name__}, but this update needs plain tensors, and whole matrices. "
+                         "Use DistributedDataParallel, or an optimizer whose updates go by entry or row")
         if objection:
             raise ValueError(f"{type(self).__name__}: {name} {tuple(p.shape)} {objection}")
 

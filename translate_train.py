@@ -1322,7 +1322,7 @@ def lr_at(step, peak, s):
 
 def seed_dropout(device, *key):
     """Start anew the generator that dropout draws from. (torch.manual_seed starts those of all kinds of devices, and
-    keeps a list of what to do for those that are not in use: half a millisecond a step.)"""
+    keeps a list of what to do for those that are not in use: 0.4 ms a step.)"""
     seed = int(np.random.SeedSequence(key).generate_state(1)[0])
     {"cpu": torch.default_generator, "cuda": torch.cuda, "mps": torch.mps}[device].manual_seed(seed)
 
