@@ -1124,9 +1124,7 @@ def main():
             bar.close()
             again = shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)])
             say(f"stopped after step {done}. To go on: {again}")
-            if WORLD > 1:
-                torch.distributed.barrier()         # a process that leaves early makes torchrun stop rank 0 in its save
-                torch.distributed.destroy_process_group()
+            leave_together()
             sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1134,9 +1132,15 @@ def main():
     if start >= s["steps"]:                         # resumed after the end: nothing is left to do but to say so
         val_loss, seconds = evaluate(), spent
     finish(val_loss, seconds)
+    leave_together()
+
+
+def leave_together():
+    """The end with several processes. One that leaves first makes torchrun stop rank 0 in its save. And gloo's
+    threads must be idle: to free a tensor there, while main waits for them with Python's lock held, is a deadlock."""
     if WORLD > 1:
-        torch.distributed.barrier()                 # gloo's threads must be idle: to free a tensor there, while main
-        torch.distributed.destroy_process_group()   # waits for them with Python's lock held, is a deadlock
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def flops_per_token(model, n_layer, n_embd, block_size):
