@@ -1067,8 +1067,8 @@ class Optimizer(torch.optim.Optimizer):
 
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
     Errors   ValueError for values out of range, unknown keys in a group, parameters that are complex, sparse or
-             expanded, sparse gradients, a checkpoint of another kind of optimizer or model; TypeError for an unknown
-             argument
+             expanded, or of FSDP where the update needs whole matrices, sparse gradients, a checkpoint of another kind
+             of optimizer or model; TypeError for an unknown argument
     """
     direction: Direction
     geometry: Geometry = PLAIN
@@ -1194,7 +1194,7 @@ class Optimizer(torch.optim.Optimizer):
                 key = (geometry, state["step"], p.device)
                 if key not in hyper_at:             # parameters with the same step count share one dict of numbers
                     hyper_at[key] = self._hyper(geometry, group, state["step"], p.device)
-                averages = {key: value for key, value in state.items() if torch.is_tensor(value)}
+                averages = {key: value for key, value in state.items() if key != "step" and torch.is_tensor(value)}
                 work = compiled if group["compile"] else eager
                 work.append((geometry, p.detach(), p.grad, averages, hyper_at[key]))
         update(self.direction, blocks(self.direction, packs(self.direction, eager)))

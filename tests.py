@@ -1664,6 +1664,27 @@ def test_company_in_the_state():
         assert optimizer.state[params[0]]["note"] == "mine" and optimizer.keep == 0.9
 
 
+def test_step_counts_as_tensors():
+    """A checkpoint whose step counts have become tensors, as torch.optim's are, goes on as one with plain numbers."""
+    shapes = [*MIXED, (2,), (3,), (7,)]             # some to be cut into blocks, some to be laid end to end
+    gradients = noise(shapes, 4)
+    for name in optim.OPTIMIZERS:
+        reached = []
+        for convert in (int, lambda step: torch.tensor(float(step))):
+            params = parameters(shapes)
+            optimizer = make(name, params)
+            run(optimizer, gradients[:2])
+            saved = optimizer.state_dict()
+            for state in saved["state"].values():
+                state["step"] = convert(state["step"])
+            optimizer.load_state_dict(saved)
+            with unittest.mock.patch("optim.block_size", lambda geometry, device, compiled: 10):
+                run(optimizer, gradients[2:])
+            reached.append(params)
+        for p, q in zip(*reached):
+            close(p, q, 1e-12, f"{name} {tuple(p.shape)}")
+
+
 def test_foreign_checkpoints_are_refused():
     """The state_dict of another kind of optimizer, or model, is a ValueError, and nothing has been loaded."""
     pairs = [("adamw", "sgd"), ("adamw", torch.optim.AdamW), ("rotational_sgd", "sgd"), ("rotational_adamw", "adamw"),
@@ -2041,7 +2062,7 @@ def replica(rank, folder):
         except ValueError as error:
             weights[f"sharded {name}"] = str(error)
     torch.save(weights, f"{folder}/{rank}.pt")
-    torch.distributed.barrier()                     # see the end of nanogpt_train.py's main
+    torch.distributed.barrier()                     # see nanogpt_train.py's leave_together
     torch.distributed.destroy_process_group()
 
 
