@@ -270,15 +270,10 @@ def rf_adamw(g, state, h, decay=0):
 # With matrices: one preconditioner for every mode (dim) of the tensor
 #
 # A diagonal knows how steep every weight is, but not which weights act together. Shampoo keeps a d_i x d_i matrix for
-# every mode i of size d_i and multiplies the gradient by one matrix on each. Modes of size 1 have nothing to say and
-# are squeezed away. A mode longer than max_dim (a vocabulary) gets a diagonal, a vector of d_i numbers, instead.
+# every mode i of size d_i and multiplies the gradient by one matrix on each. A mode longer than max_dim (a vocabulary)
+# gets a diagonal, a vector of d_i numbers, instead. A mode of size 1 is squeezed away by if_shampoo. In shampoo it
+# counts: its matrix is one number, ||G||^2, and it takes its part of the root. Both are as in [RF]'s code.
 # ----------------------------------------------------------------------------------------------------------------------
-
-
-def modes(x):
-    """x without its modes of size 1; at least one mode is left."""
-    x = x.squeeze()
-    return x.reshape(1) if x.dim() == 0 else x
 
 
 def on_every_mode(x, factors):
@@ -312,7 +307,7 @@ def shampoo(g, state, h, decay=0):
              float32 at least: eigenvalues below the rounding of the largest come out as noise, and a negative power
              blows noise up. Hence no bfloat16
     """
-    x = modes(g).to(state["L0"].dtype)
+    x = torch.atleast_1d(g).to(state["L0"].dtype)
     order = x.dim()
     L, R = ([state[f"{letter}{i}"] for i in range(order)] for letter in "LR")
     for i in range(order):
@@ -372,7 +367,7 @@ def if_shampoo(g, state, h, decay=0):
     """
     if g.numel() == 0:
         return heavy_ball(g + decay, state, h)
-    x = modes(g).to(state["K0"].dtype)
+    x = torch.atleast_1d(g.squeeze()).to(state["K0"].dtype)
     K, M = ([state[f"{letter}{i}"] for i in range(x.dim())] for letter in "KM")
     if h["refresh"]:
         A = on_every_mode(x * math.sqrt(h["batch_size"]), K)
@@ -470,7 +465,7 @@ def mode_factors(w, h, **starts):
     """For every mode of w and every letter a multiple of the identity: a matrix, or a vector beyond max_dim."""
     dtype = h.get("dtype") or w.dtype
     state = {}
-    for i, n in enumerate(modes(w).shape):
+    for i, n in enumerate(torch.atleast_1d(w).shape):
         for letter, start in starts.items():
             one = torch.ones(n, dtype=dtype, device=w.device)
             state[f"{letter}{i}"] = start * (one if n > h["max_dim"] else torch.diag(one))
@@ -495,7 +490,7 @@ def shampoo_state(w, h):
 def if_shampoo_state(w, h):
     """K = I and M = 0 for every mode, and the heavy-ball buffer: all in the recursion's own dtype."""
     dtype = h["dtype"] or w.dtype
-    return {k: v.to(dtype) for k, v in zeros("momentum_buffer")(w, h).items()} | mode_factors(w, h, K=1, M=0)
+    return {k: v.to(dtype) for k, v in zeros("momentum_buffer")(w, h).items()} | mode_factors(w.squeeze(), h, K=1, M=0)
 
 
 def refreshes(t, update_every):
@@ -1540,7 +1535,7 @@ class Shampoo(Optimizer):
     Formula  L_i <- (1-lr_cov) L_i + lr_cov G_(i) G_(i)^T, L_i = 0 at first
              d = G times (L_i + damping)^(-1/(2k)) on each of its k modes
              m <- momentum * m + (d + weight_decay * w);   w <- w - lr * m
-    Shapes   any; modes of size 1 are squeezed away, modes longer than max_dim get a diagonal L_i
+    Shapes   any; modes longer than max_dim get a diagonal L_i, a mode of size 1 a number that counts among the k
     State    1 tensor like w (none if momentum = 0), 1 more with graft="adam", and 2 matrices d_i x d_i per mode
              (vectors beyond max_dim)
     Options  update_every: steps between new roots (before the first, d = G).  graft: "sgd" or "adam" gives d the norm

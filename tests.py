@@ -656,7 +656,7 @@ class ShampooByHand:
     """Root-based Shampoo, mode by mode. A diagonal is kept as a full matrix whose other entries are set to 0."""
 
     def __init__(self, h, shape):
-        self.h, self.t, self.m, self.shape = h, 0, np.zeros(shape), squeezed(shape)
+        self.h, self.t, self.m, self.shape = h, 0, np.zeros(shape), tuple(shape) or (1,)
         self.L, self.R = [np.zeros((n, n)) for n in self.shape], [np.eye(n) for n in self.shape]
         self.v = np.zeros(shape)                            # of the Adam whose norm is borrowed
 
