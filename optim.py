@@ -78,6 +78,7 @@ To add a row: write its function; its line in DIRECTIONS (with gain, kappa and c
 range of each new hyperparameter in RANGES; a class, or compose(...) if it needs no docstring; its names in OPTIMIZERS.
 """
 import argparse
+import copy
 import difflib
 import functools
 import importlib.util
@@ -702,16 +703,21 @@ def rotational(direction, w, g, state, h):
     d = torch.addcmul(d, w, radial, value=-1)                       # d - w (d.w)/n^2: the rest would only change ||w||
     size = neuron_norm(d, dims)
     size = size * (size > rounding(w) * whole)                      # where only rounding is left, there is no direction
-    U.lerp_(size * size, 1 - h["update_norm_decay_factor"])
+    U.lerp_(size**2, 1 - h["update_norm_decay_factor"])
     rms = (U / h["unbias_update_norm"]).sqrt()
     w.addcmul_(d, torch.where(size > 0, h["angle"] * n / (rms + h["rotational_eps"]), 0), value=-1)
     w.mul_(n / neuron_norm(w, dims))                                # back onto the sphere, exactly
 
 
 def rotational_init(w, h):
-    """n = ||w||, kept for ever; U = 0. One number of each per neuron. (h["norm"] is another thing: modular's.)"""
+    """n = ||w||, kept for ever; U = 0. One number of each per neuron. (h["norm"] is another thing: modular's.)
+
+    U is every other number of a list. The gaps mean nothing, but for them the compiler of torch 2.13 does not work on
+    the U of 16 neurons at once on a CPU; and only if it takes neurons one by one can it join that loop to those over a
+    neuron's weights, which then stay in the cache.
+    """
     norm = neuron_norm(w, neuron_dims(w, h))
-    return {"norm": norm, "update_norm_sq": torch.zeros_like(norm)}
+    return {"norm": norm, "update_norm_sq": torch.stack([torch.zeros_like(norm)] * 2, dim=-1)[..., 0]}
 
 
 def rotational_scalars(direction, h, t):
@@ -1221,7 +1227,7 @@ class Optimizer(torch.optim.Optimizer):
 
         def unround(self):                          # before the user's own hooks see it
             for p, key, value, dtype in loaded:
-                self.state[p][key] = value.to(p.device, dtype, copy=True)
+                self.state[p][key] = copy.deepcopy(value).to(p.device, dtype)   # strides, too: see rotational_init
 
         hooks = [self.register_load_state_dict_pre_hook(check),
                  self.register_load_state_dict_post_hook(unround, prepend=True)]
