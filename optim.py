@@ -921,7 +921,8 @@ def blocks(direction, work, compiled=False):
             continue
         rows = max(1, most * len(p) // p.numel())
         for i in range(0, len(p), rows):
-            yield geometry, p[i:i + rows], g[i:i + rows], {key: s[i:i + rows] for key, s in state.items()}, h
+            cut = {key: s[i:i + rows] if s.dim() else s for key, s in state.items()}       # 0-d: a user's own
+            yield geometry, p[i:i + rows], g[i:i + rows], cut, h
 
 
 def packs(direction, work):

@@ -1814,8 +1814,9 @@ def test_company_in_the_state():
         params, alone = parameters(shapes), parameters(shapes)
         optimizer, gradients = Own(params, **settings(name)), noise(shapes, 3)
         for i, p in enumerate(params):
-            optimizer.state[p].update(seen=0, note="mine", **{"ema": torch.ones(i + 1)} if i % 2 else {})
-        run(optimizer, gradients)
+            optimizer.state[p].update(seen=torch.tensor(0), note="mine", **{"ema": torch.ones(i + 1)} if i % 2 else {})
+        with unittest.mock.patch("optim.block_size", lambda geometry, device, compiled: 10):
+            run(optimizer, gradients)
         run(make(name, alone), gradients)
         same_bits(params, alone, name)
         assert optimizer.state[params[0]]["note"] == "mine" and optimizer.keep == 0.9
