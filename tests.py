@@ -1373,6 +1373,8 @@ def test_powers_take_layers_in_order():
     assert [leaf.layer for leaf, _, _ in tree.weights()] == layers
     expected = [1 / 6 / (0.5 ** (3 - i % 3) * 2 * (0.25 if i < 3 else 1)) for i in range(6)]
     close(shares(tree), expected, 1e-12, repr(tree))
+    around = optim.weight(nn.Linear(6, 2)) @ optim.weight(*layers) ** 6 @ optim.weight(nn.Linear(3, 6), mass=2)
+    close(shares(around), [2 / 9, *[1 / 9] * 7], 1e-12, "the copies have their masses beside others")
     text = str(tree)
     assert text.count("Linear 6x6  spectral") == 6 and "sensitivity 0.0625" in text, text
     a, b = optim.bond("a"), optim.bond("b")
@@ -2572,7 +2574,8 @@ def test_errors_of_values():
              ("update_every", (0, -1, 1.5, nan, None), "a whole number >= 1"), ("max_dim", (-1, nan, None), ">= 0"),
              ("graft", ("lion", "Adam", True, 0), "None, 'sgd' or 'adam'"),
              ("share", (-0.1, nan, inf, None), size), ("scale", (0, -1.0, nan, inf), "a finite number > 0"),
-             ("norm", ("frobenius", None), "'spectral' or 'rows'"), ("seed", (-1, 0.5, None), "a whole number >= 0"),
+             ("norm", ("frobenius", None), "'spectral' or 'rows'"),
+             ("seed", (-1, 0.5, 2**63, None), "a whole number >= 0"),
              ("dtype", (torch.int32, torch.complex64, "float32", 16), "a floating-point torch.dtype")]
     for key, bad_values, words in table:
         takers = [name for name, kind in optim.OPTIMIZERS.items()
@@ -2630,7 +2633,8 @@ def test_errors_of_neurons_that_can_not_turn():
     cases = [(weight(4, 1), True, "1 weight,"), (weight(4, 1), False, "1 weight,"), (weight(4, 2), True, "2 weights"),
              (weight(3, 2, 1, 1), True, "2 weights"), (nn.Parameter(zero_row), True, "all zeros"),
              (nn.Parameter(zero_row), False, "all zeros"), (nn.Parameter(constant), True, "equal"),
-             (weight(3, 4, fill=0.1), True, "equal"), (weight(3, 4, fill=0.1, dtype=torch.bfloat16), True, "equal"),
+             (weight(3, 4, fill=0.1), True, "equal"), (weight(3, 24, fill=0.1), True, "equal"),
+             (weight(3, 4, fill=0.1, dtype=torch.bfloat16), True, "equal"),
              (nn.Parameter(broken), True, "NaN"), (nn.Parameter(endless), False, "infinity")]
     for name in ROTATIONAL:
         kind = optim.OPTIMIZERS[name]
@@ -2763,9 +2767,12 @@ def test_build_of_odd_models():
         assert [group["lr_cov_scale"] for group in groups] == [1.0, 0.25], name
     rows = optim.table(torch.optim.SGD([("head.weight", weight(3, 4))], lr=0.5)).splitlines()
     assert rows[1].split() == ["head.weight", "3x4", "plain", "0.5", "0"], rows
-    tree, frozen = Single(4, 3), Single(4, 3)
-    tree.weight.requires_grad_(False)                       # in the tree, but not trained
-    assert [p.shape for p in everything(optim.build("modular_adam", tree))] == [(3,)]
+    model = Single(4, 3)
+    model.weight.requires_grad_(False)                      # in the tree, but not trained
+    assert [p.shape for p in everything(optim.build("modular_adam", model))] == [(3,)]
+    model = nn.Sequential(*linears(2))                      # alike but for their masses
+    model.modular_tree = lambda: optim.weight(model[1], mass=3) @ optim.weight(model[0])
+    close([group["share"] for group in optim.build("modular_adam", model).param_groups], [0.25, 0.75], 1e-12, "shares")
 
 
 # ======================================================================================================================
@@ -4534,6 +4541,10 @@ def test_lesson():
         close(float(off_norm[:-1]) / 100, float(measured_norm) / float(norm) - 1, 1e-3, f"{name}: off", scale=1)
         close(float(off_angle[:-1]) / 100, float(measured_angle) / float(angle) - 1, 5e-3, f"{name}: off", scale=1)
     assert [line.split()[0] for line in out.splitlines() if "B/weight" in line] == list(optim.OPTIMIZERS), out
+    assert re.search("rotational_adam .* d = mean[(]g[)] / rms[(]g [+] wd w[)]", out), out
+    assert re.search("rotational_sgd .* m <- mu m [+] g;  d = m", out), out
+    steps = [int(line.split()[0]) for line in out.splitlines() if re.match(" +[0-9]+   0[.]", line)]
+    assert steps == [1, 2, 3, 20, 40, 80, 160, 320, 640, 960, 1280, 1600], steps
     target = [float(row[2]) for row in rows[:3]]            # all start 3 times too short
     close(starts, [target[1] / 3, target[1] / 3, *(norm / 3 for norm in target)], 0.05, "norms at the start")
 
