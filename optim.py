@@ -1159,7 +1159,7 @@ class Optimizer(torch.optim.Optimizer):
     def geometry_of(self, p, group):
         """The geometry of a parameter: that of the class, or the plain one for biases, gains and what a group exempts.
         Settled at the first step, for good: a decay that a schedule brings down to 0 must end in an angle of 0, not in
-        a sudden change of geometry."""
+        a sudden change of geometry. (So start a schedule that raises the decay above 0, or the weight stays plain.)"""
         state, key = self.state.get(p, {}), self.geometry.key
         mine = key in state if key and "step" in state else self.geometry.applies(p, group)
         return self.geometry if mine else PLAIN
@@ -1363,6 +1363,7 @@ class RotationalSGD(Optimizer):
     Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0; the others (biases,
              gains) follow plain SGD, with their group's decay
     State    1 tensor like w (none if momentum = 0) and 2 numbers per neuron
+             (settled at a weight's first step)
     Options  update_norm_decay_factor: of the average of ||d||^2; 0: every step turns by exactly arctan(angle)
              per_neuron: False keeps the norm of the whole tensor instead.   zero_mean: neurons and updates are centred
              (weights at construction, keeping their norm).   rotational_eps: added to the average size of d
@@ -1667,7 +1668,7 @@ class Tree:
         return Power(self, copies)
 
     def tare(self, mass):
-        """The same with all masses in it rescaled so that their sum is `mass`."""
+        """A new tree: the same with all masses in it rescaled so that their sum is `mass`."""
         return Tare(self, mass)
 
     def weights(self, target=1.0, unit=1.0):
