@@ -702,10 +702,10 @@ def rotational(direction, w, g, state, h):
     radial = (d * w).sum(dims, keepdim=True) / n**2
     d = torch.addcmul(d, w, radial, value=-1)                       # d - w (d.w)/n^2: the rest would only change ||w||
     size = neuron_norm(d, dims)
-    size = size * (size > rounding(w) * whole)                      # where only rounding is left, there is no direction
-    U.lerp_(size**2, 1 - h["update_norm_decay_factor"])
+    turns = size > rounding(w) * whole                              # where only rounding is left, there is no direction
+    U.lerp_(size**2 * turns, 1 - h["update_norm_decay_factor"])
     rms = (U / h["unbias_update_norm"]).sqrt()
-    w.addcmul_(d, torch.where(size > 0, h["angle"] * n / (rms + h["rotational_eps"]), 0), value=-1)
+    w.addcmul_(d, torch.where(turns, h["angle"] * n / (rms + h["rotational_eps"]), 0), value=-1)
     w.mul_(n / neuron_norm(w, dims))                                # back onto the sphere, exactly
 
 
