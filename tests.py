@@ -23,6 +23,7 @@ import inspect
 import io
 import itertools
 import json
+import lzma
 import math
 import multiprocessing
 import os
@@ -3152,7 +3153,7 @@ def test_script_stops_on_signal():
 def test_script_data_parallel():
     """Two processes with half a batch each see the same losses as one process with the whole batch."""
     with temporary_folder() as folder:
-        common = [*TINY, "--dropout", "0", "--grad_accum", "2", "--opt", "rotational_adamw"]
+        common = [*TINY, *"--dropout 0 --batch_size 2 --grad_accum 3 --opt rotational_adamw".split()]   # 2 + 1 each
         run_script(nanogpt_train, folder, *common, "--out_dir", "one")
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port()))
         run_script(nanogpt_train, folder, *common, "--out_dir", "two", launcher=launcher)
@@ -3176,6 +3177,9 @@ def test_script_diverging():
         step = re.search(r"the loss is (?:nan|inf) at step (\d+)", err.splitlines()[-1])
         assert step and "Traceback" not in err, err
         assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
+        rarely = "--save_every 24 --eval_every 24".split()                      # losses are then read ten at a time
+        _, _, err = call_main(nanogpt_train, *TINY, "--data_dir", folder / "data", *wild[:-1], folder / "run", *rarely)
+        assert f"at step {step[1]}:" in err.splitlines()[-1], err
 
 
 def test_script_bad_input():
@@ -3194,7 +3198,20 @@ def test_script_bad_input():
         data = ["--data_dir", folder / "data"]
         assert call_main(nanogpt_train, *TINY, *data, "--out_dir", folder / "run")[0] == 0
         run = ["--resume", "--out_dir", str(folder / "run")]
+        for name in ("damaged", "changed"):
+            (folder / f"{name}.txt").write_text("To be, or not to be. " * 20)
+            flags = [*TINY, *data, "--data", folder / f"{name}.txt", "--out_dir", folder / name]
+            assert call_main(nanogpt_train, *flags)[0] == 0
+        (folder / "changed.txt").write_text("To be, or to be not. " * 20)
+        tokens, = folder.glob("data/damaged-*/val.bin")
+        tokens.write_bytes(tokens.read_bytes()[:-2])
+        (folder / "used").mkdir()
+        used = open(folder / "used/.lock", "w")
+        fcntl.flock(used, fcntl.LOCK_SH)            # as another run would, but less jealously
         for arguments, words in [
+            (["--resume", "--out_dir", folder / "changed"], "is not the text that this run began with"),
+            (["--data", folder / "damaged.txt"], "is damaged: delete it"),
+            (["--out_dir", folder / "used"], "another run is writing"),
             (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
             (["--learning_rate", "1"], "did you mean --lr?"),
             (["--optt", "adam"], "did you mean --opt?"),
@@ -3290,8 +3307,58 @@ def test_script_text_data():
         (folder / "my.txt").write_text(text + "x", encoding="utf-8", newline="")
         train, val, codec, _ = nanogpt_train.load_data(str(folder / "my.txt"), folder / "data", "auto")
         assert codec.decode(val.tolist()) == text[4500:] + "x", "served from token files of the text as it was"
+        (folder / "my.txt").write_text(text + "y", encoding="utf-8", newline="")        # another one of the same size
+        train, val, codec, _ = nanogpt_train.load_data(str(folder / "my.txt"), folder / "data", "auto")
+        assert codec.decode(val.tolist()) == text[4500:] + "y", "served from token files of the text as it was"
         pieces = list(nanogpt_train.read_pieces(lambda: io.StringIO(text * 1000), 7, 4_500_123))
         assert len(pieces) > 1 and "".join(pieces) == (text * 1000)[7:4_500_123]
+
+
+def test_script_windows():
+    """Windows begin anywhere where one fits, hold consecutive tokens, and the target of each is its successor."""
+    data = np.arange(100, 120, dtype=np.uint16)
+    windows = nanogpt_train.get_windows(data, np.random.default_rng(0), 500, 15)
+    assert {row[0] for row in windows.tolist()} == {100, 101, 102, 103, 104}
+    assert torch.equal(windows, windows[:, :1] + torch.arange(16))
+    x, y = nanogpt_train.inputs_and_targets(windows, "cpu")
+    assert x.shape == (500, 15) and torch.equal(y, x + 1)
+
+
+def test_script_large_texts():
+    """TinyStories and WikiText keep their own split; of OpenWebText, every 2000th document is held out."""
+    def stored(url, sha256, path):                  # instead of a download
+        return folder / urllib.parse.urlsplit(url).path.rpartition("/")[2]
+
+    documents = [f"document {n}, größer" for n in range(4200)]
+    with temporary_folder() as folder, unittest.mock.patch.object(nanogpt_train, "download", stored):
+        for i in range(21):                         # in each archive two .xz files of 100 documents, and something else
+            with tarfile.open(folder / f"urlsf_subset{i:02d}.tar", "w") as outer:
+                for k, blob in ((0, None), (1, None), (2, b"no archive")):
+                    if blob is None:
+                        inner = io.BytesIO()
+                        with tarfile.open(fileobj=inner, mode="w") as tar:
+                            for n in range(200 * i + 100 * k, 200 * i + 100 * k + 100):
+                                text = documents[n].encode()
+                                info = tarfile.TarInfo(f"{n}.txt")
+                                info.size = len(text)
+                                tar.addfile(info, io.BytesIO(text))
+                        blob = lzma.compress(inner.getvalue(), preset=0)
+                    info = tarfile.TarInfo(f"part{k}.xz" if k < 2 else "README")
+                    info.size = len(blob)
+                    outer.addfile(info, io.BytesIO(blob))
+        _, train, val, tokenizer = nanogpt_train.find_text("openwebtext", folder)
+        held_out = documents[1999::2000]
+        assert list(val()) == [text + "<|endoftext|>" for text in held_out] and tokenizer == "gpt2"
+        assert list(train()) == [text + "<|endoftext|>" for text in documents if text not in held_out]
+
+        for part in ("train", "valid"):
+            (folder / f"TinyStoriesV2-GPT4-{part}.txt").write_text(f"tiny {part}")
+        with zipfile.ZipFile(folder / "wikitext-103-raw-v1.zip", "w") as file:
+            for part in ("train", "valid", "test"):
+                file.writestr(f"wikitext-103-raw/wiki.{part}.raw", f"wiki {part}")
+        for name, words in (("tinystories", "tiny"), ("wikitext", "wiki")):
+            _, train, val, tokenizer = nanogpt_train.find_text(name, folder)
+            assert ("".join(train()), "".join(val()), tokenizer) == (f"{words} train", f"{words} valid", "gpt2")
 
 
 def test_script_byte_pairs_in_pieces():
@@ -3300,14 +3367,67 @@ def test_script_byte_pairs_in_pieces():
     merges = [b"a", b"b", b" ", b"\n", b"!", b"  ", b"\n\n", b" a", b"ab", b" ab", b" \n"]       # white space can merge
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""     # as GPT-2 splits text
     ranks = {token: rank for rank, token in enumerate(merges)}
-    codec = tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    codec = tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 11})
     chance = random.Random(1)
-    for _ in range(200):
-        text = "".join(chance.choice("ab  \n!") for _ in range(60))
-        cuts = sorted(chance.sample(range(61), 5))
-        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 60])]
+    for length in [60] * 200 + [60_000] * 2:
+        text = "".join(chance.choice("ab  \n!") for _ in range(length))
+        cuts = sorted(chance.sample(range(length + 1), 5))
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, length])]
         apart = [token for piece in nanogpt_train.whole_words(pieces) for token in codec.encode(piece)]
         assert apart == codec.encode(text), repr(text)
+    with unittest.mock.patch.object(tiktoken, "get_encoding", lambda name: {"gpt2": codec}[name]):
+        tokens = nanogpt_train.GPT2Tokens()
+        assert tokens.encode("ab!<|endoftext|>a") == [8, 4, 11, 0], "the end of a document is one token"
+        assert tokens.decode([8, 4, 11, 12, tokens.n_vocab - 1, 0]) == "ab!<|endoftext|>a", "padding has no text"
+        with temporary_folder() as folder:
+            (folder / "my.txt").write_text("ab !\n" * 200)
+            train, val, found, _ = nanogpt_train.load_data(str(folder / "my.txt"), folder, "gpt2")
+            assert found.decode(train.tolist()) + found.decode(val.tolist()) == "ab !\n" * 200
+            assert train.tolist() == codec.encode("ab !\n" * 180)
+
+
+def torchs_layer(heads, norm1, qkv, out, norm2, up, down):
+    """The half-blocks of a transformer as torch's own layer, in float64: gains are multiplied into its weights."""
+    layer = nn.TransformerEncoderLayer(up.in_features, heads, up.out_features, 0.0, F.gelu, batch_first=True,
+                                       norm_first=True, dtype=torch.float64)
+    names = {"self_attn.in_proj_": qkv, "self_attn.out_proj.": out, "linear1.": up, "linear2.": down}
+    state = {f"norm{i}.{key}": value for i, norm in ((1, norm1), (2, norm2))
+             for key, value in norm.state_dict().items()}
+    for name, linear in names.items():
+        state |= {f"{name}weight": linear.gain[:, None] * linear.weight, f"{name}bias": linear.bias}
+    layer.load_state_dict(state)
+    return layer.train()                            # in eval() torch takes another path
+
+
+def test_script_model_equals_torchs():
+    """GPT equals torch's own layers and starts as GPT-2 does; each loss is that of predictions from prefixes."""
+    torch.manual_seed(0)
+    V, L, H, C, T = 11, 3, 2, 8, 5
+    model = nanogpt_train.GPT(V, L, H, C, T + 1, 0.4, True, True).double().eval()
+    for p in model.parameters():
+        nn.init.normal_(p)                          # so that no part is too small to matter
+    x, y = torch.randint(V, (2, 4, T))
+    h = model.tokens.weight[x] + model.positions.weight[:T]
+    for b in model.blocks:
+        layer = torchs_layer(H, b.norm1, b.attention.qkv, b.attention.out, b.norm2, b.up, b.down)
+        h = layer(h, nn.Transformer.generate_square_subsequent_mask(T, dtype=torch.float64), is_causal=True)
+    logits = F.layer_norm(h, (C,), model.norm.weight, model.norm.bias) @ (model.head.gain * model.tokens.weight.T)
+    close(model(x), logits[:, -1], 1e-9, "logits of the last token, without dropout")
+    close(model(x, y), (logits.logsumexp(-1) - logits.gather(-1, y[..., None])[..., 0]).mean(), 1e-9, "loss")
+    model.train()
+    losses = torch.stack([model(x, y) for _ in range(2)])
+    assert losses[0] != losses[1], "no dropout in training"
+    for model in (model.eval(), nanogpt_train.ModularGPT(V, L, H, C, T, 0.4).double().eval()):
+        apart = [F.cross_entropy(model(x[:, :t + 1]), y[:, t]) for t in range(T)]
+        close(model(x, y), torch.stack(apart).mean(), 1e-9, f"{type(model).__name__}: loss from prefixes")
+
+    model = nanogpt_train.GPT(500, 8, 2, 48, 64, 0.0, True, False)
+    for name, p in model.named_parameters():        # 0.02 at width 768: 0.08 at a sixteenth; 2 x 8 terms are added up
+        if p.dim() == 2:
+            expected = 0.08 / 4 if name.endswith(("out.weight", "down.weight")) else 0.08
+            close(p.std(), expected, 0.08, name)
+        else:
+            assert (p == ("norm" in name and name.endswith("weight"))).all(), name
 
 
 def test_script_model():
@@ -3355,6 +3475,178 @@ def test_script_schedule():
     assert abs(nanogpt_train.lr_at(35, 1.0, s) - (2 + 2**0.5) / 4) < 1e-12       # (1 + cos 45 degrees) / 2
 
 
+def settled(script, *arguments):
+    """Settings of a new run with these flags, as the script settles them."""
+    with unittest.mock.patch.object(sys, "argv", command_line(script, arguments)):
+        return script.settle(script.parse_arguments())
+
+
+def check_flags(script, tokens):
+    """Flags end up in the optimizer, 0 is a value like others. tokens: how many the loss of a batch of 6 averages."""
+    def hyper(*arguments):
+        return settled(script, *" ".join(arguments).split())["hyper"]
+    flags = "--opt rf_adamw --lr 1 --weight_decay 2 --beta1 0.3 --beta2 0.4 --eps 0.5 --batch_size 6"
+    assert hyper(flags) == {"lr": 1, "weight_decay": 2, "betas": (0.3, 0.4), "eps": 0.5, "batch_size": tokens}
+    assert hyper("--opt adamw --beta2 0.4")["betas"] == (script.TUNED["adamw"]["betas"][0], 0.4)
+    assert hyper("--opt sgd --momentum 0 --weight_decay 0") == script.TUNED["sgd"] | {"momentum": 0, "weight_decay": 0}
+    assert hyper("--opt rf_adamw --opt_kwargs batch_size=7 lr=3")["batch_size"] == 7
+    zeros = {"warmup": 0, "grad_clip": 0, "track": 0, "seed": 0}
+    s = settled(script, *(str(word) for key, value in zeros.items() for word in (f"--{key}", value)))
+    assert zeros.items() <= s.items()
+    for name, gains in (("adamw", 0), ("rotational_adamw", 1), ("modular_adam", 0)):
+        assert settled(script, "--opt", name)["gains"] == gains, name
+
+
+def test_script_flags():
+    """No flag is ignored, and what depends on others follows: tokens in a batch, gains, a short run's warmup."""
+    check_flags(nanogpt_train, 6 * nanogpt_train.PRESETS["cpu"]["block_size"])
+    s = settled(nanogpt_train, *"--opt rf_rmsprop --batch_size 6 --grad_accum 5 --block_size 7 --steps 90".split())
+    assert s["hyper"]["batch_size"] == 6 * 5 * 7 and s["warmup"] == 9
+    s = settled(nanogpt_train, *"--preset shakespeare --dropout 0 --opt modular_adam".split())
+    assert (s["dropout"], s["n_layer"], s["data"], s["arch"], s["steps"]) == (0, 6, "shakespeare", "modular", 5000)
+
+
+def clipped(parameters, largest):
+    """Scale all gradients so that their norm together is at most this."""
+    parameters = list(parameters)
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in parameters))
+    for p in parameters:
+        p.grad *= min(1.0, largest / norm)
+
+
+def check_log(ours, expected):
+    for record, by_hand in zip(ours, expected, strict=True):
+        for key, value in by_hand.items():
+            close(record[key], value, 1e-4, f"{key} of step {by_hand['step']}")
+
+
+def check_resumed_log(script, folder, steps):
+    """Go on with twice the steps, as if much later: old lines stay, time goes on, and only one line is the last."""
+    def lines():
+        return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    before = lines()
+    ckpt = torch.load(folder / "ckpt.pt", weights_only=True)
+    torch.save(ckpt | {"seconds": 1000.0}, folder / "ckpt.pt")
+    assert call_main(script, "--resume", "--steps", 2 * steps, "--out_dir", folder)[0] == 0
+    after = lines()
+    assert before[-1].pop("final") and after[:len(before)] == before
+    assert [record["step"] for record in after] == [*range(0, 2 * steps + 1, before[1]["step"])]
+    assert [record.get("final", False) for record in after] == [False] * (len(after) - 1) + [True]
+    seconds = [record["seconds"] for record in after[len(before):]]
+    seconds.append(torch.load(folder / "ckpt.pt", weights_only=True)["seconds"])
+    assert 1000 < min(seconds) and max(seconds) < 1300 and seconds == sorted(seconds), seconds
+
+
+def test_script_equals_a_loop_by_hand():
+    """Losses, lr, tokens and samples of a run equal those of a bare loop with torch's AdamW on the same windows."""
+    text = "".join(random.Random(1).choices("abcdefgh ", range(1, 10), k=3000))
+    with temporary_folder() as folder:
+        (folder / "my.txt").write_text(text)
+        flags = [*TINY, *"--grad_accum 2 --bias 1 --gains 1 --opt adamw --lr 0.02 --weight_decay 0.5 --seed 7".split(),
+                 *"--beta1 0.8 --beta2 0.9 --eps 0.003 --grad_clip 0.3".split(), "--data", folder / "my.txt",
+                 "--data_dir", folder / "data"]
+        status, _, err = call_main(nanogpt_train, *flags, "--out_dir", folder / "run")
+        assert status == 0, err
+        ids = torch.tensor([sorted(set(text)).index(c) for c in text])
+        train, val = ids[:2700], ids[2700:]
+        torch.manual_seed(7)
+        model = nanogpt_train.GPT(9, 1, 2, 16, 16, 0.1, True, True)
+        decayed = [p for p in model.parameters() if p.dim() == 2]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0.0}], betas=(0.8, 0.9),
+                                      eps=0.003, weight_decay=0.5)
+
+        def windows(part, rng, count):
+            return torch.stack([part[i:i + 17] for i in rng.integers(0, len(part) - 16, size=count)])
+
+        def evaluate():
+            model.eval()
+            with torch.no_grad():
+                rng = np.random.default_rng(0)      # whatever the seed of the run is
+                losses = [model(w[:, :16], w[:, 1:]).item() for w in (windows(val, rng, 4) for _ in range(2))]
+            model.train()
+            return np.mean(losses)
+
+        expected, losses = [{"step": 0, "val_loss": evaluate(), "lr": 0.0}], []
+        for step in range(24):
+            lr = 0.02 * (step + 1) / 3 if step < 2 else 0.01 * (1 + math.cos(math.pi * (step - 2) / 22))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            torch.manual_seed(int(np.random.SeedSequence([7, step, 0]).generate_state(1)[0]))           # for dropout
+            for part in windows(train, np.random.default_rng([7, step]), 8).split(4):
+                loss = model(part[:, :16], part[:, 1:])
+                (loss / 2).backward()
+                losses.append(loss.item())
+            clipped(model.parameters(), 0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+            if (step + 1) % 8 == 0:
+                expected.append({"step": step + 1, "tokens": (step + 1) * 8 * 16, "train_loss": np.mean(losses),
+                                 "val_loss": evaluate(), "lr": lr})
+                losses.clear()
+        check_log(read_log(folder / "run"), expected)
+
+        sample = "--eval_only --sample 30 --temperature 0.3 --prompt bad".split()
+        _, out, _ = call_main(nanogpt_train, "--resume", "--out_dir", folder / "run", *sample)
+        model.load_state_dict(torch.load(folder / "run/ckpt.pt", weights_only=True)["model"])
+        model.eval()
+        written, generator = "bad", torch.Generator().manual_seed(7)
+        for _ in range(30):
+            x = torch.tensor([sorted(set(text)).index(c) for c in written[-16:]])
+            p = model(x[None])[0].double().exp() ** (1 / 0.3)
+            written += sorted(set(text))[torch.multinomial(p / p.sum(), 1, generator=generator)]
+        assert f"---\n{written}\n---" in out, f"{written} should be in {out}"
+        assert f"(perplexity {math.exp(expected[-1]['val_loss']):.2f})" in out, out
+
+        check_resumed_log(nanogpt_train, folder / "run", 24)
+        assert call_main(nanogpt_train, *flags, "--dtype", "bfloat16", "--out_dir", folder / "half")[0] == 0
+        exact, rough = read_log(folder / "run")[3]["val_loss"], read_log(folder / "half")[3]["val_loss"]
+        assert 0 < abs(exact - rough) < 0.1, "bfloat16 is another arithmetic"
+
+
+def times_of(*durations):
+    """A clock for time.perf_counter: of what it measures in turn, each lasts as long as stated."""
+    ticks, time_now = itertools.cycle(itertools.chain(*((0, duration) for duration in durations))), [0.0]
+
+    def clock():
+        time_now[0] += next(ticks)
+        return time_now[0]
+    return unittest.mock.patch.object(time, "perf_counter", clock)
+
+
+def test_script_bench_adds_up():
+    """What --bench prints follows from the times it took, here made up: 4 steps each of five kinds."""
+    with temporary_folder() as folder, times_of(0.016, 0.004, 0.032, 0.024, 8.0):
+        status, out, err = call_main(nanogpt_train, *TINY, "--grad_accum", 2, "--data_dir", folder, "--bench")
+        assert status == 0, err
+        vocabulary = int(re.search(r"vocabulary (\d+)", out)[1])
+        operations = (6 * (12 * 16**2 + 16 * vocabulary) + 12 * 16 * 16) * 128          # of a step of 128 tokens
+        share = operations / 0.008 / (2 * 1024**3 / 2)
+        words = ("16,000 tokens/s, 8.00 ms a step: forward and backward 4.00, optimizer 1.00 (12.5 %), all that is not "
+                 f"forward and backward 50.0 %; MFU {100 * share:.1f} % of the 0.00107 TFLOP/s of a float32 product of "
+                 "1024 x 1024 matrices\n"
+                 "a bare eager loop with torch.optim.AdamW(fused=True): 6.00 ms a step, 0.75 times as long")
+        assert words in out, out
+
+
+def check_atomic(script):
+    """A file is replaced when the new one is whole and on the disk: who has the old one open still reads all of it."""
+    order = []
+    with temporary_folder() as folder, unittest.mock.patch.multiple(
+            os, fsync=lambda number: order.append(os.fstat(number).st_size),
+            replace=lambda *names, rename=os.replace: order.append("renamed") or rename(*names)):
+        (folder / "file").write_bytes(b"old")
+        with open(folder / "file", "rb") as before:
+            script.write_atomically(folder / "file", b"brand new")
+            assert before.read() == b"old" and (folder / "file").read_bytes() == b"brand new"
+        assert order == [9, "renamed"] and os.listdir(folder) == ["file"]
+
+
+def test_script_writes_atomically():
+    """Checkpoints appear whole or not at all."""
+    check_atomic(nanogpt_train)
+
+
 # ======================================================================================================================
 # cifar_train.py
 # ======================================================================================================================
@@ -3384,11 +3676,7 @@ def cifar_folder(folder, n_train=100, n_test=40):
 @functools.cache
 def tiny_settings(*arguments):
     """Settings of a new run with these flags, as cifar_train.py settles them."""
-    argv, sys.argv = sys.argv, ["cifar_train.py", "--device", "cpu", *arguments]
-    try:
-        return cifar_train.settle(cifar_train.parse_arguments())
-    finally:
-        sys.argv = argv
+    return settled(cifar_train, *arguments)
 
 
 def test_cifar_reads_official_layouts():
@@ -3427,6 +3715,9 @@ def test_cifar_reads_official_layouts():
                 same_bits(read, map(torch.from_numpy, expected), name)
                 assert images.n_classes == classes
             assert both[0].fingerprint == both[1].fingerprint
+            blob[-1, -1] ^= 1                       # one pixel of the test images
+            (inner / test[0]).write_bytes(blob.tobytes())
+            assert cifar_train.load_data(str(inner), folder).fingerprint != both[0].fingerprint
             assert not (folder.parent / f"{folder.name}-outside").exists()
 
 
@@ -3436,6 +3727,7 @@ def test_cifar_shapes_need_more_than_a_line():
         with contextlib.redirect_stderr(io.StringIO()):     # a progress bar
             drawn, found = (cifar_train.load_shapes(pathlib.Path(folder), 5000, 1000) for _ in range(2))
         assert len(os.listdir(folder)) == 1 and all(np.array_equal(a, b) for a, b in zip(drawn, found))
+    assert not {image.tobytes() for image in drawn[0]} & {image.tobytes() for image in drawn[2]}, "trained on the test"
     x, y, x_test, y_test = (torch.from_numpy(array) for array in drawn)
     assert y.bincount().tolist() == [500] * 10 and y_test.bincount().tolist() == [100] * 10
     x, x_test = ((part.flatten(1).float() - 128) / 64 for part in (x, x_test))
@@ -3450,6 +3742,50 @@ def test_cifar_shapes_need_more_than_a_line():
         with torch.no_grad():
             best = max(best, (linear(x_test).argmax(1) == y_test).double().mean().item())
     assert 0.12 < best < 0.6, best
+
+
+def test_cifar_shapes_have_their_geometry():
+    """Areas of the ten shapes equal closed forms, and each is turned by a rotation, stretched along its own axes."""
+    u, v = np.meshgrid(*[(np.arange(800) + 0.5) / 400 * 1.25 - 1.25] * 2)
+    lens = sum(r**2 * math.acos((0.25 + r**2 - other**2) / r) for r, other in ((0.95, 0.75), (0.75, 0.95)))
+    lens -= math.sqrt((1.7**2 - 0.25) * (0.25 - 0.2**2)) / 2                        # what two discs have in common
+    areas = {"disc": math.pi * 0.85**2, "ring": math.pi * (0.97**2 - 0.53**2), "square": 1.5**2,
+             "triangle": 3 * math.sqrt(3) * 0.55**2, "pentagon": 5 * math.tan(math.pi / 5) * 0.75**2,
+             "star": math.pi * (0.68**2 + 0.3**2 / 2), "cross": 2 * 1.8 * 0.56 - 0.56**2,
+             "crescent": math.pi * 0.95**2 - lens, "bars": 2 * 0.4 * 1.7, "heart": math.pi * 0.8**2}    # a sheared disc
+    for shape in cifar_train.SHAPES:
+        close((cifar_train.inside(shape, u, v) > 0).mean() * 2.5**2, areas[shape], 0.004, shape)
+    star = [cifar_train.inside("star", np.cos(a), np.sin(a)) for a in 2 * np.pi * np.arange(5) / 5]
+    close(star, [-0.02] * 5, 1e-9, "five points of the star")
+
+    seen, inside = [], cifar_train.inside
+    with unittest.mock.patch.object(cifar_train, "inside", lambda *a: seen.append(a) or inside(*a)):
+        cifar_train.draw_shapes(40, np.random.default_rng(0))
+    assert [shape for shape, *_ in seen] == list(cifar_train.SHAPES)
+    for _, u, v in seen:                            # 4 pictures of each: gradients of u and v by differences
+        (u_x, u_y), (v_x, v_y) = (((f[:, 0, 31] - f[:, 0, 0]) * 16 / 31, (f[:, 31, 0] - f[:, 0, 0]) * 16 / 31)
+                                  for f in (u, v))
+        close(u_x * v_x + u_y * v_y, np.zeros(4), 1e-5, "the axes stay at right angles", scale=1)
+        area, stretch = u_x * v_y - u_y * v_x, np.hypot(u_x, u_y) / np.hypot(v_x, v_y)
+        assert (0.9**-2 <= area).all() and (area <= 0.6**-2).all() and (np.abs(np.log(stretch)) <= 0.3).all()
+
+
+def test_cifar_show():
+    """--show writes the first images of each class in a row, every pixel as it is, doubled."""
+    try:
+        import matplotlib.image
+    except ImportError:
+        raise Skip("needs matplotlib") from None
+    with temporary_folder() as folder:
+        train, labels, _, _ = cifar_folder(folder)
+        flags = ["--data", folder / "bins", *CIFAR_TINY, "--out_dir", folder / "run", "--show", folder / "sheet.png"]
+        assert call_main(cifar_train, *flags)[0] == 0 and not (folder / "run").exists()
+        sheet = matplotlib.image.imread(folder / "sheet.png")
+    assert sheet.shape[:2] == (10 * 68, 16 * 68)
+    for k, column in itertools.product(range(10), range(16)):
+        tile = np.round(sheet[68 * k:, 68 * column:][:64, :64, :3] * 255)
+        image = train[labels == k][column] if column < 10 else np.full((32, 32, 3), 255)
+        assert (tile == image.repeat(2, 0).repeat(2, 1)).all(), (k, column)
 
 
 def test_cifar_augmentation():
@@ -3484,6 +3820,8 @@ def test_cifar_augmentation():
         epochs = [sum(seen[:4], []), sum(seen[4:], [])]
         assert all(len(set(epoch)) == 48 for epoch in epochs) and epochs[0] != epochs[1]
         assert (len(shifts) > 1) == bool(pad or flip)
+    one, other = (cifar_train.Batches(images, labels, mean, std, s | {"seed": i}, "cpu").draw(0) for i in (1, 2))
+    assert (one != other).any(1).all(), "images, crops, mirroring and cutouts depend on the seed"
     draws = torch.cat([cifar_train.Batches(images, labels, mean, std, s | {"crop": 4}, "cpu").draw(step)
                        for step in range(200)], dim=1)
     assert draws[1].bincount(minlength=9).min() > 0 and draws[1].max() == 8, "a crop can begin in any of 9 rows"
@@ -3538,6 +3876,15 @@ def test_cifar_split_leaves_the_test_set_alone():
         final = read_log(folder / "a")[-1]
         assert final["step"] == 32 and final["final"], "4 epochs of 80 images in batches of 10"
         assert (final["val_acc"] * 20) % 1 == 0 and "test_acc" not in final
+        for i in range(1, 6):                       # a single colour has no deviation to divide by
+            (folder / f"bins/data_batch_{i}.bin").write_bytes(bytes(3073 * 20))
+        assert call_main(cifar_train, *arguments, "--out_dir", folder / "c")[0] == 0
+    labels = torch.arange(50)
+    images = cifar_train.Images(labels[:, None, None, None], labels, labels[:0], labels[:0], 50, "")
+    train, train_labels, rest, rest_labels = cifar_train.split(images, 0.7, 3)
+    assert len(train) == 35 and sorted([*train_labels.tolist(), *rest_labels.tolist()]) == labels.tolist()
+    assert torch.equal(train.flatten(), train_labels) and torch.equal(rest.flatten(), rest_labels)
+    assert train_labels.tolist() != sorted(train_labels.tolist()), "a random part, not the first images"
 
 
 def test_cifar_killed_and_resumed():
@@ -3574,6 +3921,9 @@ def test_cifar_diverging():
         step = re.search(found, err.splitlines()[-1])
         assert status == 3 and step and "Traceback" not in err, err
         assert torch.load(folder / "run/ckpt.pt", weights_only=True)["step"] == int(step[1]) - 1
+        rarely = [folder / "run", "--save_every", "100", "--eval_every", "100"]             # losses are read together
+        _, _, err = call_main(cifar_train, "--data", folder / "bins", *CIFAR_TINY, *wild, *rarely)
+        assert f"at step {step[1]}:" in err.splitlines()[-1], err
 
 
 def test_cifar_bad_input():
@@ -3595,7 +3945,17 @@ def test_cifar_bad_input():
         common = ["--data", str(folder / "bins"), *CIFAR_TINY]
         assert call_main(cifar_train, *common, "--out_dir", str(folder / "run"))[0] == 0
         run = ["--resume", "--out_dir", str(folder / "run")]
+        shutil.copytree(folder / "bins", folder / "changed")
+        on_changed = ["--data", folder / "changed", *CIFAR_TINY, "--out_dir", folder / "run2"]
+        assert call_main(cifar_train, *on_changed)[0] == 0
+        test_set = folder / "changed/test_batch.bin"
+        test_set.write_bytes(test_set.read_bytes()[:-1] + b"\xff")               # one pixel of one test image
+        (folder / "used").mkdir()
+        used = open(folder / "used/.lock", "w")
+        fcntl.flock(used, fcntl.LOCK_SH)            # as another run would, but less jealously
         for arguments, words in [
+            (["--resume", "--out_dir", folder / "run2"], "is not the data that this run began with"),
+            (["--out_dir", folder / "used"], "another run is writing"),
             (["--opt", "rotational_lyon"], "did you mean 'rotational_lion'"),
             (["--modle", "vit"], "did you mean --model?"),
             (["--lr", "nan"], "out of range"),
@@ -3717,6 +4077,167 @@ def test_cifar_models():
     s = tiny_settings("--model", "resnet18", "--width", "4", "--weight_standardization", "1")
     kinds = {type(module) for module in cifar_train.make_model(s, 10).modules() if isinstance(module, nn.Conv2d)}
     assert kinds == {cifar_train.StandardizedConv2d}
+
+
+def convolutional_by_hand(model, x, name):
+    """resnet18, resnet50, vgg16 or convmixer, layer by layer; normalisations as they begin, over a batch."""
+    def conv(h, layer, stride=1):
+        k = layer.weight.shape[-1]
+        h = F.conv2d(h, layer.weight, stride=stride, padding=k // 2, groups=h.shape[1] // layer.weight.shape[1])
+        return h if layer.bias is None else h + layer.bias[:, None, None]
+
+    def norm(h):
+        return (h - h.mean((0, 2, 3), keepdim=True)) / (h.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+
+    if name == "convmixer":
+        h = norm(F.gelu(F.conv2d(x, model.patches.weight, model.patches.bias, stride=2)))
+        for block in model.blocks:
+            h = norm(F.gelu(conv(norm(F.gelu(conv(h, block["space"]))) + h, block["channels"])))
+    elif name == "vgg16":
+        h = x
+        for i, layer in enumerate(m for m in model.features if isinstance(m, nn.Conv2d)):
+            h = norm(conv(h, layer)).clamp(min=0)
+            h = F.max_pool2d(h, 2) if i in (1, 3, 6, 9, 12) else h
+    else:
+        h, blocks = norm(conv(x, model.conv)).clamp(min=0), iter(model.blocks)
+        for stage, count in enumerate({"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}[name]):
+            for i in range(count):
+                block, stride = next(blocks), 2 if stage and not i else 1
+                if name == "resnet18":
+                    f = norm(conv(norm(conv(h, block.convs[0], stride)).clamp(min=0), block.convs[1]))
+                else:
+                    f = norm(conv(norm(conv(h, block.convs[0])).clamp(min=0), block.convs[1], stride)).clamp(min=0)
+                    f = norm(conv(f, block.convs[2]))
+                if f.shape != h.shape:
+                    h = norm(conv(h, block.projection[0], stride))
+                h = (h + f).clamp(min=0)
+    return h.mean((2, 3)) @ model.head.weight.T + model.head.bias
+
+
+def test_cifar_models_equal_formulas():
+    """ResNets, VGG-16 and ConvMixer equal their layers written out, ViT torch's own layers; all start as published."""
+    torch.manual_seed(0)
+    x = normal(2, 3, 3, 32, 32)
+    for name in ("resnet18", "resnet50", "vgg16", "convmixer"):
+        model = cifar_train.make_model(tiny_settings("--model", name, "--width", "4"), 10).double()
+        close(model(x), convolutional_by_hand(model, x, name), 1e-7, name)
+
+    s = tiny_settings(*"--model vit --width 128 --depth 2 --gains 1".split())
+    model = cifar_train.make_model(s, 10).double()
+    for name, p in model.named_parameters():
+        if name.startswith(("blocks", "head", "positions")):
+            expected = 0.02 if p.dim() == 2 else 0.0
+            close(p.std(correction=0), expected, 0.08, f"vit's {name}", scale=0.02)
+        nn.init.normal_(p, std=0.3)
+    patches = torch.stack([model.patches.weight.flatten(1) @ x[:, :, i:i + 4, j:j + 4].flatten(1).T
+                           for i in range(0, 32, 4) for j in range(0, 32, 4)]).permute(2, 0, 1) + model.patches.bias
+    h = torch.cat([torch.zeros(3, 1, 128), patches], 1) + model.positions.weight
+    for b in model.blocks:
+        h = torchs_layer(2, b.norm1, b.qkv, b.out, b.norm2, b.up, b.down)(h)
+    last = F.layer_norm(h[:, 0], (128,), model.norm.weight, model.norm.bias)
+    close(model(x), last @ (model.head.gain[:, None] * model.head.weight).T + model.head.bias, 1e-9, "vit")
+
+    x = normal(3, 2, 48, 5, 5)
+    for name, count in (("group", 16), ("layer", 1)):
+        groups = [(g - g.mean((1, 2, 3), keepdim=True)) / (g.var((1, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
+                  for g in x.split(48 // count, dim=1)]
+        close(cifar_train.NORMS[name](48).double()(x), torch.cat(groups, 1), 1e-9, f"{name} norm")
+    assert cifar_train.NORMS["none"](48)(x) is x
+    model = cifar_train.make_model(tiny_settings("--model", "resnet20", "--width", "16"), 10)
+    first = model.blocks[3].convs[0].weight         # from 16 to 32 channels
+    close(first.std(), math.sqrt(2 / (9 * 32)), 0.05, "He's deviation by fan-out")
+    model = cifar_train.make_model(tiny_settings(*"--model resnet20 --width 4 --opt modular_adam".split()), 10)
+    sizes = torch.linalg.svdvals(model.blocks[3].convs[0].weight.permute(2, 3, 0, 1))
+    close(sizes, torch.full_like(sizes, math.sqrt(2) / 9), 1e-5, "modular optimizers begin with weights of their size")
+
+
+def test_cifar_flags():
+    """No flag is ignored, and what depends on others follows: examples in a batch, sizes, a short run's warmup."""
+    check_flags(cifar_train, 6)
+    s = tiny_settings(*"--model resnet20 --crop 0 --flip 0 --steps 9".split())
+    assert (s["crop"], s["flip"], s["width"], "epochs" in s) == (0, 0, 16, False), "a preset's width is its model's"
+    s = tiny_settings(*"--epochs 2 --batch_size 10".split()) | {}
+    cifar_train.set_steps(s, {}, 259)
+    assert [s[key] for key in ("steps", "eval_every", "save_every", "warmup")] == [50, 25, 25, 5]
+
+
+def test_cifar_equals_a_loop_by_hand():
+    """Losses, accuracies and lr of a run equal those of a bare loop with torch's SGD on the same batches."""
+    with temporary_folder() as folder:
+        images = [torch.from_numpy(part) for part in cifar_folder(folder, 2200, 1030)]
+        images = cifar_train.Images(*images, 10, "")
+        common = ["--data", folder / "bins", *CIFAR_TINY[:6], *"--batch_size 20 --steps 12 --eval_every 6 "
+                  "--warmup 2 --opt sgd --lr 0.3 --weight_decay 0.02 --grad_clip 0.5 --seed 7 --cutout 6".split()]
+        for own in (dict(loss="ce", label_smoothing=0.3, tta=1, split=0.5), dict(loss="mse", tta=0, split=1)):
+            flags = [*common, *(str(word) for key, value in own.items() for word in (f"--{key}", value))]
+            status, _, err = call_main(cifar_train, *flags, "--out_dir", folder / "run")
+            assert status == 0, err
+            s = torch.load(folder / "run/ckpt.pt", weights_only=True)["config"]
+            train, train_labels, held_out, labels = cifar_train.split(images, own["split"], 7)
+            mean, std = train.double().mean((0, 1, 2)).float(), train.double().std((0, 1, 2), correction=0).float()
+            batches = cifar_train.Batches(train, train_labels, mean, std, s, "cpu")
+            torch.manual_seed(7)
+            model = cifar_train.make_model(s, 10)
+            decayed = [p for p in model.parameters() if p.dim() > 1]
+            others = [p for p in model.parameters() if p.dim() < 2]
+            optimizer = torch.optim.SGD([{"params": decayed}, {"params": others, "weight_decay": 0.0}], lr=1.0,
+                                        momentum=0.9, weight_decay=0.02)
+
+            def loss_of(logits, y, smoothing):
+                if own["loss"] == "mse":
+                    return (logits - math.sqrt(10) * torch.eye(10)[y]).square().mean()
+                log_p = logits.log_softmax(1)
+                return -(1 - smoothing) * log_p[torch.arange(len(y)), y].mean() - smoothing * log_p.mean()
+
+            def evaluate():
+                model.eval()
+                x = ((held_out - mean) / std).permute(0, 3, 1, 2)
+                with torch.no_grad():
+                    logits = (model(x) + model(x.flip(3))) / 2 if own["tta"] else model(x)
+                model.train()
+                name = "val" if own["split"] < 1 else "test"
+                return {f"{name}_loss": loss_of(logits, labels, 0.0).item(),
+                        f"{name}_acc": (logits.argmax(1) == labels).double().mean().item()}
+
+            expected, seen = [{"step": 0, **evaluate(), "lr": 0.0}], []
+            for step in range(12):
+                lr = 0.3 * (step + 1) / 3 if step < 2 else 0.15 * (1 + math.cos(math.pi * (step - 2) / 10))
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                x, y = batches(step)
+                logits = model(x)
+                loss = loss_of(logits, y, own.get("label_smoothing"))
+                loss.backward()
+                clipped(model.parameters(), 0.5)
+                optimizer.step()
+                optimizer.zero_grad()
+                seen.append((loss.item(), (logits.argmax(1) == y).double().mean()))
+                if (step + 1) % 6 == 0:
+                    train_loss, train_acc = np.mean(seen, 0)
+                    expected.append({"step": step + 1, "epoch": (step + 1) * 20 / len(train), "train_loss": train_loss,
+                                     "train_acc": train_acc, **evaluate(), "lr": lr})
+                    seen.clear()
+            check_log(read_log(folder / "run"), expected)
+        check_resumed_log(cifar_train, folder / "run", 12)
+        assert call_main(cifar_train, *flags, "--dtype", "bfloat16", "--out_dir", folder / "half")[0] == 0
+        exact, rough = read_log(folder / "run")[1]["test_loss"], read_log(folder / "half")[1]["test_loss"]
+        assert 0 < abs(exact - rough) < 0.1, "bfloat16 is another arithmetic"
+
+
+def test_cifar_bench_adds_up():
+    """What --bench prints follows from the times it took, here made up: 2 steps each of three kinds."""
+    with temporary_folder() as folder, times_of(0.008, 0.01, 0.016):
+        cifar_folder(folder)
+        status, out, err = call_main(cifar_train, "--data", folder / "bins", *CIFAR_TINY, "--bench")
+        assert status == 0, err
+        words = ("forward and backward 4.00 ms; with data and log 5.00 ms, 1.250 of it; whole step 8.00 ms, of which "
+                 "the optimizer takes 37.5 %\n2,500 images/s, 50.0 % of the step is outside forward and backward")
+        assert words in out, out
+
+
+def test_cifar_writes_atomically():
+    """Checkpoints appear whole or not at all."""
+    check_atomic(cifar_train)
 
 
 def test_cifar_schedule_and_loss():
