@@ -3143,7 +3143,8 @@ def test_script_stops_on_signal():
         wait_for_change(folder / "it's stopped/ckpt.pt", process)               # of step 0: training begins
         os.kill(process.pid, signal.SIGTERM)
         out, _ = end_fork(process, folder, 143)
-        assert torch.load(folder / "it's stopped/ckpt.pt", weights_only=True)["step"] < 400
+        done = torch.load(folder / "it's stopped/ckpt.pt", weights_only=True)["step"]
+        assert 0 < done < 400 and f"stopped after step {done}." in out, "it should save what it has done"
         resume = out.strip().splitlines()[-1].partition("To go on: ")[2]        # as somebody would paste it
         subprocess.run(f"{resume} --device cpu", shell=True, cwd=folder, check=True, capture_output=True,
                        env=os.environ | {"OMP_NUM_THREADS": "1"})               # as the other run: sums depend on it
@@ -3310,6 +3311,20 @@ def test_script_text_data():
         (folder / "my.txt").write_text(text + "y", encoding="utf-8", newline="")        # another one of the same size
         train, val, codec, _ = nanogpt_train.load_data(str(folder / "my.txt"), folder / "data", "auto")
         assert codec.decode(val.tolist()) == text[4500:] + "y", "served from token files of the text as it was"
+        (folder / "other").mkdir()
+        with open(folder / "other/.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)        # while another process makes token files, two more wait
+            found, load = [], lambda: nanogpt_train.load_data(str(folder / "my.txt"), folder / "other", "auto")
+            threads = [threading.Thread(target=lambda: found.append(load()), daemon=True) for _ in range(2)]
+            for thread in threads:
+                thread.start()
+            time.sleep(0.05)
+            assert os.listdir(folder / "other") == [".lock"] and not found
+        for thread in threads:
+            thread.join(20)
+        for train, val, codec, _ in found:
+            assert codec.decode(val.tolist()) == text[4500:] + "y"
+        assert len(found) == 2, "the second one should find the files of the first one"
         pieces = list(nanogpt_train.read_pieces(lambda: io.StringIO(text * 1000), 7, 4_500_123))
         assert len(pieces) > 1 and "".join(pieces) == (text * 1000)[7:4_500_123]
 
@@ -3502,6 +3517,9 @@ def test_script_flags():
     check_flags(nanogpt_train, 6 * nanogpt_train.PRESETS["cpu"]["block_size"])
     s = settled(nanogpt_train, *"--opt rf_rmsprop --batch_size 6 --grad_accum 5 --block_size 7 --steps 90".split())
     assert s["hyper"]["batch_size"] == 6 * 5 * 7 and s["warmup"] == 9
+    s = settled(nanogpt_train)                      # as --help says
+    assert [s[key] for key in ("schedule", "grad_clip", "seed", "bias", "data", "arch", "save_every", "warmup")] == \
+        ["cosine", 1, 1337, 0, "python_docs", "gpt2", s["eval_every"], 100]
     s = settled(nanogpt_train, *"--preset shakespeare --dropout 0 --opt modular_adam".split())
     assert (s["dropout"], s["n_layer"], s["data"], s["arch"], s["steps"]) == (0, 6, "shakespeare", "modular", 5000)
 
@@ -3515,9 +3533,11 @@ def clipped(parameters, largest):
 
 
 def check_log(ours, expected):
+    """To 1e-4, accuracies to 0.01: other orders of summation may decide a close call otherwise."""
     for record, by_hand in zip(ours, expected, strict=True):
         for key, value in by_hand.items():
-            close(record[key], value, 1e-4, f"{key} of step {by_hand['step']}")
+            tolerance, scale = (0.01, 1) if key.endswith("_acc") else (1e-4, None)
+            close(record[key], value, tolerance, f"{key} of step {by_hand['step']}", scale)
 
 
 def check_resumed_log(script, folder, steps):
@@ -3567,7 +3587,7 @@ def test_script_equals_a_loop_by_hand():
             model.train()
             return np.mean(losses)
 
-        expected, losses = [{"step": 0, "val_loss": evaluate(), "lr": 0.0}], []
+        expected, losses, turned = [{"step": 0, "val_loss": evaluate(), "lr": 0.0}], [], []
         for step in range(24):
             lr = 0.02 * (step + 1) / 3 if step < 2 else 0.01 * (1 + math.cos(math.pi * (step - 2) / 22))
             for group in optimizer.param_groups:
@@ -3578,15 +3598,20 @@ def test_script_equals_a_loop_by_hand():
                 (loss / 2).backward()
                 losses.append(loss.item())
             clipped(model.parameters(), 0.3)
+            before = model.blocks[0].up.weight.detach().clone()
             optimizer.step()
             optimizer.zero_grad()
             if (step + 1) % 8 == 0:
+                turned.append(angles(before, model.blocks[0].up.weight).mean().item())
                 expected.append({"step": step + 1, "tokens": (step + 1) * 8 * 16, "train_loss": np.mean(losses),
                                  "val_loss": evaluate(), "lr": lr})
                 losses.clear()
-        check_log(read_log(folder / "run"), expected)
+        log = read_log(folder / "run")
+        check_log(log, expected)
+        measured = [record["rotation"]["blocks.0.up.weight"]["angle"] for record in log[1:]]
+        close(measured, turned, 1e-3, "the angle is that of the step in the same line")
 
-        sample = "--eval_only --sample 30 --temperature 0.3 --prompt bad".split()
+        sample = "--eval_only --sample 30 --temperature 0.3 --prompt bad --show_table".split()
         _, out, _ = call_main(nanogpt_train, "--resume", "--out_dir", folder / "run", *sample)
         model.load_state_dict(torch.load(folder / "run/ckpt.pt", weights_only=True)["model"])
         model.eval()
@@ -3596,12 +3621,16 @@ def test_script_equals_a_loop_by_hand():
             p = model(x[None])[0].double().exp() ** (1 / 0.3)
             written += sorted(set(text))[torch.multinomial(p / p.sum(), 1, generator=generator)]
         assert f"---\n{written}\n---" in out, f"{written} should be in {out}"
+        assert out.count("blocks.0.up.weight") == 1, "the table has a line for each parameter"
         assert f"(perplexity {math.exp(expected[-1]['val_loss']):.2f})" in out, out
 
         check_resumed_log(nanogpt_train, folder / "run", 24)
         assert call_main(nanogpt_train, *flags, "--dtype", "bfloat16", "--out_dir", folder / "half")[0] == 0
         exact, rough = read_log(folder / "run")[3]["val_loss"], read_log(folder / "half")[3]["val_loss"]
         assert 0 < abs(exact - rough) < 0.1, "bfloat16 is another arithmetic"
+        with unittest.mock.patch.object(nanogpt_train.GPT, "forward", side_effect=KeyboardInterrupt):
+            refused(KeyboardInterrupt, [], lambda: call_main(nanogpt_train, *flags, "--out_dir", folder / "half"))
+        assert not (folder / "half/ckpt.pt").exists(), "an older run's could be taken for this one's"
 
 
 def times_of(*durations):
@@ -3727,6 +3756,12 @@ def test_cifar_shapes_need_more_than_a_line():
         with contextlib.redirect_stderr(io.StringIO()):     # a progress bar
             drawn, found = (cifar_train.load_shapes(pathlib.Path(folder), 5000, 1000) for _ in range(2))
         assert len(os.listdir(folder)) == 1 and all(np.array_equal(a, b) for a, b in zip(drawn, found))
+        sizes = []                                  # another number of pictures is another file, and so is other code
+        with unittest.mock.patch.object(cifar_train, "draw_shapes", lambda n, rng: (np.ones((n, 1)), np.ones(n))):
+            for n_train, inside in ((3000, cifar_train.inside), (5000, cifar_train.inside), (5000, cifar_train.show)):
+                with unittest.mock.patch.object(cifar_train, "inside", inside):
+                    sizes.append(len(cifar_train.load_shapes(pathlib.Path(folder), n_train, 1000)[0]))
+        assert sizes == [3000, 5000, 5000] and len(os.listdir(folder)) == 4
     assert not {image.tobytes() for image in drawn[0]} & {image.tobytes() for image in drawn[2]}, "trained on the test"
     x, y, x_test, y_test = (torch.from_numpy(array) for array in drawn)
     assert y.bincount().tolist() == [500] * 10 and y_test.bincount().tolist() == [100] * 10
@@ -3906,7 +3941,8 @@ def test_cifar_stops_on_signal():
         os.kill(process.pid, signal.SIGTERM)
         out, _ = end_fork(process, folder, 143)
         assert "--resume --out_dir stopped" in out.strip().splitlines()[-1], out
-        assert torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"] < 150
+        done = torch.load(folder / "stopped/ckpt.pt", weights_only=True)["step"]
+        assert 0 < done < 150 and f"stopped after step {done}." in out, "it should save what it has done"
         run_fork(cifar_train, folder, "--resume", "--out_dir", "stopped")
         assert read_log(folder / "calm") == read_log(folder / "stopped")
 
@@ -4156,6 +4192,12 @@ def test_cifar_flags():
     check_flags(cifar_train, 6)
     s = tiny_settings(*"--model resnet20 --crop 0 --flip 0 --steps 9".split())
     assert (s["crop"], s["flip"], s["width"], "epochs" in s) == (0, 0, 16, False), "a preset's width is its model's"
+    kinds = [type(cifar_train.make_model(tiny_settings("--model", "resnet20", "--norm", norm), 10).norm)
+             for norm in cifar_train.NORMS]
+    assert kinds == [nn.BatchNorm2d, nn.GroupNorm, nn.GroupNorm, nn.Identity]
+    s = tiny_settings()                             # as --help says
+    assert [s[key] for key in ("schedule", "grad_clip", "loss", "label_smoothing", "crop", "flip", "cutout", "tta",
+                               "split", "norm", "seed")] == ["cosine", 0, "ce", 0, 4, 1, 0, 0, 1, "batch", 1337]
     s = tiny_settings(*"--epochs 2 --batch_size 10".split()) | {}
     cifar_train.set_steps(s, {}, 259)
     assert [s[key] for key in ("steps", "eval_every", "save_every", "warmup")] == [50, 25, 25, 5]
@@ -4209,6 +4251,7 @@ def test_cifar_equals_a_loop_by_hand():
                 loss = loss_of(logits, y, own.get("label_smoothing"))
                 loss.backward()
                 clipped(model.parameters(), 0.5)
+                before = model.blocks[0]["channels"].weight.detach().clone()
                 optimizer.step()
                 optimizer.zero_grad()
                 seen.append((loss.item(), (logits.argmax(1) == y).double().mean()))
@@ -4217,19 +4260,25 @@ def test_cifar_equals_a_loop_by_hand():
                     expected.append({"step": step + 1, "epoch": (step + 1) * 20 / len(train), "train_loss": train_loss,
                                      "train_acc": train_acc, **evaluate(), "lr": lr})
                     seen.clear()
-            check_log(read_log(folder / "run"), expected)
+            log = read_log(folder / "run")
+            check_log(log, expected)
+            turned = angles(before, model.blocks[0]["channels"].weight).mean().item()
+            close(log[-1]["rotation"]["blocks.0.channels.weight"]["angle"], turned, 1e-3, "angle of the last step")
         check_resumed_log(cifar_train, folder / "run", 12)
         assert call_main(cifar_train, *flags, "--dtype", "bfloat16", "--out_dir", folder / "half")[0] == 0
         exact, rough = read_log(folder / "run")[1]["test_loss"], read_log(folder / "half")[1]["test_loss"]
         assert 0 < abs(exact - rough) < 0.1, "bfloat16 is another arithmetic"
+        with unittest.mock.patch.object(cifar_train, "loss_of", side_effect=KeyboardInterrupt):
+            refused(KeyboardInterrupt, [], lambda: call_main(cifar_train, *flags, "--out_dir", folder / "half"))
+        assert not (folder / "half/ckpt.pt").exists(), "an older run's could be taken for this one's"
 
 
 def test_cifar_bench_adds_up():
     """What --bench prints follows from the times it took, here made up: 2 steps each of three kinds."""
     with temporary_folder() as folder, times_of(0.008, 0.01, 0.016):
         cifar_folder(folder)
-        status, out, err = call_main(cifar_train, "--data", folder / "bins", *CIFAR_TINY, "--bench")
-        assert status == 0, err
+        status, out, err = call_main(cifar_train, "--data", folder / "bins", *CIFAR_TINY, "--bench", "--show_table")
+        assert status == 0 and out.count("blocks.0.space.weight") == 1, f"{out}{err}"
         words = ("forward and backward 4.00 ms; with data and log 5.00 ms, 1.250 of it; whole step 8.00 ms, of which "
                  "the optimizer takes 37.5 %\n2,500 images/s, 50.0 % of the step is outside forward and backward")
         assert words in out, out
@@ -4293,6 +4342,21 @@ def test_cifar_modular_shares():
             for layer, share in expected.items():
                 close(found[layer], share, 1e-12, f"{name} of {L} blocks, {layer}")
             close(model.modular_tree().sensitivity, 1, 1e-12, f"{name} of {L} blocks: sensitivity")
+    half = math.sqrt(0.5)                           # the sensitivity of relu and gelu, where it counts
+    for name, total, in_blocks, before_head, stem_feels in (
+            ("resnet18", 22, 20 / 19, half, half * ((1 + half) * half) ** 8), ("vgg16", 22, 20 / 12, 1, 1),
+            ("resnet50", 22, 20 / 52, half, half * ((1 + half**2) * half) ** 16),
+            ("vit", 7, 5 / 16, 1 / 9, math.prod([(k + (3 if k % 2 else half)) / (k + 1) for k in range(1, 9)]))):
+        depth = ("--depth", "4") if name == "vit" else ()           # 8 steps, the last one with the share 1/9
+        model = cifar_train.make_model(tiny_settings("--model", name, "--width", "4", *depth), 10)
+        found = {leaf.layer: share for leaf, _, share in model.modular_tree().weights()}
+        convs = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+        last = model.blocks[-1].down if name == "vit" else convs[-1] if name == "vgg16" else model.blocks[-1].convs[-1]
+        first_mass = 0.5 if name == "vit" else 1    # patches and positions share theirs
+        close([found[model.head], found[last], found[convs[0]]],
+              [1 / total, in_blocks / total / before_head, first_mass / total / stem_feels], 1e-12, name)
+        if name == "vit":                           # its attention is the step before: it feels the last step
+            close(found[model.blocks[-1].qkv], 5 / 16 / 7 * 8 / ((8 + half) / 9) / 3, 1e-12, "vit's attention")
     for name in cifar_train.MODELS:
         model = cifar_train.make_model(tiny_settings("--model", name, "--width", "4"), 10)
         if name == "convmixer":
