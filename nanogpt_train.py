@@ -1124,8 +1124,9 @@ def main():
             bar.close()
             again = shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)])
             say(f"stopped after step {done}. To go on: {again}")
-            leave_together()
-            sys.exit(128 + (stopped_by or [signal.SIGTERM])[0])
+            status = 128 + (stopped_by or [signal.SIGTERM])[0]
+            leave_together(status)
+            sys.exit(status)
     bar.close()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)       # all is saved: nothing to wait for any more
@@ -1135,12 +1136,16 @@ def main():
     leave_together()
 
 
-def leave_together():
-    """The end with several processes. One that leaves first makes torchrun stop rank 0 in its save. And gloo's
-    threads must be idle: to free a tensor there, while main waits for them with Python's lock held, is a deadlock."""
+def leave_together(status=0):
+    """The end with several processes. One that leaves first makes torchrun stop rank 0 in its save. And what main holds
+    is not freed any more: with DDP goes its process group, which waits for gloo's threads while it has Python's lock,
+    and a thread that is about to free a tensor of the last all_reduce waits for that lock: a rare deadlock."""
     if WORLD > 1:
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def flops_per_token(model, n_layer, n_embd, block_size):

@@ -3163,6 +3163,21 @@ def test_script_data_parallel():
                 assert abs(one[key] - two[key]) < 1e-4, (key, one, two)
 
 
+def test_script_data_parallel_leaves_at_once():
+    """Of several processes none frees its process group at the end: its threads and main could wait for each other."""
+    order = []
+
+    def note(what):
+        return lambda *status: order.append((what, *status))
+    with unittest.mock.patch.multiple(torch.distributed, barrier=note("meet"), destroy_process_group=note("part")), \
+            unittest.mock.patch.object(os, "_exit", note("exit")):
+        nanogpt_train.leave_together(143)
+        assert not order, "a single process leaves as others do"
+        with unittest.mock.patch.object(nanogpt_train, "WORLD", 2):
+            nanogpt_train.leave_together(143)
+    assert order == [("meet",), ("part",), ("exit", 143)], order
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
