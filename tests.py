@@ -3790,7 +3790,7 @@ def test_cifar_reads_official_layouts():
 
 
 def test_cifar_shapes_need_more_than_a_line():
-    """The drawn classes: a linear softmax stays below 60 %, though above chance; drawn once, the same for everyone."""
+    """The drawn classes: a linear softmax stays below 30 %, though above chance; drawn once, the same for everyone."""
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stderr(io.StringIO()):     # a progress bar
             drawn, found = (cifar_train.load_shapes(pathlib.Path(folder), 5000, 1000) for _ in range(2))
@@ -3815,7 +3815,7 @@ def test_cifar_shapes_need_more_than_a_line():
             optimizer.step()
         with torch.no_grad():
             best = max(best, (linear(x_test).argmax(1) == y_test).double().mean().item())
-    assert 0.12 < best < 0.6, best
+    assert 0.12 < best < 0.3, best
 
 
 def test_cifar_shapes_have_their_geometry():
