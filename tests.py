@@ -4747,6 +4747,21 @@ def test_translate_end_to_end():
         assert lines.split("\n")[1:] == ["", *alone.split("\n")] and len(alone.split("\n")) == 2, (alone, lines, err)
 
 
+def test_translate_goes_on_to_where_it_was_last_told():
+    """--steps or --epochs on resuming hold for later resumptions, too, whichever of them the run began with."""
+    with temporary_folder() as folder, unittest.mock.patch.object(translate_train, "translate", lambda *_: ["x"] * 15):
+        flags = [*TINY_TRANSLATE, "--data", write_corpus(folder / "corpus", train=60), "--data_dir", folder]
+        i = flags.index("--steps")
+        words, run = flags[:i] + flags[i + 2:] + ["--max_tokens", 400], ["--out_dir", folder / "run"]
+        assert call_main(translate_train, *words, *run, "--epochs", 1)[0] == 0
+        epoch = json.loads((folder / "run/config.json").read_text())["steps"]
+        for more, steps in (([], epoch), (["--steps", epoch + 3], epoch + 3), ([], epoch + 3),
+                            (["--epochs", 2], 2 * epoch), ([], 2 * epoch)):
+            assert call_main(translate_train, "--resume", *run, *more)[0] == 0
+            assert read_log(folder / "run")[-1]["step"] == steps, more
+            assert json.loads((folder / "run/config.json").read_text())["steps"] == steps, more
+
+
 def test_translate_killed_and_resumed():
     """Killed at random moments and resumed each time: weights, log and hypotheses as undisturbed, bit for bit."""
     with temporary_folder() as folder:
@@ -4837,6 +4852,7 @@ def test_translate_bad_input():
             (["--translate", "\udcff", "--out_dir", str(folder / "run")], "UTF-8"),
             ([*run, "--opt", "sgd"], "is not what"),
             ([*run, "--n_layer", "2"], "is not what"),
+            ([*run, "--steps", "30", "--epochs", "2"], "--steps and --epochs"),
             (["--device", "cuda"] if not torch.cuda.is_available() else ["--device", "mps"], "--device cpu"),
         ]:
             flags = arguments if {"--resume", "--eval_only", "--translate"} & set(arguments) else [*common, *arguments]

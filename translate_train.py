@@ -256,8 +256,6 @@ def settle(args):
     if s["n_embd"] % (2 * s["n_head"]):
         fail(f"--n_embd {s['n_embd']} is not a multiple of 2 * --n_head = {2 * s['n_head']}: try --n_embd "
              f"{max(round(s['n_embd'] / (2 * s['n_head'])), 1) * 2 * s['n_head']}")
-    if "steps" in given and "epochs" in given:
-        fail("--steps and --epochs both say how long to train: give one of them")
     return s
 
 
@@ -1383,6 +1381,8 @@ def main():
     args = parse_arguments()
     if args.translate is not None:
         return only_translate(args)
+    if args.steps and args.epochs:
+        fail("--steps and --epochs both say how long to train: give one of them")
     if args.resume:
         out_dir = pathlib.Path(args.out_dir or fail("--resume needs --out_dir: the folder of the run to go on with"))
         ckpt, bpe = load_checkpoint(out_dir, "--resume")
@@ -1394,6 +1394,8 @@ def main():
             elif str(made_with.get(key)) != str(value):
                 fail(f"--{key} {value} is not what {out_dir}/ckpt.pt was made with: leave it out to go on, or start a "
                      "new run in another --out_dir")
+        if args.steps:                              # from now on: the next --resume must not go back to the epochs
+            s.pop("epochs", None)
         s["device"] = pick_device(args.device or "auto")
     else:
         if args.eval_only:
@@ -1414,7 +1416,7 @@ def main():
     for name, batches in (("training", train), ("validation", valid)):
         if not batches.sizes:
             fail(f"none of the {name} pairs is short enough for --max_tokens {s['max_tokens']}: make it larger")
-    if s.get("epochs") and (args.epochs or not args.steps):
+    if s.get("epochs"):
         s["steps"] = s["epochs"] * len(train.sizes)
     if s["warmup"] >= s["steps"]:
         if args.warmup is not None:
