@@ -4574,6 +4574,36 @@ def test_translate_batches():
     assert not all(np.array_equal(a, b) for a, b in zip(one, two))
     assert all(np.array_equal(a, b) for a, b in zip(one, batches.epoch([1, 0]), strict=True))
     assert max(translate_train.Batches(pairs, bpe, 256, 3).sizes) == 3
+    assert [*map(len, one)] != batches.sizes, "from short to long"
+    members = [{frozenset(batch.tolist()) for batch in epoch} for epoch in (one, two)]
+    assert len(members[0] & members[1]) < len(one) / 2, "pairs of the same lengths should trade places"
+    held = [len(codec) + 1 for codec in bpe.encode(pairs[0])]   # as long as is allowed, by either language
+    for pair, longest in ((pairs[0], max(held)), (pairs[0][::-1], max(held))):
+        for room, sizes in ((longest, [1, 1]), (2 * longest - 1, [1, 1]), (2 * longest, [2]), (longest - 1, [])):
+            assert translate_train.Batches([pair] * 2, bpe, room).sizes == sizes, (room, held)
+
+
+def test_translate_corpora():
+    """multi30k's parts are train, val, test_2016_flickr; --test is another test set; each text has its vocabulary."""
+    with temporary_folder() as folder:
+        lines = {part: [f"{part} {i} ein Wort" for i in range(4)] for part in ("train", "val", "test_2016_flickr")}
+        files = {f"{part}.{language}.gz": gzip.compress("".join(f"{line} {language}\n" for line in some).encode())
+                 for part, some in lines.items() for language in ("de", "en")}
+        (folder / "multi30k").mkdir()
+        for name, data in files.items():
+            (folder / "multi30k" / name).write_bytes(data)
+        sums = {name: f"sha256:{hashlib.sha256(data).hexdigest()}" for name, data in files.items()}
+        with unittest.mock.patch.object(translate_train, "MULTI30K_FILES", sums):
+            plain = translate_train.load_corpus("multi30k", folder, None)
+            other = translate_train.load_corpus("multi30k", folder, str(folder / "multi30k/val"))
+        for part, name in (("train", "train"), ("valid", "val"), ("test", "test_2016_flickr")):
+            assert plain[part] == [(f"{line} de", f"{line} en") for line in lines[name]], part
+        assert other == plain | {"test": plain["valid"]}
+        for pairs in (plain["train"], plain["train"] + plain["test"]):
+            for _ in range(2):
+                bpe = translate_train.byte_pairs_of(pairs, 270, folder, "x")
+                assert bpe.tokens == translate_train.learn_byte_pairs([side for pair in pairs for side in pair], 11)
+        assert len(list(folder.glob("bpe-x-270-*.json"))) == 2
 
 
 def test_translate_bleu():
@@ -4633,6 +4663,57 @@ def test_translate_model():
             layer, h = twin.encoder[0].ffn.up, torch.randn(2, 16)
             layer.gain.fill_(3.0)
             assert torch.allclose(layer(h), 3 * (h @ layer.weight.T) + layer.bias, atol=1e-5)
+
+
+def test_translate_equals_torchs_layers():
+    """The network is torch's own layers in float64, between tied embeddings and positions by the formula; its weights
+    start as Glorot says; with dropout 1 nothing of the text is left."""
+    C, source, target = 16, torch.tensor([[0, 3, 5, 1], [2, 4, 6, 6]]), torch.tensor([[7, 1, 2], [7, 5, 6]])
+    angle = np.arange(4)[:, None] / 10000 ** (np.arange(C // 2) / (C // 2 - 1))
+    where = torch.from_numpy(np.hstack([np.sin(angle), np.cos(angle)]))
+    for norm in ("pre", "post"):
+        model = small_translator(norm=norm).double()
+        how = dict(d_model=C, nhead=2, dim_feedforward=32, dropout=0.0, batch_first=True, norm_first=norm == "pre",
+                   dtype=torch.float64)
+
+        def torchs(kind, layer):
+            twin = kind(**how)
+            pairs = [(twin.linear1, layer.ffn.up), (twin.linear2, layer.ffn.down)]
+            for to, of in zip((twin.self_attn, getattr(twin, "multihead_attn", None)),
+                              (layer.attention, getattr(layer, "cross", None))):
+                if to is not None:
+                    to.in_proj_weight.data = torch.cat([x.weight for x in (of.q, of.k, of.v)])
+                    to.in_proj_bias.data = torch.cat([x.bias for x in (of.q, of.k, of.v)])
+                    pairs.append((to.out_proj, of.out))
+            pairs += [(getattr(twin, f"norm{i + 1}"), part.norm) for i, part in enumerate(layer.sums)]
+            for to, of in pairs:
+                to.load_state_dict(of.state_dict())
+            return twin
+        padding, future = source == 6, torch.ones(3, 3).triu(1).bool()
+        h = model.source.weight[source] * C**0.5 + where
+        for layer in model.encoder:
+            h = torchs(nn.TransformerEncoderLayer, layer)(h, src_key_padding_mask=padding)
+        memory, h = model.encoder_norm(h), model.target.weight[target] * C**0.5 + where[:3]
+        for layer in model.decoder:
+            h = torchs(nn.TransformerDecoderLayer, layer)(h, memory, tgt_mask=future, memory_key_padding_mask=padding)
+        assert isinstance(model.decoder_norm, nn.LayerNorm) == (norm == "pre")
+        expected = model.decoder_norm(h) @ model.target.weight.T
+        exact = unittest.mock.patch.object(translate_train, "positions", lambda _, count, *others: where[:count])
+        with exact:                                 # the script's are float32
+            close(model(source, target), expected, 1e-9, norm)
+        close(translate_train.positions(1, 3, C, "cpu").double(), where[1:], 1e-6, "positions")
+
+        model = small_translator(norm=norm, dropout=1.0).train()
+        h = torch.zeros(C)
+        for layer in model.decoder if norm == "post" else ():
+            for part in layer.sums:
+                h = part.norm(h)
+        close(model(source, target), (model.decoder_norm(h) @ model.target.weight.T).expand(2, 3, -1), 1e-5, norm)
+    model = translate_train.Translator(999, 0, 1, 2, 64, 192, "post", 0.0, True, False)
+    for name, rms in (("source", 1 / 8), ("target", 1 / 8), ("encoder.0.attention.q", 128**-0.5),
+                      ("decoder.0.cross.v", 128**-0.5), ("decoder.0.cross.out", 64**-0.5),
+                      ("decoder.0.ffn.up", 128**-0.5)):
+        assert abs(model.get_submodule(name).weight.square().mean().sqrt().item() / rms - 1) < 0.05, name
 
 
 def test_translate_modular_tree():
@@ -4714,6 +4795,117 @@ def test_translate_beam_search():
         assert translate_train.beam_search(model, source, 2, 3, 4**4, 0.8, (0, 4)) == [best[1]], seed
 
 
+def test_translate_settings():
+    """Every flag of an optimizer arrives there; a preset overrides the tuned values, a flag the preset."""
+    flags = "--opt adamw --lr 1 --weight_decay 2 --beta1 0.5 --beta2 0.6 --eps 3".split()
+    assert settled(translate_train, *flags)["hyper"] == dict(lr=1.0, weight_decay=2.0, betas=(0.5, 0.6), eps=3.0)
+    assert settled(translate_train, "--opt", "sgd", "--momentum", "0.25")["hyper"]["momentum"] == 0.25
+    s = settled(translate_train, "--preset", "iwslt", "--lr", "7", "--n_head", "8")
+    assert (s["hyper"], s["n_head"]) == (dict(lr=7.0, weight_decay=1e-4, betas=(0.9, 0.98)), 8)
+    assert settled(translate_train, "--preset", "iwslt", "--opt", "lion")["hyper"] == translate_train.TUNED["lion"]
+
+
+def test_translate_run_by_hand():
+    """A run's losses, learning rates, tokens and weights are those of a loop written out here, with torch's SGD."""
+    for schedule, clip, smoothing, seed in (("linear", 0.3, 0.2, 5), ("cosine", 0, 0.0, 6)):
+        with temporary_folder() as folder:
+            train = write_corpus(folder / "corpus", train=60)
+            pairs = {part: list(zip(*((folder / f"corpus/{part}.{language}").read_text().splitlines()
+                                      for language in ("de", "en")))) for part in ("train", "val")}
+            words = (f"--data {train} --data_dir {folder}/data --out_dir {folder}/run --opt sgd --lr 0.4 --momentum 0.5"
+                     f" --weight_decay 0 --schedule {schedule} --grad_clip {clip} --label_smoothing {smoothing} "
+                     f"--seed {seed} --max_tokens 300 --steps 12 --warmup 4 --eval_every 6")
+            status, _, err = call_main(translate_train, *TINY_TRANSLATE, *words.split())
+            assert status == 0, err
+            log, s = read_log(folder / "run"), json.loads((folder / "run/config.json").read_text())
+            codec = translate_train.BytePairs(translate_train.learn_byte_pairs(
+                [side for pair in pairs["train"] for side in pair], 300 - 259))
+            batches, valid = (translate_train.Batches(pairs[part], codec, 300) for part in ("train", "val"))
+            torch.manual_seed(seed)
+            model = translate_train.make_model(s, codec)
+            optimizer, held = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5), len(batches.sizes)
+            assert 12 > held > 2 and len(valid.sizes) > 2, f"{held} batches"
+
+            def loss_of(part, indices, weight):
+                x, y, z = part.get(indices, "cpu")
+                logp, real = model(x, y).log_softmax(dim=-1), z != codec.pad
+                picked = logp.gather(2, z[:, :, None])[:, :, 0]
+                return -(((1 - weight) * picked + weight * logp.mean(dim=2)) * real).sum(), real.sum()
+
+            def evaluate():                         # a sum over all tokens, then divided
+                with torch.no_grad():
+                    model.eval()
+                    sums = [loss_of(valid, indices, 0.0) for indices in valid.epoch(None)]
+                    model.train()
+                    return sum(a for a, _ in sums).item() / sum(b for _, b in sums).item()
+            close(log[0]["val_loss"], evaluate(), 1e-5, "val_loss")
+            losses, lines = [], iter(log[1:])
+            for step in range(12):
+                torch.manual_seed(int(np.random.SeedSequence((seed, step)).generate_state(1)[0]))
+                epoch, i = divmod(step, held)
+                total, count = loss_of(batches, batches.epoch([seed, epoch])[i], smoothing)
+                (total / count).backward()
+                losses.append((total / count).item())
+                norm = torch.stack([p.grad.square().sum() for p in model.parameters()]).sum().sqrt()
+                done = (step - 4) / 8
+                lr = 0.4 * ((step + 1) / 5 if step < 4 else 1 - done if clip else (1 + math.cos(math.pi * done)) / 2)
+                optimizer.param_groups[0]["lr"] = lr
+                for p in model.parameters():
+                    p.grad *= min(1, clip / norm) if clip else 1
+                optimizer.step()
+                optimizer.zero_grad()
+                if step % 6 == 5:
+                    line = next(lines)
+                    close(line["train_loss"], np.mean(losses[-6:]), 1e-4, "train_loss")
+                    close(line["val_loss"], evaluate(), 1e-4, "val_loss")
+                    close(line["lr"], lr, 1e-9, "lr")
+                    said = sum(len(ids) + 1 for ids in codec.encode([en for _, en in pairs["train"]]))
+                    assert line["tokens"] == round((step + 1) * said / held)
+            ckpt = torch.load(folder / "run/ckpt.pt", weights_only=True)
+            for key, value in model.state_dict().items():
+                close(ckpt["model"][key], value, 1e-4, key, scale=1)
+            assert ckpt["seconds"] >= json.loads((folder / "run/log.jsonl").read_text().splitlines()[-2])["seconds"] > 0
+
+
+def test_translate_translations():
+    """What a run says of the test set, and --translate of a text, is what slow beam search finds with the beam and the
+    length penalty asked for, in the order of the text, without dropout; --eval_only prints its BLEU."""
+    with temporary_folder() as folder:
+        train = write_corpus(folder / "corpus")
+        test = list(zip(*((folder / f"corpus/test.{language}").read_text().splitlines() for language in ("de", "en"))))
+        test = dict(pair for pair in test if pair in sorted(test, key=lambda pair: len(pair[0]))[:5])
+        for language, lines in (("de", test), ("en", test.values())):
+            (folder / f"corpus/few.{language}").write_text("".join(line + "\n" for line in lines))
+        run = ["--out_dir", folder / "run"]
+        words = ["--data", train, "--test", folder / "corpus/few", "--data_dir", folder / "data", "--dropout", 0.5,
+                 "--steps", 3, "--warmup", 1]
+        status, _, err = call_main(translate_train, *TINY_TRANSLATE, *words, *run)
+        assert status == 0, err
+        ckpt, codec = translate_train.load_checkpoint(folder / "run", "")
+        model = small_translator(codec.n_vocab, n_layer=1)      # one that has something to say, and may end it anywhere
+        with torch.no_grad():
+            model.target.weight.mul_(0.5)[codec.end] = F.normalize(model.decoder[0].sums[2].norm.bias, dim=0)
+        torch.save(ckpt | {"model": model.state_dict()}, folder / "run/ckpt.pt")
+
+        @torch.no_grad()
+        def by_hand(text, beam, penalty):
+            ids = torch.tensor([[*codec.encode([text])[0], codec.end]])
+            return codec.decode(slow_beam_search(model, ids, codec.begin, codec.end, beam, penalty, (1.2, 10)))
+        found = set()
+        for beam, penalty in ((3, 0), (2, 1.0), (3, 2.0)):
+            how = ["--beam", beam, "--length_penalty", penalty]
+            assert call_main(translate_train, "--resume", *run, *how)[0] == 0
+            hypotheses = [" ".join(by_hand(de, beam, penalty).splitlines()) for de in test]
+            assert (folder / "run/hypotheses.en").read_text().split("\n") == [*hypotheses, ""], how
+            out = call_main(translate_train, "--translate", "\n".join(test), *run, *how)[1]
+            assert out.split("\n") == [*hypotheses, ""], how
+            found |= set(hypotheses)
+        assert len(found) > 5, "it says little"
+        bleu = translate_train.bleu(hypotheses, list(test.values()))
+        out = call_main(translate_train, "--resume", "--eval_only", *run, *how)[1]
+        assert f"BLEU {bleu:.2f} on 5 test pairs" in out, out
+
+
 def test_translate_end_to_end():
     """A run on one's own files leaves all that it promises, and its checkpoint alone translates text and lines."""
     with temporary_folder() as folder:
@@ -4773,6 +4965,8 @@ def test_translate_killed_and_resumed():
         left, right = (torch.load(folder / run / "ckpt.pt", weights_only=True)["bpe"] for run in ("calm", "killed"))
         assert left == right
         assert (folder / "calm/hypotheses.en").read_bytes() == (folder / "killed/hypotheses.en").read_bytes()
+        seconds = [json.loads(line)["seconds"] for line in (folder / "killed/log.jsonl").read_text().splitlines()]
+        assert seconds == sorted(seconds), "the clock goes on where it was"
 
 
 def test_translate_stops_on_signal():
@@ -4859,9 +5053,19 @@ def test_translate_bad_input():
             if "--out_dir" not in flags:
                 flags = [*flags, "--out_dir", str(folder / "never")]
             check_refused(translate_train, folder, flags, words)
-        (folder / "corpus/train.en").write_text("x\n" * 200)
-        status, _, err = call_main(translate_train, *run)
-        assert status == 2 and "not the text that this run began with" in err, err
+        for part in ("train", "val"):
+            (folder / f"corpus/{part}.en").write_text("x\n" * (200 if part == "train" else 20))
+            check_refused(translate_train, folder, run, "not the text that this run began with")
+            write_corpus(folder / "corpus")
+        with open(folder / "run/.lock") as file:    # as a run holds it
+            fcntl.flock(file, fcntl.LOCK_EX)
+            check_refused(translate_train, folder, [*common, "--out_dir", str(folder / "run")], "another run")
+        with unittest.mock.patch.object(translate_train, "Batches", side_effect=MemoryError):
+            assert call_main(translate_train, *common, "--out_dir", str(folder / "run"))[0] == 2
+        assert (folder / "run/ckpt.pt").exists(), "nothing is touched before training can begin"
+        with unittest.mock.patch.object(translate_train, "loss_of", side_effect=MemoryError):
+            assert call_main(translate_train, *common, "--out_dir", str(folder / "run"))[0] == 2
+        assert not (folder / "run/ckpt.pt").exists(), "an older run's would be taken for this one's"
         wild = "--opt sgd --lr 1e25 --warmup 0 --grad_clip 0 --save_every 1".split()
         write_corpus(folder / "corpus")
         status, _, err = call_main(translate_train, *common, *wild, "--out_dir", str(folder / "wild"))
