@@ -5503,6 +5503,22 @@ def starts(folder):
     return {path.parent.name: len(path.read_text()) for path in folder.glob("*/starts")}
 
 
+def toy_lab(folder, **changes):
+    """A Lab whose runs are in folder/out."""
+    return sweep.Lab(sweep.argparse.Namespace(**dict(
+        out_dir=folder / "out", scale="cpu", jobs=2, retry=False, keep_checkpoints=False, experiment=None, report=False,
+        print_commands=False, metric=None) | changes))
+
+
+def imagined(loss, opt="x", log=(), metric="val_loss", **flags):
+    """A sweep.Result with this loss (nan: diverged) and log."""
+    run = sweep.Run.of("nanogpt_train.py", {"opt": opt} | flags)
+    last = {} if math.isnan(loss) else {metric: loss}
+    result = sweep.Result(run, pathlib.Path(run.name), "done" if last else "diverged", last)
+    result.log = lambda: log
+    return result
+
+
 def test_sweep_values():
     """Ranges are numpy's; draws stay in their space, fill it evenly, repeat, and begin alike however many there are."""
     for text, expected in (("1e-4:1e-1:log7", np.geomspace(1e-4, 1e-1, 7)), ("0:1:lin5", np.linspace(0, 1, 5)),
@@ -5510,6 +5526,7 @@ def test_sweep_values():
         assert np.allclose([float(x) for x in sweep.grid_values(text, "")], expected, rtol=1e-5, atol=0), text
     assert sweep.grid_values("(0.9,0.95),(0.9, 0.99),adamw,0.10", "") == ["(0.9,0.95)", "(0.9, 0.99)", "adamw", "0.1"]
     spaces = sweep.parse_space(["a=log(1e-4,1e-1)", "b=uniform(-1, 3) c=choice(x,y,1.50)"])
+    assert sweep.parse_space(["c=choice(x, y , 5.0)"])["c"].values == ("x", "y", "5")
     draws = sweep.draw(spaces, 600, seed=3)
     assert draws == sweep.draw(spaces, 600, seed=3) and draws[:20] == sweep.draw(spaces, 20, seed=3)
     assert draws[:20] != sweep.draw(spaces, 20, seed=4) and draws[:20] != sweep.draw(spaces, 20, seed=3, stage=2)
@@ -5562,19 +5579,38 @@ def test_sweep_report():
         assert sorted(starts(folder / "out").values()) == [1] * 18 + [2] * 6, "only what failed runs again"
 
 
+def losses_of(rows):
+    """Losses -> Settings with x and y, best first, and the names of these two flags."""
+    results = [imagined(loss, x=x, y=y) for y, row in enumerate(rows) for x, loss in enumerate(row)]
+    return sweep.by_setting(results), "x", "y"
+
+
+def test_sweep_order():
+    """The better result comes first, by each metric; choices are narrowed to those among the best, without a copy."""
+    for metric, better, worse in (("bleu", 30, 20), ("test_acc", 0.9, 0.8), ("val_acc", 0.9, 0.8), ("val_loss", 1, 2)):
+        results = [imagined(value, metric=metric, lr=value) for value in (worse, better)] + [imagined(math.nan, lr=0)]
+        assert [s.mean for s in sweep.by_setting(results)][:2] == [better, worse], metric
+        assert [r.value for r in sorted(results, key=lambda r: r.score)][:2] == [better, worse], metric
+    assert sweep.Space("choice", ("a", "b", "c")).around(["c", "a", "c"]) == sweep.Space("choice", ("a", "c"))
+    text = sweep.heat_map(*losses_of([[1, 2, 3, 4], [8, 7, 6, 5]]))
+    assert re.findall(r"\.0000 (.)", text) == list("*▓▒▒  ░░"), text
+
+
 def test_sweep_metric():
     """Two runs, one better on the test set, one on the validation set: --metric says which of them comes first."""
     with temporary_folder() as folder:
-        for lr, bleu, val_loss in (("1", 20.0, 0.5), ("2", 10.0, 0.25)):
+        for lr, bleu, val_loss in (("1", 20.0, 0.5), ("2", 10.0, 0.25), ("3", None, 0.75)):
             run = sweep.Run.of("translate_train.py", {"lr": lr})
             home = folder / "out" / run.name
             home.mkdir(parents=True)
             (home / "run.json").write_text(json.dumps({"script": "translate_train.py", "flags": {"lr": lr}}))
-            (home / "log.jsonl").write_text(json.dumps({"bleu": bleu, "val_loss": val_loss, "final": True}) + "\n")
+            last = {"bleu": bleu, "val_loss": val_loss, "final": True}
+            (home / "log.jsonl").write_text(json.dumps({k: v for k, v in last.items() if v is not None}) + "\n")
         show = ("--script", "translate_train.py", "--report", "--out_dir", str(folder / "out"))
         for flags, words in (((), ["20.00", "1", "1"]), (("--metric", "val_loss"), ["0.2500", "1", "2"])):
             out, _ = run_script(sweep, folder, *show, *flags)
             assert out.splitlines()[3].split() == words, out
+            assert out.splitlines()[5].split() == (["-", "0", "3"] if not flags else ["0.7500", "1", "3"]), out
         check_refused(sweep, folder, (*show, "--metric", "val_acc"),
                       "has val_acc in the last line of its log: they have bleu, val_loss")
 
@@ -5644,6 +5680,157 @@ def test_sweep_plots_whatever_there_is():
             assert (folder / "x.png").stat().st_size > 5000, words
         _, err = run_script(sweep, folder, "--grid", "lr=10", *plot, status=1)
         assert "no run has a result" in err and len(err.strip().splitlines()) <= 2, err
+
+
+def test_sweep_draws_what_was_found():
+    """A map has each mean in its place, the best the yellowest, the worse half all alike; sound settings are dots, the
+    others crosses."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise Skip("matplotlib is not installed")
+    rows = np.array([[1.0, 2, 3, 4], [8, 7, 6, math.nan]])
+    for metric, sign in (("val_loss", 1), ("bleu", -1)):
+        axes = Figure().subplots()
+        results = [imagined(loss, metric=metric, x=x, y=y) for y, row in enumerate(rows) for x, loss in enumerate(row)]
+        sweep.draw_heat_map(axes, sweep.by_setting(results), "x", "y")
+        image, = axes.images
+        assert np.array_equal(image.get_array().filled(math.nan), rows, equal_nan=True)
+        colours = image.cmap(image.norm(rows))[:, :, 0]         # the red of viridis: 0.99 where it is yellow
+        best, worst = ((0, 0), (1, 0)) if sign > 0 else ((1, 0), (0, 0))
+        assert colours[best] > 0.9 and colours[worst] < 0.3
+        assert (image.norm(rows[1, :3]) >= 1).all() if sign > 0 else (image.norm(rows[0, :3]) <= 0).all()
+        assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "1", "2", "3"]
+    picture = Figure()
+    sweep.draw_report(picture, [imagined(loss, lr=lr, seed=seed) for lr, losses in (
+        ("1", (2.0, 4.0)), ("2", (5.0, math.nan))) for seed, loss in enumerate(losses)])
+    lines = [container.lines[0] for container in picture.axes[0].containers]
+    assert [line.get_xydata().tolist() for line in lines] == [[[1, 3]], [[2, 5]]], lines
+    assert [line.get_marker() for line in lines] == ["o", "x"]
+
+
+def test_sweep_locks():
+    """A run's folder is claimed once, and not while the script that is in it holds its own lock."""
+    with temporary_folder() as folder:
+        for name in (".lock", ".sweep.lock"):
+            with open(folder / name, "a") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                assert sweep.claim(folder) is None, name
+        first = sweep.claim(folder)
+        assert first and sweep.claim(folder) is None
+        first.close()
+        sweep.claim(folder).close()
+
+
+def test_sweep_endings():
+    """What came of a run, by its exit status: killed or stopped, it keeps its checkpoint and goes on; what diverged or
+    is done needs none; what ended without a result begins anew; what failed keeps it for --retry."""
+    run = sweep.Run.of("toy_train.py", {"lr": 1})
+    for status, done, keep, state, left in (
+            *((status, False, False, "unfinished", True) for status in (130, 143, -2, -9, -15)),
+            (3, False, False, "diverged", False), (3, False, True, "diverged", True), (1, False, False, "failed", True),
+            (0, False, False, "failed", False), (0, True, False, "done", False), (0, True, True, "done", True),
+            (-9, True, False, "done", False), (1, True, False, "done", False)):
+        with temporary_folder() as folder:
+            lab, home = toy_lab(folder, keep_checkpoints=keep), folder / "out" / run.name
+            home.mkdir(parents=True)
+            (home / "ckpt.pt").touch()
+            (home / "stderr.txt").write_text("toy_train.py: words. Advice\n")
+            (home / "log.jsonl").write_text('{"val_loss": 1}\n' + '{"val_loss": 2, "final": true}\n' * done)
+            assert lab.ended(run, status).state == lab.result(run).state == state, (status, done)
+            assert (home / "ckpt.pt").exists() == left, (status, done, keep)
+            assert (home / "failed.json").exists() == (state in ("failed", "diverged")), status
+
+
+def test_sweep_starts():
+    """A run is started with its flags, or resumed, on its own GPU or with one thread; the lock is handed on."""
+    with folder_with_toy() as folder, unittest.mock.patch("subprocess.Popen") as popen:
+        (folder / "lock").touch()
+        run = sweep.Run.of(folder / "toy_train.py", {"lr": 1, "device": "cuda", "damping": 2})
+        lab, home = toy_lab(folder), folder / "out" / run.name
+        home.mkdir(parents=True)
+        new = ["--device=cuda", "--lr=1", "--opt_kwargs", "damping=2", f"--out_dir={home}"]
+        for gpu, words in ((None, new), ("5", ["--resume", "--device=cuda", f"--out_dir={home}"])):
+            (home / "failed.json").touch()
+            with open(folder / "lock") as lock, unittest.mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES="7"):
+                os.environ.pop("OMP_NUM_THREADS", None)
+                lab.start(run, lock, gpu)
+                (argv, *_), how = popen.call_args
+                assert how["pass_fds"] == (lock.fileno(),) and how["start_new_session"]
+            assert argv == [sys.executable, folder / "toy_train.py", *words]
+            assert how["env"]["CUDA_VISIBLE_DEVICES"] == (gpu or "7")
+            assert how["env"].get("OMP_NUM_THREADS") == (None if gpu else "1")
+            assert not (home / "failed.json").exists(), "it would be taken for this run's"
+            (home / "ckpt.pt").touch()
+    for visible, count, names in (("3,5,7", 2, ["3", "5"]), ("", 2, ["0", "1"]), ("", 0, [])):
+        with unittest.mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=visible):
+            with unittest.mock.patch("torch.cuda.device_count", lambda count=count: count):
+                assert sweep.gpus() == names
+    words = toy_lab(folder, keep_checkpoints=True, retry=True).command(run).split("  #")[0].split()
+    assert words[-4:] == ["--run", run.name, "--keep_checkpoints", "--retry"]
+
+
+def test_sweep_shares_the_machine():
+    """As many runs at a time as --jobs says, or as there are GPUs, spread over these; what somebody else has finished
+    is not run again; the first signal is passed on as SIGTERM, the second as SIGKILL."""
+    no_wait = unittest.mock.patch.object(time, "sleep")
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, ends):
+            self.left, self.told = ends, []
+
+        def poll(self):
+            self.left -= 1
+            if self.left < 0:
+                alive.remove(self)
+                return self.returncode
+
+        def send_signal(self, number):
+            self.told.append(number)
+
+    for jobs, most, used in ((None, 2, ["3", "5"] * 2), (3, 3, ["3", "5", "3", "3"]), (1, 1, ["3"] * 4)):
+        with temporary_folder() as folder:
+            lab, runs = toy_lab(folder, jobs=jobs), [sweep.Run.of("toy_train.py", {"lr": lr}) for lr in range(1, 6)]
+            for run in runs:
+                lab.note(run)
+            lab.asked = runs
+            alive, seen, claim = [], [], sweep.claim
+
+            def start(run, lock, gpu):
+                alive.append(Process(1))
+                seen.append((run, gpu, len(alive)))
+                return alive[-1]
+
+            def somebody(folder):                   # finishes the last one in the meantime
+                if folder.name == runs[4].name:
+                    (folder / "log.jsonl").write_text('{"val_loss": 2, "final": true}\n')
+                return claim(folder)
+            with unittest.mock.patch.multiple(sweep, gpus=lambda: ["3", "5"], claim=somebody):
+                with unittest.mock.patch.multiple(lab, start=start, ended=lambda run, status: imagined(1.0)), no_wait:
+                    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                        lab.do(runs, 5)
+            assert [run for run, *_ in seen] == runs[:4], "the fifth is done already"
+            assert max(count for *_, count in seen) == most and [gpu for _, gpu, _ in seen] == used, (jobs, seen)
+
+    class Stopped(Process):
+        def poll(self):
+            if self.left in (6, 3):
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().poll()
+    with temporary_folder() as folder:
+        lab, run, alive = toy_lab(folder), sweep.Run.of("toy_train.py", {"lr": 1, "device": "cpu"}), [Stopped(6)]
+        lab.note(run)
+        lab.asked = [run]
+        process, = alive
+        Process.returncode, begin = -9, unittest.mock.patch.object(lab, "start", lambda *_: process)
+        with begin, no_wait, contextlib.redirect_stdout(io.StringIO()):
+            try:
+                lab.do([run], 1)
+            except SystemExit as stop:
+                assert stop.code == 143
+        assert process.told == [signal.SIGTERM, signal.SIGKILL] and lab.result(run).state == "unfinished"
 
 
 def test_sweep_killed_at_any_moment():
@@ -5719,8 +5906,8 @@ def test_sweep_two_stage():
     """The second stage draws from the smallest box around the best fifth of the first, and a restart draws the same."""
     with folder_with_toy() as folder:
         search = ["--two_stage", "--runs", "15", "--space", "lr=log(1e-4,1) weight_decay=uniform(0,1)", "--fixed",
-                  "device=cpu steps=2", "--out_dir", "out"]
-        first = sweep.draw(sweep.parse_space(["lr=log(1e-4,1) weight_decay=uniform(0,1)"]), 15, seed=0)
+                  "device=cpu steps=2", "--out_dir", "out", "--seed", "3"]
+        first = sweep.draw(sweep.parse_space(["lr=log(1e-4,1) weight_decay=uniform(0,1)"]), 15, seed=3)
         run_script(sweep, folder, *TOYS, *search)
         begun = starts(folder / "out")
         rows = [json.loads(path.read_text())["flags"] for path in (folder / "out").glob("*/run.json")]
@@ -5820,15 +6007,16 @@ def test_sweep_experiments_ask_for_runs_that_exist():
 
 
 class ImaginedLab:
-    """Gives the experiments results that we make up: loss(flags) is the val_loss, nan: diverged."""
+    """Gives the experiments results that we make up: loss(flags) is the val_loss or accuracy, nan if it diverged, and
+    log(flags) the lines of the log."""
 
-    def __init__(self, loss):
-        self.loss, self.scale = loss, "cpu"
+    def __init__(self, loss, log=lambda flags: []):
+        self.loss, self.log, self.scale, self.mode, self.asked, self.out_dir = loss, log, "cpu", "run", [], "imagined"
 
     def result(self, run):
-        loss = self.loss(dict(run.flags))
-        return sweep.Result(run, pathlib.Path(run.name), "diverged" if math.isnan(loss) else "done",
-                            {} if math.isnan(loss) else {"val_loss": loss})
+        flags = dict(run.flags)
+        metric = "val_loss" if run.script == "nanogpt_train.py" else "val_acc"
+        return imagined(self.loss(flags), log=self.log(flags), metric=metric, **flags)
 
     def results(self, runs):
         return [self.result(run) for run in runs]
@@ -5847,7 +6035,8 @@ def test_sweep_verdicts():
     assert verdicts("zero_shot", lambda f: bowl(f, 0.004) + 0.01 * rotational(f)) == [True] * 3
     worse = "rotational_sgd"
     assert verdicts("zero_shot", lambda f: bowl(f, 0.004) + 0.03 * (f["opt"] == worse)) == [True, False, True]
-    assert verdicts("zero_shot", lambda f: math.nan if f["opt"] == "rotational_lion" else 1.5) == [True, True, False]
+    for lost in ("rotational_lion", "lion"):        # if both diverge, neither is as good as the other
+        assert verdicts("zero_shot", lambda f: math.nan if f["opt"].endswith(lost) else 1.5) == [True, True, False]
 
     def needs(plain, turning):                      # how much the loss rises without warmup
         return lambda f: 1.5 + (f["warmup"] == "0") * (turning if rotational(f) else plain)
@@ -5862,6 +6051,117 @@ def test_sweep_verdicts():
             return bowl(f, best * smallest / int(f[size]) if best else 0.25)
         assert verdicts(name, transfer) == [True, True], name
         assert verdicts(name, lambda f: bowl(f, 2**-4)) == [False, False], "here no optimizer depends on the size"
+
+        def both(f, size=size, smallest=smallest):              # the modular one costs 0.08, the plain one 0.18
+            modular = f["opt"].startswith("modular")
+            return bowl(f, (0.25 if modular else 2**-6 if f["opt"] == "adam" else 2.0)
+                        * (smallest / int(f[size])) ** (2 / 3 if modular else 1))
+        assert verdicts(name, both) == [False, False], "more than 0.03"
+
+
+def test_sweep_verdicts_of_rotation():
+    """equilibrium: norms and angles of the last quarter, four hidden matrices in five within 25 %; balance: the spread
+    of the angles in the second half, at the best setting with decay, and the best losses."""
+    def log(f):                                     # two hidden matrices of ten are off, or three
+        three = [("sgd", True, "angle"), ("lion", False, "norm")]
+        lines = [{"step": 0, "val_loss": 5.0}]
+        for k in range(8):
+            rows = {}
+            for i, name in enumerate(["tokens.weight", "head.weight", *map("blocks.{}".format, range(10))]):
+                row = rows[name] = {"predicted_angle": 0.1, "predicted_norm": 4.0 if k > 5 else 99.0}
+                for what in ("angle", "norm"):
+                    off = i < 4 + ((f["opt"], "model" in f, what) in three)
+                    factor = (0.5 if f["opt"] == "lion" else 1.3) if off else 0.8
+                    row[what] = row[f"predicted_{what}"] * (factor if k > 5 else 7.0)
+            lines.append({"step": 50 * k, "rotation": rows})
+        return lines
+    checks = sweep.equilibrium(ImaginedLab(lambda f: 1.5, log)).checks
+    for words, held in checks:
+        assert held != (("cnn, sgd: the angle" in words) or ("gpt, lion: the norm" in words)), checks
+
+    def turning(f):
+        least = {"adam": 0.1 if f["weight_decay"] != "0" else 0.4, "adamw": 0.2}.get(f["opt"], 0.4)
+        rows = [{f"blocks.{i}": {"angle": angle, "predicted_angle": 0.1} for i, angle in enumerate(angles)}
+                for angles in ((1, 2, 3, 4), (least, 0.4, 0.4, 0.4))]
+        return [{"step": k, "rotation": rows[k > 3]} for k in range(8)]
+    for best, held in (((1.52, 1.5, 1.505), [True] * 3), ((1.505, 1.5, 1.505), [True, False, True]),
+                       ((1.52, 1.5, 1.52), [True, True, False])):
+        losses = dict(zip(("adam", "adamw", "rotational_adam"), best))
+        found = sweep.balance(ImaginedLab(lambda f: losses[f["opt"]] + float(f["weight_decay"]) / 10, turning))
+        assert [held for _, held in found.checks] == held and "adam 4.00, adamw 2.00, rotational_adam 1.00" in \
+            found.checks[0][0], found.checks
+    same = ImaginedLab(lambda f: 1.0 + float(f["weight_decay"]), lambda f: turning(f | {"opt": "adamw"}))
+    found = sweep.balance(same)
+    assert not found.checks[0][1], "2 is not twice 2"
+
+
+def test_sweep_verdicts_of_root_free():
+    """root_free: the better of the two root-free methods, against SGD and AdamW; half_precision: mean losses of three
+    seeds at the best lr, and milliseconds of a step of the second half, measured one run at a time."""
+    keys = ("sgd", "adamw", "rf_rmsprop", "rf_adamw")
+    for cnn, gpt, held in (((0.6, 0.55, 0.595, 0.5), (2, 1.5, 1.9, 1.52), [True, True, True]),
+                           ((0.6, 0.55, 0.5, 0.58), (2, 1.5, 1.52, 1.9), [True, False, True]),
+                           ((0.6, 0.61, 0.6, 0.5), (2, 1.5, 1.54, 1.9), [False, False, False])):
+        found = sweep.root_free(ImaginedLab(lambda f: dict(zip(keys, cnn if "model" in f else gpt))[f["opt"]]))
+        assert [held for _, held in found.checks] == held, found.checks
+
+    spaces = {"lr": sweep.Space("log", (1e-3, 1.0)), "momentum": sweep.Space("uniform", (0.0, 1.0))}
+    lab = ImaginedLab(lambda f: float(f["lr"]))
+    results = sweep.two_stage(lab, {"a": (lambda flags: [sweep.Run.of("nanogpt_train.py", flags)], spaces)}, 20, 7)["a"]
+    assert len(results) == 40, "both stages count"
+    first, second = ([[float(r.run[key]) for key in spaces] for r in part] for part in (results[:20], results[20:]))
+    best = np.array(sorted(first)[:4])              # the least lrs: a fifth
+    assert [{key: r.run[key] for key in spaces} for r in results[20:]] == sweep.draw(
+        {key: space.around([str(x) for x in column]) for (key, space), column in zip(spaces.items(), best.T)}, 20, 7, 2)
+    assert first == [[float(f[key]) for key in spaces] for f in sweep.draw(spaces, 20, 7)]
+    assert np.min(second) >= best.min()
+
+    def seconds(f):                                 # a second half of 150 steps of 10, 20 or 30 ms
+        half = f.get("opt_kwargs.dtype") == "bfloat16"
+        step = 0.01 if half else 0.02 if f["opt"] == "if_shampoo" else 0.03
+        return [{"step": 0}, {"step": 150, "seconds": 100.0}, {"step": 300, "seconds": 100 + 150 * step}]
+    for swap, losses, held in ((1, (1.5, 1.49, 1.6), [True, True, True, True]),
+                               (1, (1.5, 1.45, 1.6), [False, True, True, True]),
+                               (1, (1.5, 1.6, 1.45), [True, False, True, True]),
+                               (-1, (1.5, 1.6, 1.6), [True, True, False, False])):
+        def loss(f):
+            by_dtype = {"bfloat16": losses[0], "float32": losses[1 if f["opt"] == "if_shampoo" else 2]}
+            wrong = f["lr"] != {"if_shampoo": "0.008", "shampoo": "0.0012"}[f["opt"]]
+            return by_dtype[f.get("opt_kwargs.dtype", "float32")] + wrong
+        lab = ImaginedLab(loss, lambda f: seconds(f) if swap > 0 else [
+            {"step": 150, "seconds": 0.0}, {"step": 300, "seconds": 1 / seconds(f)[-1]["seconds"]}])
+        found = sweep.half_precision(lab)
+        assert [held for _, held in found.checks] == held and lab.jobs == 1, found.checks
+        assert swap < 0 or "10.0 ms per step in bfloat16, 20.0 of if_shampoo" in found.checks[2][0], found.checks
+
+
+def test_sweep_experiment_as_a_whole():
+    """A claim has held if all its checks have; with a run that failed nothing is said; runs have BASE's flags, unless
+    the experiment changes them; --seed and --seeds are in the draws."""
+    for loss, words in ((1.5, "The claim held"), (1.53, "did not hold at this scale: 2 of 3")):
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            sweep.experiment(ImaginedLab(lambda f: loss if f["opt"] == "rotational_sgd" else 1.5), "zero_shot", None)
+        assert words in out.getvalue() and ("NO" in out.getvalue()) == (loss > 1.5), out.getvalue()
+    run = sweep.model_run(ImaginedLab(None), "gpt", steps=7, eval_every=None)
+    assert (run["steps"], run["n_embd"], run["eval_every"]) == ("7", "64", None)
+    with temporary_folder() as folder, contextlib.chdir(folder):
+        lab = toy_lab(folder, experiment="x", report=True)
+        (folder / "out" / run.name).mkdir(parents=True)
+        (folder / "out" / run.name / "failed.json").write_text('{"status": 1, "message": "words"}')
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err):
+            try:
+                lab.results([run])
+                assert False, "one run failed"
+            except SystemExit as stop:
+                assert stop.code == 1 and "words. Mend it" in err.getvalue()
+        words = ["--random", 3, "--space", "lr=log(1,2)", "--seed", 7, "--seeds", 2, "--out_dir", "new"]
+        assert call_main(sweep, *words, "--print_commands")[0] == 0
+        drawn = sweep.draw({"lr": sweep.Space("log", (1.0, 2.0))}, 3, 7)
+        assert {run.flags for run in sweep.read_runs(pathlib.Path("new"))} == {
+            (("lr", flags["lr"]), ("seed", seed)) for flags in drawn for seed in "12"}
+    assert sweep.Run.of("a.py", {"lr": 1}).name != sweep.Run.of("b.py", {"lr": 1}).name
 
 
 # ======================================================================================================================
