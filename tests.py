@@ -4599,6 +4599,7 @@ def test_translate_corpora():
         for part, name in (("train", "train"), ("valid", "val"), ("test", "test_2016_flickr")):
             assert plain[part] == [(f"{line} de", f"{line} en") for line in lines[name]], part
         assert other == plain | {"test": plain["valid"]}
+        assert translate_train.beside(folder / "multi30k/train", ("x", "val", "test_2016_flickr")).name == "val"
         for pairs in (plain["train"], plain["train"] + plain["test"]):
             for _ in range(2):
                 bpe = translate_train.byte_pairs_of(pairs, 270, folder, "x")
@@ -4803,24 +4804,38 @@ def test_translate_settings():
     s = settled(translate_train, "--preset", "iwslt", "--lr", "7", "--n_head", "8")
     assert (s["hyper"], s["n_head"]) == (dict(lr=7.0, weight_decay=1e-4, betas=(0.9, 0.98)), 8)
     assert settled(translate_train, "--preset", "iwslt", "--opt", "lion")["hyper"] == translate_train.TUNED["lion"]
+    assert translate_train.lr_at(9, 2.0, dict(warmup=3, steps=10, schedule="constant")) == 2.0
+    codec = translate_train.BytePairs([])
+    for flags, bias, gain, last in (([], True, False, nn.Identity), (["--bias", "0", "--norm", "pre"], False, False,
+                                    nn.LayerNorm), (["--opt", "rotational_lion"], True, True, nn.Identity),
+                                    (["--opt", "rotational_lion", "--gains", "0"], True, False, nn.Identity),
+                                    ("--opt modular_adam --gains 1 --dropout 0.25".split(), True, True, nn.Identity)):
+        model = translate_train.make_model(settled(translate_train, *flags), codec)
+        biases = {name.endswith("bias") for name, _ in model.named_parameters()}
+        assert (True in biases, model.head.gain is not None, type(model.decoder_norm)) == (bias, gain, last), flags
+        assert model.encoder[0].sums[0].dropout.p == (0.25 if "--dropout" in flags else 0.0)
+        # a modular network has embeddings whose rows have norm sqrt(C) themselves, the others ones of norm 1
+        modular = "modular_adam" in flags
+        close(model.source.weight.norm(dim=1).mean(), math.sqrt(128) if modular else 1.0, 0.02, "rows")
+        assert model.source_scale == (1.0 if modular else math.sqrt(128))
 
 
 def test_translate_run_by_hand():
     """A run's losses, learning rates, tokens and weights are those of a loop written out here, with torch's SGD."""
-    for schedule, clip, smoothing, seed in (("linear", 0.3, 0.2, 5), ("cosine", 0, 0.0, 6)):
+    for schedule, clip, smoothing, seed, most in (("linear", 0.3, 0.2, 5, 99), ("cosine", 0, 0.0, 6, 7)):
         with temporary_folder() as folder:
             train = write_corpus(folder / "corpus", train=60)
             pairs = {part: list(zip(*((folder / f"corpus/{part}.{language}").read_text().splitlines()
                                       for language in ("de", "en")))) for part in ("train", "val")}
             words = (f"--data {train} --data_dir {folder}/data --out_dir {folder}/run --opt sgd --lr 0.4 --momentum 0.5"
                      f" --weight_decay 0 --schedule {schedule} --grad_clip {clip} --label_smoothing {smoothing} "
-                     f"--seed {seed} --max_tokens 300 --steps 12 --warmup 4 --eval_every 6")
+                     f"--seed {seed} --max_tokens 300 --steps 12 --warmup 4 --eval_every 6 --batch_size {most}")
             status, _, err = call_main(translate_train, *TINY_TRANSLATE, *words.split())
             assert status == 0, err
             log, s = read_log(folder / "run"), json.loads((folder / "run/config.json").read_text())
             codec = translate_train.BytePairs(translate_train.learn_byte_pairs(
                 [side for pair in pairs["train"] for side in pair], 300 - 259))
-            batches, valid = (translate_train.Batches(pairs[part], codec, 300) for part in ("train", "val"))
+            batches, valid = (translate_train.Batches(pairs[part], codec, 300, most) for part in ("train", "val"))
             torch.manual_seed(seed)
             model = translate_train.make_model(s, codec)
             optimizer, held = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5), len(batches.sizes)
@@ -4901,9 +4916,14 @@ def test_translate_translations():
             assert out.split("\n") == [*hypotheses, ""], how
             found |= set(hypotheses)
         assert len(found) > 5, "it says little"
-        bleu = translate_train.bleu(hypotheses, list(test.values()))
-        out = call_main(translate_train, "--resume", "--eval_only", *run, *how)[1]
+        bleu, flags = translate_train.bleu(hypotheses, list(test.values())), ["--resume", "--eval_only", *run, *how]
+        out = call_main(translate_train, *flags)[1]
         assert f"BLEU {bleu:.2f} on 5 test pairs" in out, out
+        half = call_main(translate_train, *flags, "--dtype", "bfloat16")[1]
+        assert len({re.search(r"val_loss [\d.]+", text)[0] for text in (out, half)}) == 2, "--dtype was not heard"
+        with unittest.mock.patch.object(translate_train, "precision", wraps=translate_train.precision) as precision:
+            call_main(translate_train, "--translate", "x", *run, *how, "--dtype", "bfloat16")
+        assert precision.call_args.args == ("bfloat16", "cpu")
 
 
 def test_translate_end_to_end():
@@ -4944,9 +4964,13 @@ def test_translate_goes_on_to_where_it_was_last_told():
     with temporary_folder() as folder, unittest.mock.patch.object(translate_train, "translate", lambda *_: ["x"] * 15):
         flags = [*TINY_TRANSLATE, "--data", write_corpus(folder / "corpus", train=60), "--data_dir", folder]
         i = flags.index("--steps")
-        words, run = flags[:i] + flags[i + 2:] + ["--max_tokens", 400], ["--out_dir", folder / "run"]
-        assert call_main(translate_train, *words, *run, "--epochs", 1)[0] == 0
-        epoch = json.loads((folder / "run/config.json").read_text())["steps"]
+        words, run = flags[:i] + flags[i + 4:], ["--out_dir", folder / "run"]          # the preset's warmup, too
+        words += "--opt rf_rmsprop --opt_kwargs batch_size=77 --track 0 --epochs 1".split()
+        assert call_main(translate_train, *words, *run)[0] == 0
+        config, log = json.loads((folder / "run/config.json").read_text()), read_log(folder / "run")
+        assert config["hyper"]["batch_size"] == 77 and not any("rotation" in line for line in log)
+        epoch = config["steps"]
+        assert config["warmup"] == epoch // 10 > 0, "in so short a run"
         for more, steps in (([], epoch), (["--steps", epoch + 3], epoch + 3), ([], epoch + 3),
                             (["--epochs", 2], 2 * epoch), ([], 2 * epoch)):
             assert call_main(translate_train, "--resume", *run, *more)[0] == 0
