@@ -5798,6 +5798,7 @@ def test_sweep_shares_the_machine():
     """As many runs at a time as --jobs says, or as there are GPUs, spread over these; what somebody else has finished
     is not run again; the first signal is passed on as SIGTERM, the second as SIGKILL."""
     no_wait = unittest.mock.patch.object(time, "sleep")
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
 
     class Process:
         returncode = 0
@@ -5823,19 +5824,25 @@ def test_sweep_shares_the_machine():
             alive, seen, claim = [], [], sweep.claim
 
             def start(run, lock, gpu):
+                assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN, "under nohup it is to go on"
                 alive.append(Process(1))
                 seen.append((run, gpu, len(alive)))
                 return alive[-1]
 
             def somebody(folder):                   # finishes the last one in the meantime
                 if folder.name == runs[4].name:
+                    (folder / "ckpt.pt").touch()
                     (folder / "log.jsonl").write_text('{"val_loss": 2, "final": true}\n')
                 return claim(folder)
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)
             with unittest.mock.patch.multiple(sweep, gpus=lambda: ["3", "5"], claim=somebody):
                 with unittest.mock.patch.multiple(lab, start=start, ended=lambda run, status: imagined(1.0)), no_wait:
                     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                         lab.do(runs, 5)
+            signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+            assert {number: signal.getsignal(number) for number in before} == before
             assert [run for run, *_ in seen] == runs[:4], "the fifth is done already"
+            assert not (lab.out_dir / runs[4].name / "ckpt.pt").exists(), "it needs its checkpoint no more"
             assert max(count for *_, count in seen) == most and [gpu for _, gpu, _ in seen] == used, (jobs, seen)
 
     class Stopped(Process):
@@ -6059,6 +6066,9 @@ def test_sweep_verdicts():
     assert verdicts("zero_shot", lambda f: bowl(f, 0.004) + 0.01 * rotational(f)) == [True] * 3
     worse = "rotational_sgd"
     assert verdicts("zero_shot", lambda f: bowl(f, 0.004) + 0.03 * (f["opt"] == worse)) == [True, False, True]
+    assert verdicts("zero_shot", lambda f: 1.5 + 0.09 * (f["opt"] == worse and f["seed"] == "3")) == [True, False, True]
+    found = sweep.zero_shot(ImaginedLab(lambda f: bowl(f, 0.004) + float(f["weight_decay"]) / 100))
+    assert "at lr 0.004, weight_decay 0.03" in found.checks[0][0], "not the best of the grid"
     for lost in ("rotational_lion", "lion"):        # if both diverge, neither is as good as the other
         assert verdicts("zero_shot", lambda f: math.nan if f["opt"].endswith(lost) else 1.5) == [True, True, False]
 
@@ -6066,6 +6076,8 @@ def test_sweep_verdicts():
         return lambda f: 1.5 + (f["warmup"] == "0") * (turning if rotational(f) else plain)
     assert verdicts("warmup", needs(0.1, 0.04)) == [True, True]
     assert verdicts("warmup", needs(0.1, 0.06)) == [False, False] and verdicts("warmup", needs(0.01, 0)) == [False] * 2
+    second = needs(0.1, 0.16), needs(0.1, 0)        # the mean counts, over both seeds
+    assert verdicts("warmup", lambda f: second[f["seed"] == "1"](f)) == [False] * 2
     assert verdicts("warmup", lambda f: math.nan if f["warmup"] == "0" and not rotational(f) else 1.5) == [True, True]
     for name, size in (("lr_transfer_width", "n_embd"), ("lr_transfer_depth", "n_layer")):
         smallest = {"n_embd": 32, "n_layer": 1}[size]
@@ -6151,7 +6163,8 @@ def test_sweep_verdicts_of_root_free():
         def loss(f):
             by_dtype = {"bfloat16": losses[0], "float32": losses[1 if f["opt"] == "if_shampoo" else 2]}
             wrong = f["lr"] != {"if_shampoo": "0.008", "shampoo": "0.0012"}[f["opt"]]
-            return by_dtype[f.get("opt_kwargs.dtype", "float32")] + wrong
+            of_seed = 0.1 * (int(f["seed"]) - 2) * (f.get("opt_kwargs.dtype") == "bfloat16")
+            return by_dtype[f.get("opt_kwargs.dtype", "float32")] + wrong + of_seed
         lab = ImaginedLab(loss, lambda f: seconds(f) if swap > 0 else [
             {"step": 150, "seconds": 0.0}, {"step": 300, "seconds": 1 / seconds(f)[-1]["seconds"]}])
         found = sweep.half_precision(lab)
@@ -6167,6 +6180,7 @@ def test_sweep_experiment_as_a_whole():
         with contextlib.redirect_stdout(out):
             sweep.experiment(ImaginedLab(lambda f: loss if f["opt"] == "rotational_sgd" else 1.5), "zero_shot", None)
         assert words in out.getvalue() and ("NO" in out.getvalue()) == (loss > 1.5), out.getvalue()
+    assert sweep.half_run(ImaginedLab(None), 300, {}, 1)["eval_every"] == "150", "its clock begins in the middle"
     run = sweep.model_run(ImaginedLab(None), "gpt", steps=7, eval_every=None)
     assert (run["steps"], run["n_embd"], run["eval_every"]) == ("7", "64", None)
     with temporary_folder() as folder, contextlib.chdir(folder):
@@ -6180,6 +6194,14 @@ def test_sweep_experiment_as_a_whole():
                 assert False, "one run failed"
             except SystemExit as stop:
                 assert stop.code == 1 and "words. Mend it" in err.getvalue()
+        try:
+            lab.results([sweep.Run.of("nanogpt_train.py", {"lr": 1})])
+            assert False, "no verdict on runs that are not there"
+        except sweep.Unfinished as stop:
+            assert stop.args == (1, 1)
+        toy_lab(folder).note(run)
+        status, out, _ = call_main(sweep, "--run", run.name, "--out_dir", "out")
+        assert status == 1 and out.startswith("failed: "), out
         words = ["--random", 3, "--space", "lr=log(1,2)", "--seed", 7, "--seeds", 2, "--out_dir", "new"]
         assert call_main(sweep, *words, "--print_commands")[0] == 0
         drawn = sweep.draw({"lr": sweep.Space("log", (1.0, 2.0))}, 3, 7)
