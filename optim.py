@@ -907,7 +907,7 @@ def block_size(geometry, device, compiled):
     if compiled and (geometry is PLAIN or device.type != "cpu"):
         return sys.maxsize
     if device.type == "cpu":
-        return 2**20 if compiled else 2**17
+        return 2**20 if compiled else 2**18
     return 2**23
 
 
