@@ -175,8 +175,7 @@ def warm_average(average, x, fresh):
 
     `fresh` is that factor. It falls from 1 at t = 1, where the whole of x is taken, to the 1-b of a running average.
     """
-    average.add_((x - average).mul_(fresh))
-    return average
+    return average.lerp_(x, fresh)
 
 
 def warm_sgd(g, state, h, decay=0):
@@ -195,7 +194,7 @@ def warm_adam(g, state, h, decay=0):
     """
     m = warm_average(state["exp_avg"], g, h["fresh1"])
     v = warm_average(state["exp_avg_sq"], g * g, h["fresh2"])
-    return torch.where(v > 0, m / v.sqrt(), 0)      # v is 0, too, where g^2 is too small for its type, though g is not
+    return (m / v.sqrt()).masked_fill_(v == 0, 0)   # v is 0, too, where g^2 is too small for its type, though g is not
 
 
 def lion(g, state, h, decay=0):
@@ -204,7 +203,8 @@ def lion(g, state, h, decay=0):
     Shapes   g, m, d: the parameter's               State   exp_avg = m = 0 at first
     Units    d has none: every entry is -1, 0 or 1, so ||d|| = sqrt(number of weights): larger than Adam's by far. Use a
              learning rate some 3 to 10 times smaller and a decay larger by as much
-    Notice   m is read before it is updated, and with the other beta. Swap the two lines: a different method.
+    Notice   m is read before it is updated, and with the other beta. Swap the two lines: a different method. In torch
+             sign(nan) is 0: an entry whose gradient once was NaN stands still for good, and only m tells why
     Try      set b1 = b2. Which older optimizer is left? (The sign of an average: Signum)
     """
     m, (b1, b2) = state["exp_avg"], h["betas"]

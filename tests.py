@@ -1522,6 +1522,19 @@ def test_modular_survives_degenerate_updates():
     same_bits(ends[:1], ends[1:], "tiny updates")
 
 
+def test_nan_is_not_hidden():
+    """A NaN or an Inf in one step's gradients shows in the weight by the next: no method mends it and trains on in
+    silence. Lion's sign would: there it shows in the average."""
+    for name, bad in itertools.product(optim.OPTIMIZERS, (math.nan, math.inf)):
+        [w] = parameters([(6, 5)])
+        [first], [second] = noise([(6, 5)], 2)
+        first[1, 2] = bad
+        optimizer = make(name, [w])
+        run(optimizer, [[first], [second]])
+        shown = optimizer.state[w]["exp_avg"] if base(name) == "lion" else w
+        assert not shown.isfinite().all(), f"{name}: {bad} in a gradient went unnoticed"
+
+
 def test_modular_training_never_turns_to_nan():
     """A tiny modular GPT stays finite in 100 runs with different seeds, some of whose tokens never occur."""
     for seed in range(100):
