@@ -2,14 +2,15 @@
 tests.py: what optim.py promises, checked. Every test compares with something computed independently: torch.optim, a
 slow transcription in numpy, a closed form, or a quantity that has to stay the same.
 
-    python tests.py                 all tests: one line each, then what was counted; exit status 1 if any failed
-    python tests.py probe errors    only the tests whose name contains one of the words
+    python tests.py                 all tests, one a core: a line each, then what was counted; status 1 if any failed
+    python tests.py probe errors    only the tests whose name contains one of the words, one after the other
     python tests.py --long killed   runs of the scripts are killed and resumed 20 times each instead of 4
     python -m pytest tests.py       the same under pytest (not needed)
 
 A test is a function; its docstring is the claim it checks. Add one by writing it: no registration, no fixtures.
 """
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import csv
@@ -6228,32 +6229,51 @@ def test_sweep_experiment_as_a_whole():
 # ======================================================================================================================
 
 
+def one_thread():
+    """These tensors are tiny: more threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+def attempt(name):
+    """Run a test -> (verdict, claim or why it was skipped, seconds, traceback if it failed, what it counted)."""
+    test, began, details = globals()[name], time.perf_counter(), ""
+    claim = inspect.getdoc(test)
+    TALLY.clear()
+    try:
+        test()
+        verdict = "ok"
+    except unittest.SkipTest as skip:
+        verdict, claim = "skip", str(skip)
+    except Exception:
+        verdict, details = "FAIL", traceback.format_exc()
+    return verdict, claim, time.perf_counter() - began, details, TALLY.copy()
+
+
 def main(words):
     words = [word for word in words if word != "--long"]
-    tests = {name: f for name, f in globals().items() if name.startswith("test_") and inspect.isfunction(f)}
-    chosen = {name: f for name, f in tests.items() if not words or any(word in name for word in words)}
+    tests = [name for name, f in globals().items() if name.startswith("test_") and inspect.isfunction(f)]
+    chosen = [name for name in tests if not words or any(word in name for word in words)]
     if not chosen:
         sys.exit(f"tests.py: no test has {' or '.join(words)} in its name; there are: {', '.join(tests)}")
-    width, count = max(len(name) for name in chosen), {"ok": 0, "FAIL": 0, "skip": 0}
-    for name, test in chosen.items():
-        began, details = time.perf_counter(), ""
-        claim = inspect.getdoc(test)
-        try:
-            test()
-            verdict = "ok"
-        except unittest.SkipTest as skip:
-            verdict, claim = "skip", str(skip)
-        except Exception:
-            verdict, details = "FAIL", traceback.format_exc()
-        count[verdict] += 1
-        print(f"{verdict:4s} {name:{width}s} {time.perf_counter() - began:6.2f} s   {claim}", flush=True)
-        if details:
-            print(details, flush=True)
-    print("; ".join([f"{count['ok']} passed, {count['FAIL']} failed, {count['skip']} skipped",
-                     *(f"{number} {what}" for what, number in TALLY.items())]))
-    return 1 if count["FAIL"] else 0
+    width, verdicts, total = max(map(len, chosen)), collections.Counter(), collections.Counter()
+    # All of them: as many at a time as there are cores, but no more than fit into a laptop's memory. A few: in this
+    # process, where a debugger can be used.
+    at_a_time = 1 if words else min(os.cpu_count(), 4)
+    with contextlib.ExitStack() as stack:
+        run_all = map
+        if at_a_time > 1:
+            run_all = stack.enter_context(concurrent.futures.ProcessPoolExecutor(at_a_time, initializer=one_thread)).map
+        for name, (verdict, claim, seconds, details, counted) in zip(chosen, run_all(attempt, chosen)):
+            verdicts[verdict] += 1
+            total += counted
+            print(f"{verdict:4s} {name:{width}s} {seconds:6.2f} s   {claim}", flush=True)
+            if details:
+                print(details, flush=True)
+    print("; ".join([f"{verdicts['ok']} passed, {verdicts['FAIL']} failed, {verdicts['skip']} skipped",
+                     *(f"{number} {what}" for what, number in total.items())]))
+    return 1 if verdicts["FAIL"] else 0
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)            # these tensors are tiny: more threads would only wait for each other
+    one_thread()
     sys.exit(main(sys.argv[1:]))
