@@ -678,6 +678,12 @@ def neuron_norm(w, dims):
     return torch.linalg.vector_norm(w, dim=dims, keepdim=True)
 
 
+def sum_of_squares(d, dims):
+    """||d||^2 of every neuron, shaped like neuron_norm's. Without its root, which compiled code would take once more for
+    every few weights of the neuron."""
+    return (d * d).sum(dims, keepdim=True)
+
+
 def rotational(direction, w, g, state, h):
     """Turn every neuron on the sphere it started on ([RE], algorithm 1). The average angle per step is set outright to
     what the plain optimizer would reach in equilibrium, if decay is not divided by an RMS: the same for every neuron of
@@ -696,14 +702,14 @@ def rotational(direction, w, g, state, h):
     """
     dims, n, U = neuron_dims(w, h), state["norm"], state["update_norm_sq"]
     d = direction.turning(g, state, h, h["weight_decay"] * w) if direction.turning else direction.update(g, state, h)
-    whole = neuron_norm(d, dims)
+    whole_sq = sum_of_squares(d, dims)
     if h["zero_mean"]:
         d = d - d.mean(dims, keepdim=True)                          # first: afterwards it would undo the tangent
     radial = (d * w).sum(dims, keepdim=True) / n**2
     d = torch.addcmul(d, w, radial, value=-1)                       # d - w (d.w)/n^2: the rest would only change ||w||
-    size = neuron_norm(d, dims)
-    turns = size > rounding(w) * whole                              # where only rounding is left, there is no direction
-    U.lerp_(size**2 * turns, 1 - h["update_norm_decay_factor"])
+    size_sq = sum_of_squares(d, dims)
+    turns = size_sq > rounding(w) ** 2 * whole_sq                   # where only rounding is left, there is no direction
+    U.lerp_(torch.where(turns, size_sq, 0), 1 - h["update_norm_decay_factor"])
     rms = (U / h["unbias_update_norm"]).sqrt()
     w.addcmul_(d, torch.where(turns, h["angle"] * n / (rms + h["rotational_eps"]), 0), value=-1)
     w.mul_(n / neuron_norm(w, dims))                                # back onto the sphere, exactly

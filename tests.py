@@ -1536,6 +1536,20 @@ def test_nan_is_not_hidden():
         assert not shown.isfinite().all(), f"{name}: {bad} in a gradient went unnoticed"
 
 
+def test_rotation_outlives_an_overflow():
+    """A gradient too large for its square to be a float32 counts as none: the neuron rests for that step, and turns in
+    the next as if nothing had been. (An update_norm_sq of NaN would hold it for good, and w would not show it.)"""
+    def trained(scale, compiled):
+        [w] = parameters([(6, 5)], torch.float32)
+        gradients = noise([(6, 5)], 3, torch.float32)
+        gradients[0][0][2] *= scale
+        run(optim.RotationalSGD([w], lr=0.1, momentum=0, weight_decay=0.01, compile=compiled), gradients)
+        return w.detach()
+
+    for compiled in (False, True):
+        assert torch.equal(trained(1e25, compiled), trained(0.0, compiled)), f"compile={compiled}"
+
+
 def test_modular_training_never_turns_to_nan():
     """A tiny modular GPT stays finite in 100 runs with different seeds, some of whose tokens never occur."""
     for seed in range(100):
