@@ -5469,18 +5469,26 @@ def test_lesson_draws():
 
 
 def test_bench_of_steps():
-    """in_turn gives the time of a step and how many times that of the reference it is; the share of copying counts
-    weights and state twice, gradients once."""
-    with unittest.mock.patch("optim.milliseconds", lambda step: step()):
-        assert optim.in_turn(lambda: 6.0, lambda: 2.0) == (6.0, 3.0)
+    """in_turn gives the time of a step and how many times that of the reference it is, over whole rounds where steps
+    differ; the share of copying counts weights and state twice, gradients once."""
+    clock, costs = [0.0], itertools.cycle((0.001, 0.011))   # of every two steps one is long, as shampoo's
+
+    def pass_time(seconds):
+        clock[0] += seconds
+
+    with unittest.mock.patch("optim.time.perf_counter", lambda: clock[0]):
+        found = optim.in_turn(lambda: pass_time(next(costs)), lambda: pass_time(0.002), 2)
+    assert np.allclose(found, (6.0, 3.0)), found
     small = [nn.Parameter(weight(*shape)) for shape in ((9, 4), (5, 4), (4, 4), (4,))]
     for p in small:
         p.grad = torch.ones_like(p)
     with unittest.mock.patch.multiple(                      # 8 ms a copy: as many bytes in a ms as there are weights;
             optim, gpt2_parameters=lambda *_: small, milliseconds=lambda step: (step(), 8.0)[1],
-            in_turn=lambda *_: (4.0, 0.5), update_compiled=optim.update):       # 4 * 3 + 2 * 8 in 4 ms are 7 times that
-        status, out, _ = call_main(optim, "--bench", "adamw")
-    assert status == 0 and re.search("adamw +8.0 B/weight +4.0 ms  0.50x +4.0 ms  0.50x +700%", out), out
+            in_turn=lambda step, reference, count: (4.0, 0.5 * count), update_compiled=optim.update):
+        status, out, _ = call_main(optim, "--bench", "adamw", "shampoo")
+    assert status == 0
+    assert re.search("adamw +8.0 B/weight +4.0 ms  0.50x +4.0 ms  0.50x +700%", out), out       # 4 * 3 + 2 * 8 in 4 ms
+    assert re.search("shampoo .* 4.0 ms  1.00x +4.0 ms  1.00x", out), out                       # rounds of 2 steps
 
 
 # ======================================================================================================================
