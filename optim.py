@@ -74,8 +74,9 @@ Papers:
           Second-Order Perspective. ICML 2024, arXiv:2402.03496
   [Shampoo] Gupta, Koren, Singer. Shampoo: Preconditioned Stochastic Tensor Optimization. ICML 2018, arXiv:1802.09568
 
-To add a row: write its function; its line in DIRECTIONS (with gain, kappa and contribution, if it is to rotate); the
-range of each new hyperparameter in RANGES; a class, or compose(...) if it needs no docstring; its names in OPTIMIZERS.
+To add a row: write its function; its line in DIRECTIONS (with gain and kappa, if it is to rotate; with by_entry=False,
+if an entry of d depends on other entries of g); the range of each new hyperparameter in RANGES; a class, or
+compose(...) if it needs no docstring; its names in OPTIMIZERS.
 """
 import argparse
 import copy
@@ -204,7 +205,7 @@ def lion(g, state, h, decay=0):
     Units    d has none: every entry is -1, 0 or 1, so ||d|| = sqrt(number of weights): larger than Adam's by far. Use a
              learning rate some 3 to 10 times smaller and a decay larger by as much
     Notice   m is read before it is updated, and with the other beta. Swap the two lines: a different method. In torch
-             sign(nan) is 0: an entry whose gradient once was NaN stands still for good, and only m tells why
+             sign(nan) is 0: for an entry whose gradient once was NaN, d is 0 for good, and only m tells why
     Try      set b1 = b2. Which older optimizer is left? (The sign of an average: Signum)
     """
     m, (b1, b2) = state["exp_avg"], h["betas"]
@@ -306,7 +307,8 @@ def shampoo(g, state, h, decay=0):
     Units    every L_i has those of g^2, and the powers -1/(2k) of k modes make 1/g of it: d has no unit
     Notice   a root takes an eigendecomposition, which is costly: hence one every `update_every` steps. And it takes
              float32 at least: eigenvalues below the rounding of the largest come out as noise, and a negative power
-             blows noise up. Hence no bfloat16
+             blows noise up. Hence no bfloat16. And in between, old roots meet new gradients: along what none of the
+             old ones showed they are damping^(-1/(2k)), a large number where few gradients fill L_i: a long bias
     """
     x = torch.atleast_1d(g).to(state["L0"].dtype)
     order = x.dim()
@@ -410,8 +412,8 @@ def if_shampoo(g, state, h, decay=0):
 #
 #   gain          sum of c_j: over all time, one gradient g moves the weight by  lr * gain * (what g is turned into).
 #   contribution  RMS size of an entry of what g is turned into: sigma for sgd, 1 where d is divided by an RMS.
-#   kappa         RMS size of ONE update over that of everything one gradient contributes:  sqrt(sum c_j^2) / sum c_j.
-#                 Its parts all point the same way; the longer they are stretched out in time, the smaller each one is.
+#   kappa         RMS size of ONE update over that of all that one gradient adds up to:  sqrt(sum c_j^2) / sum c_j. A
+#                 longer memory cuts this sum into more and smaller parts, which all point the same way: kappa falls.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -474,9 +476,11 @@ def mode_factors(w, h, **starts):
 
 
 def shampoo_objection(h):
-    """What is wrong with Shampoo's options: no damping, or a dtype too coarse for inverse roots."""
+    """What is wrong with Shampoo's options: no damping, no average, or a dtype too coarse for inverse roots."""
     if h["damping"] == 0:
         return ("damping=0: a matrix that too few gradients have filled has no inverse root. Set damping > 0, say 1e-6")
+    if not 0 < h["lr_cov"] <= 1:
+        return (f"lr_cov={h['lr_cov']}: the share of the newest gradient in an average. Set 0 < lr_cov <= 1")
     if h["dtype"] in (torch.bfloat16, torch.float16):
         return (f"dtype={h['dtype']}: inverse roots need float32 or float64. Rounding to {h['dtype']} makes small "
                 "eigenvalues noise, and a negative power blows it up; if_shampoo has no roots and runs in bfloat16")
@@ -541,7 +545,7 @@ class Direction:
     gain: Callable = lambda h: 1.0                  # these three: see "What one gradient does over all time"
     kappa: Callable = lambda h: 1.0
     contribution: Callable = lambda h, sigma: 1.0
-    pull: Callable = lambda h, sigma: 1.0           # how strongly wd pulls, relative to decoupled decay
+    pull: Callable = lambda h, sigma: 1.0           # what to multiply wd by: 1/sigma where decay is divided by an RMS
     objection: Callable = lambda h: None            # what is wrong with a combination of hyperparameters, in words
     turning: Callable | None = None                 # another `update`, fed with the decay, for the rotational geometry
     by_entry: bool = True                           # does each entry of d depend on the same entry of g alone?
@@ -619,7 +623,7 @@ def equilibrium(direction, h, C, sigma):
     Formula  norm^2 * 2 lr_total wd  =  (lr_total * contribution)^2 * C           decay = growth, in every step
              angle = kappa * lr_total * contribution * sqrt(C) / norm  =  kappa sqrt(2 lr_total wd)
              with lr_total = lr * gain. For adam and rmsprop wd stands for wd / sigma: it is divided by the RMS, too
-    Args     C: weights in the neuron. sigma: RMS size of a gradient entry (felt by all but adamw and lion)
+    Args     C: weights in the neuron. sigma: RMS size of a gradient entry (not felt by adamw, lion, shampoo)
     Returns  norm in the weight's unit, angle in radians; (nan, nan) where nothing decays or nothing moves. Shampoo:
              (nan, angle), as the size of its steps depends on the shape, the angle does not
     Source   [RE], section 3.2 and table 1. Lion's sign is linearised there: see lion_walk_norm for the exact value
@@ -679,8 +683,8 @@ def neuron_norm(w, dims):
 
 
 def sum_of_squares(d, dims):
-    """||d||^2 of every neuron, shaped like neuron_norm's. Without its root, which compiled code would take once more for
-    every few weights of the neuron."""
+    """||d||^2 of every neuron, shaped like neuron_norm's. Without its root, which compiled code would take once more
+    for every few weights of the neuron."""
     return (d * d).sum(dims, keepdim=True)
 
 
@@ -718,9 +722,9 @@ def rotational(direction, w, g, state, h):
 def rotational_init(w, h):
     """n = ||w||, kept for ever; U = 0. One number of each per neuron. (h["norm"] is another thing: modular's.)
 
-    U is every other number of a list. The gaps mean nothing, but for them the compiler of torch 2.13 does not work on
-    the U of 16 neurons at once on a CPU; and only if it takes neurons one by one can it join that loop to those over a
-    neuron's weights, which then stay in the cache.
+    U is every other number of a list; those between mean nothing. Without these gaps the compiler of torch 2.13 works
+    on the U of 16 neurons at once on a CPU. It then cannot join that loop to those over a neuron's weights, which stay
+    in the cache if neurons are taken one by one.
     """
     norm = neuron_norm(w, neuron_dims(w, h))
     return {"norm": norm, "update_norm_sq": torch.stack([torch.zeros_like(norm)] * 2, dim=-1)[..., 0]}
@@ -830,8 +834,9 @@ def modular(direction, w, g, state, h):
 
 
 def usual_size(shape, norm):
-    """The norm of a weight that turns inputs of RMS 1 into outputs of RMS 1. (An embedding has one number as its input,
-    so each of its rows has norm sqrt(dim).) Spectral: of each kernel position."""
+    """The norm of a weight that turns inputs of RMS 1 into outputs of RMS 1, if they point where it stretches most.
+    (An embedding has one number as its input, so each of its rows has norm sqrt(dim).) Spectral: of each kernel
+    position."""
     if norm == "rows":
         return math.sqrt(shape[1])
     return math.sqrt(shape[0] / shape[1]) / math.prod(shape[2:])
@@ -1039,7 +1044,8 @@ RANGES = {                                          # NaN fails every comparison
     "update_every": (lambda x: isinstance(x, int) and x >= 1, "a whole number >= 1"),
     "max_dim": (lambda x: x >= 0, "a number >= 0"),
     "graft": (lambda x: x in (None, "sgd", "adam"), "None, 'sgd' or 'adam'"),
-    "dtype": (lambda x: x is None or x.is_floating_point, "None or a floating-point torch.dtype"),
+    "dtype": (lambda x: x in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
+              "None or torch.float64, float32, bfloat16 or float16"),
     "share": (is_size, "a finite number >= 0"),
     "norm": (lambda x: x in ("spectral", "rows"), "'spectral' or 'rows'"),
     "scale": (lambda x: x is None or 0 < x < math.inf, "None or a finite number > 0"),
@@ -1071,12 +1077,13 @@ class Optimizer(torch.optim.Optimizer):
     run, since some backward passes add with atomics: see torch.use_deterministic_algorithms.
 
     compile=True: the step goes through torch.compile. lr may then change at every step; a change of any other
-    hyperparameter compiles anew, and after some eight of those torch gives up and runs the step eagerly.
+    hyperparameter compiles anew, and after some eight of those torch gives up and runs the step eagerly. Another set of
+    parameters that have a gradient compiles anew, too, without such a limit.
 
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
     Errors   ValueError for values out of range, unknown keys in a group, parameters that are complex, sparse or
-             expanded, or of FSDP where the update needs whole matrices, sparse gradients, a checkpoint of another kind
-             of optimizer or model; TypeError for an unknown argument
+             expanded, or of FSDP where the update needs whole matrices, sparse gradients, a checkpoint of another model
+             or of an optimizer with other hyperparameters or averages; TypeError for an unknown argument
     """
     direction: Direction
     geometry: Geometry = PLAIN
@@ -1180,19 +1187,22 @@ class Optimizer(torch.optim.Optimizer):
         for index, group in enumerate(self.param_groups):       # refuse before anything has moved
             self._check_values(index)                           # schedules and people edit groups in mid-run
             for i, p in enumerate(group["params"]):
-                if p.grad is not None and p.grad.layout is not torch.strided:
+                if p.grad is None:
+                    continue
+                if p.grad.layout is not torch.strided:
                     raise ValueError(f"{type(self).__name__}: {name_of(group, i, index)} has a sparse gradient, which "
                                      "is not supported: build nn.Embedding with sparse=False")
+                if "step" not in self.state.get(p, {}):         # it may have been overwritten since the constructor
+                    self._check_parameter(p, group, name_of(group, i, index))
         heavy = self.direction.gain is heavy_ball_gain
         eager, compiled = [], []
-        for index, group in enumerate(self.param_groups):
+        for group in self.param_groups:
             hyper_at = {}
-            for i, p in enumerate(group["params"]):
+            for p in group["params"]:
                 if p.grad is None:
                     continue
                 geometry, state = self.geometry_of(p, group), self.state[p]
                 if "step" not in state:
-                    self._check_parameter(p, group, name_of(group, i, index))   # it may have been overwritten since
                     geometry.prepare(p, group)
                     w = working_copy(p)
                     state.update(step=0, **self.direction.init(w, group), **geometry.init(w, group))
@@ -1255,8 +1265,13 @@ class Optimizer(torch.optim.Optimizer):
         for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
             for i, (p, number) in enumerate(zip(group["params"], saved["params"])):
                 w = working_copy(p.detach()).to("meta")         # what the state would look like, without its memory
-                like = self.direction.init(w, saved) | self.geometry.init(w, saved)
-                for key, value in state_dict["state"].get(number, {}).items():
+                averages, entries = self.direction.init(w, saved), state_dict["state"].get(number, {})
+                like = averages | self.geometry.init(w, saved)
+                missing = averages.keys() - entries.keys() - {"momentum_buffer"}        # that may come in mid-run
+                if entries and missing:
+                    raise ValueError(f"{kind}: this state_dict was saved by another optimizer: it has no "
+                                     f"{', '.join(sorted(missing))} of {name_of(group, i, index)}")
+                for key, value in entries.items():
                     if not isinstance(value, torch.Tensor):
                         continue
                     if key in like and value.shape != like[key].shape:
@@ -1366,10 +1381,9 @@ class RotationalSGD(Optimizer):
 
     Formula  m <- momentum * m + g;   d = m, made zero-mean and tangent;   every neuron turns, on average, by
              angle = sqrt(2 lr weight_decay / (1 + momentum))  radians a step along d, and keeps its norm
-    Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0; the others (biases,
-             gains) follow plain SGD, with their group's decay
+    Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0 (settled at a
+             weight's first step); the others (biases, gains) follow plain SGD, with their group's decay
     State    1 tensor like w (none if momentum = 0) and 2 numbers per neuron
-             (settled at a weight's first step)
     Options  update_norm_decay_factor: of the average of ||d||^2; 0: every step turns by exactly arctan(angle)
              per_neuron: False keeps the norm of the whole tensor instead.   zero_mean: neurons and updates are centred
              (weights at construction, keeping their norm).   rotational_eps: added to the average size of d
@@ -1556,8 +1570,10 @@ class Shampoo(Optimizer):
              of that method's direction (adam without momentum, b2 = 1 - lr_cov).  dtype: of the matrices; None: the
              parameter's, float32 at least
     Units    d has none (graft="sgd": g's). Its size depends on the shape: on noise, without graft,
-             ||d|| = (number of weights)^(1/(2k))
-    Errors   ValueError: values out of range; damping 0; dtype bfloat16 or float16, which no root survives
+             ||d|| = (number of weights)^(1/(2k)), if no mode is so long that the gradients of the last 1 / lr_cov
+             steps cannot fill its L_i
+    Errors   ValueError: values out of range; damping 0; lr_cov 0 or above 1; dtype bfloat16 or float16, which no root
+             survives
     Source   Gupta et al. 2018, algorithm 1 and 2, with a running average; heavy ball and decay as in RootFreeRMSProp
     """
     direction = DIRECTIONS["shampoo"]
@@ -1582,7 +1598,8 @@ class InverseFreeShampoo(Optimizer):
     Options  update_every: the largest gap between preconditioner steps; they are dense at first (`refreshes`).
              lr_cov_scale: a factor of lr_cov, given in a group. `build` gives 0.25 to parameters with 1 dim (the
              authors to all whose name holds norm, proj or bias).
-             dtype: of the whole recursion; None: the parameter's, float32 at least. Weights keep their own
+             dtype: of the whole recursion; None: the parameter's, float32 at least. Weights keep their own. float16
+             overflows where bfloat16 does not.  damping=0: K grows for ever along what no gradient ever shows
     Units    batch_size B: over how many examples the loss is a mean. With one mode d is a Newton step: lr has no unit
     Settles  where gradients are noise without structure: as RootFreeRMSProp, with damping for eps
     Errors   ValueError: batch_size missing or <= 0; values out of range
@@ -1599,8 +1616,8 @@ class InverseFreeShampoo(Optimizer):
 
 def compose(name, direction, geometry):
     """A class for a pair that no paper has named. It takes the hyperparameters of both, as keywords."""
-    doc = (f"The direction {direction} under the {geometry.name} geometry: options as in its plain class and in "
-           f"{'RotationalSGD' if geometry is ROTATIONAL else 'ModularSGD'}.")
+    options = {ROTATIONAL: " and in RotationalSGD", MODULAR: " and in ModularSGD"}.get(geometry, "")
+    doc = f"The direction {direction} under the {geometry.name} geometry: options as in its plain class{options}."
     return type(name, (Optimizer,), {"direction": DIRECTIONS[direction], "geometry": geometry, "__doc__": doc,
                                      "__module__": __name__})
 
@@ -1624,7 +1641,8 @@ ModularInverseFreeShampoo = compose("ModularInverseFreeShampoo", "if_shampoo", M
 # A network is written as an expression of its layers ([MN], section 3 and table 1). Two numbers belong to every part:
 #
 #   mass          how much of the learning is to happen in it. A weight has mass 1 unless told otherwise
-#   sensitivity   how much its output can change, per change of its input: each relative to its usual size. 1 is best
+#   sensitivity   its output's largest relative change, per relative change of its input (a Lipschitz constant). At 1 a
+#                 chain of parts neither amplifies changes nor damps them
 #
 #                              mass             sensitivity
 #   weight(layer)              1                1             nn.Linear, nn.Conv2d, nn.Embedding
@@ -1679,7 +1697,7 @@ class Tree:
 
     def weights(self, target=1.0, unit=1.0):
         """Yield (leaf, mass, share) in the order of the forward pass. target: the size of this part's update; unit:
-        what a mass of 1 in here counts outside."""
+        what `tare` around it has made of a mass of 1 in here (for the masses yielded alone: no share depends on it)."""
         raise NotImplementedError
 
     def part(self, i, parts):
@@ -1915,18 +1933,24 @@ def bond(name, sensitivity=1.0):
 def initialise(tree):
     """Fill the weights of a tree, in place, with random ones of their usual norm, which is what the shares presuppose.
     Linear: all singular values are sqrt(out/in). Conv: so at each kernel position, divided by the number of these.
-    Embedding: rows of norm sqrt(dim).
+    Embedding: rows of norm sqrt(dim), and zeros at padding_idx.
 
+    Errors   ValueError for a weight that is not a Parameter, but computed from others (weight_norm, parametrizations)
     Source   [MN]; the authors store the same divided by `scale` and multiply by it in the forward pass
     """
     for leaf, _, _ in tree.weights():
         w = leaf.layer.weight
+        if not isinstance(w, torch.nn.Parameter):
+            raise ValueError(f"initialise: the weight of {leaf.words()} is computed from other parameters: initialise "
+                             "first, then add the weight_norm or parametrization")
         if leaf.norm == "rows":
             w.normal_()
             w.mul_(leaf.scale / torch.linalg.vector_norm(w, dim=1, keepdim=True))
+            if getattr(leaf.layer, "padding_idx", None) is not None:
+                w[leaf.layer.padding_idx] = 0
             continue
         for position in w.flatten(2).unbind(2) if w.dim() > 2 else [w]:
-            position.copy_(leaf.scale * torch.nn.init.orthogonal_(torch.empty_like(position)))
+            position.copy_(leaf.scale * torch.nn.init.orthogonal_(torch.empty_like(working_copy(position))))
 
 
 # ======================================================================================================================
@@ -2001,12 +2025,13 @@ def build(name, model, **hyper):
         groups = modular_groups(model, matrices)
     else:
         h = kind.takes() | hyper | {"weight_decay": 1.0}        # no decay at all: for the class to complain about
-        stuck = {n for n, p in matrices if p.numel() == 0 or why_stuck(p, h)}
+        stuck = {n for n, p in matrices if p.numel() == 0 or p.isfinite().all() and why_stuck(p, h)}    # NaN: refused
         groups = [{"params": [(n, p) for n, p in matrices if n not in stuck], "rotational": True},
                   {"params": [(n, p) for n, p in matrices if n in stuck], "rotational": False}]
     groups.append({"params": vectors, "weight_decay": 0.0})
     if kind.geometry is MODULAR:
-        groups[-1]["lr"] = 0.01 * hyper.get("lr", kind.takes()["lr"])
+        lr = hyper.get("lr", kind.takes()["lr"])
+        groups[-1]["lr"] = 0.01 * lr if isinstance(lr, (int, float, torch.Tensor)) else lr      # the class refuses it
     if "lr_cov_scale" in kind.takes():              # if_shampoo: the authors' factor; they go by names
         groups[-1]["lr_cov_scale"] = 0.25
     return kind([group for group in groups if group["params"]], **hyper)
@@ -2202,6 +2227,8 @@ def lesson(plot=None):
     """Print the table of optimizers and the random walk; with `plot`, draw the walk into that file as well."""
     if plot and not importlib.util.find_spec("matplotlib"):
         fail("--plot needs matplotlib: pip install matplotlib")
+    if plot and not os.path.isdir(os.path.dirname(plot) or "."):
+        fail(f"cannot draw {plot}: there is no folder {os.path.dirname(plot)}; make it first")
     torch.manual_seed(0)
     print("An optimizer is a direction (which way) times a geometry (how far, on which surface).\n")
     print(f"{'name':22s} {'geometry':11s} {'state':>12s}   direction")
@@ -2301,8 +2328,8 @@ def milliseconds(step, count=1):
 
 
 def in_turn(step, reference, count=1, repeats=9):
-    """Median time of a step (each time the mean of `count`), and median ratio to `reference`, run in turn: what else the
-    machine does hits both."""
+    """Median time of a step (each time the mean of `count`), and median ratio to `reference`, run in turn: what else
+    the machine does hits both."""
     times = [(milliseconds(reference), milliseconds(step, count)) for _ in range(repeats)]
     return statistics.median(t for _, t in times), statistics.median(t / r for r, t in times)
 
@@ -2357,6 +2384,8 @@ def main():
         names = [name for name in args.bench if find(name)] or list(OPTIMIZERS)
     except ValueError as error:
         fail(error)
+    if args.plot:
+        fail("--bench draws nothing: leave out --plot")
     bench(names)
 
 

@@ -1293,6 +1293,8 @@ def test_errors_of_root_free():
                         lambda: make(name, [{"params": [weight(3, 4)], "lr_cov_scale": value}]))
         elif name.endswith("shampoo"):
             refused(ValueError, ["Shampoo", "damping=0"], lambda: make(name, [weight(3, 4)], damping=0.0))
+            for value in (0.0, 1.5):
+                refused(ValueError, ["Shampoo", f"lr_cov={value}"], lambda: make(name, [weight(3, 4)], lr_cov=value))
             for dtype in (torch.bfloat16, torch.float16):
                 refused(ValueError, ["Shampoo", str(dtype), "roots", "if_shampoo"],
                         lambda: make(name, [weight(3, 4)], dtype=dtype))
@@ -1574,6 +1576,13 @@ def test_initialise():
     for position in conv.weight.detach().flatten(2).unbind(2):
         close(np.linalg.svd(position.numpy())[1], np.full(4, math.sqrt(2) / 9), 1e-5, "Conv2d")
     close(np.linalg.norm(rows.weight.detach().numpy(), axis=1), np.full(9, math.sqrt(5)), 1e-5, "Embedding")
+    padded, coarse = nn.Embedding(4, 5, padding_idx=2), nn.Linear(6, 3, dtype=torch.bfloat16)
+    optim.initialise(optim.weight(padded))
+    close(np.linalg.norm(padded.weight.detach().numpy(), axis=1), math.sqrt(5) * np.array([1, 1, 0, 1]), 1e-5, "padding")
+    optim.initialise(optim.weight(coarse))
+    close(np.linalg.svd(coarse.weight.detach().float().numpy())[1], np.full(3, math.sqrt(0.5)), 0.01, "bfloat16")
+    made = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
+    refused(ValueError, ["initialise", "computed", "weight_norm"], lambda: optim.initialise(optim.weight(made)))
 
 
 def test_modular_bound():
@@ -1896,7 +1905,8 @@ def test_foreign_checkpoints_are_refused():
     pairs = [("adamw", "sgd"), ("adamw", torch.optim.AdamW), ("rotational_sgd", "sgd"), ("rotational_adamw", "adamw"),
              # and where the other one knows more hyperparameters, not fewer
              ("sgd", "rmsprop"), ("lion", "adamw"), ("adamw", "rotational_adamw"), ("lion", "rotational_adamw"),
-             ("rmsprop", "rf_rmsprop"), ("rf_adamw", "adamw"), ("if_shampoo", "shampoo"), ("shampoo", "if_shampoo")]
+             ("rmsprop", "rf_rmsprop"), ("rf_adamw", "adamw"), ("if_shampoo", "shampoo"), ("shampoo", "if_shampoo"),
+             ("modular_adam", "modular_lion")]                  # the same hyperparameters, one average less
     for name, other in pairs:
         theirs, params = parameters(MIXED), parameters(MIXED)
         saved = make(other, theirs) if isinstance(other, str) else other(theirs, lr=0.5)
@@ -2033,6 +2043,20 @@ def test_refused_group_leaves_no_trace():
         same_bits([good], start, "a weight of the refused group")
     optimizer.add_param_group({"params": [good]})
     run(optimizer, noise([(3, 4), (4, 6)], 1))
+
+
+def test_refused_step_leaves_no_trace():
+    """A first step that is refused, since a weight has been overwritten by zeros, leaves the other weights alone."""
+    good, bad = parameters([(4, 6), (3, 5)])
+    optimizer = make("rotational_adamw", [good, bad])
+    with torch.no_grad():
+        good.add_(1.0)                                      # off centre, as loaded weights are
+        bad.zero_()
+    start = values([good])
+    refused(ValueError, ["RotationalAdamW", "parameter 1", "all zeros"],
+            lambda: run(optimizer, noise([(4, 6), (3, 5)], 1)))
+    same_bits([good], start, "a weight beside the refused one")
+    assert not optimizer.state.get(good), "a step that was refused is counted"
 
 
 def test_schedulers_drive_it():
@@ -2605,7 +2629,7 @@ def test_errors_of_values():
              ("share", (-0.1, nan, inf, None), size), ("scale", (0, -1.0, nan, inf), "a finite number > 0"),
              ("norm", ("frobenius", None), "'spectral' or 'rows'"),
              ("seed", (-1, 0.5, 2**63, None), "a whole number >= 0"),
-             ("dtype", (torch.int32, torch.complex64, "float32", 16), "a floating-point torch.dtype")]
+             ("dtype", (torch.int32, torch.complex64, torch.float8_e4m3fn, "float32", 16), "torch.float64, float32")]
     for key, bad_values, words in table:
         takers = [name for name, kind in optim.OPTIMIZERS.items()
                   if key in kind([weight(3, 4)], **required(name)).defaults]
@@ -2685,7 +2709,7 @@ def test_errors_of_neurons_that_can_not_turn():
 
 
 def test_errors_of_build():
-    """build refuses unknown names (suggesting the nearest), models with nothing to train, and hidden shared memory."""
+    """build refuses unknown names (suggesting the nearest), models with nothing to train, hidden shared memory, NaN."""
     model = Single(4, 3)
     typos = {"adamww": "adamw", "rotational_adam_w": "rotational_adamw", "Lion": "lion", "rmsprob": "rmsprop",
              "rotationalsgd": "rotational_sgd"}
@@ -2701,6 +2725,12 @@ def test_errors_of_build():
         refused(ValueError, ["0.weight", "1.weight", "share memory"], lambda: optim.build(name, twins))
     for name in ROTATIONAL:
         refused(ValueError, ["weight_decay=0"], lambda: optim.build(name, model, weight_decay=0.0, **required(name)))
+        broken = Single(4, 3)
+        with torch.no_grad():
+            broken.weight[0, 0] = math.nan
+        refused(ValueError, ["weight", "NaN"], lambda: optim.build(name, broken, **required(name)))
+    for lr in ("0.1", None):
+        refused(ValueError, [f"lr={lr!r}"], lambda: optim.build("modular_adam", model, lr=lr))
 
 
 # ======================================================================================================================
@@ -5452,6 +5482,9 @@ def test_lesson_draws():
     with temporary_folder() as folder:
         with unittest.mock.patch("importlib.util.find_spec", lambda name: None):
             check_refused(optim, folder, ["--plot", "walk.png"], "--plot needs matplotlib")
+        with unittest.mock.patch("importlib.util.find_spec", lambda name: True):                # before any work
+            check_refused(optim, folder, ["--plot", str(folder / "never/walk.png")], "there is no folder")
+        check_refused(optim, folder, ["--bench", "adamw", "--plot", "walk.png"], "leave out --plot")
         if not importlib.util.find_spec("matplotlib"):
             raise Skip("without matplotlib there are no figures")
         walk = {"sgd": ([(1, 6.0, 0.3), (2, 4.0, 0.2)], (2.0, 0.1))}
