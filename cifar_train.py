@@ -614,6 +614,8 @@ def show(images, path):
             sheet[i * (SIZE + 2):, j * (SIZE + 2):][:SIZE, :SIZE] = image
     try:
         matplotlib.image.imsave(path, sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
+    except KeyError as error:                       # Pillow's, for an ending that stands for no kind of picture
+        fail(f"--show {path}: no picture format is called {error}: use .png")
     except (OSError, ValueError) as error:
         fail(f"--show {path}: {getattr(error, 'strerror', None) or error}")
     print(f"{path}: a class a row" + (f", {', '.join(SHAPES)}" if images.n_classes == len(SHAPES) else ""))
@@ -1138,7 +1140,7 @@ def main():
     # ---- data
     device = s["device"]
     images = load_data(s["data"], s["data_dir"])
-    if s["show"]:
+    if s["show"] is not None:                       # "" is refused there: an unset variable must not start training
         return show(images, s["show"])
     if ckpt and images.fingerprint != ckpt["fingerprint"]:
         fail(f"--data {s['data']} is not the data that this run began with: bring it back, or start without --resume")

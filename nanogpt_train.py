@@ -1116,8 +1116,9 @@ def main():
                 record["rotation"] = {row.pop("name"): {key: value if math.isfinite(value) else None
                                                         for key, value in row.items()} for row in probe.rows}
             log(**record, **({"final": True} if done == s["steps"] else {}))
-            bar.write(f"step {done:6d}   train_loss {train_loss:.4f}   val_loss {val_loss:.4f}   {seconds:6.1f} s",
-                      file=sys.stdout)
+            if RANK == 0:                           # a bar that is switched off still writes lines
+                bar.write(f"step {done:6d}   train_loss {train_loss:.4f}   val_loss {val_loss:.4f}   {seconds:6.1f} s",
+                          file=sys.stdout)
         if save_now:
             save()
         if stop_now and done < s["steps"]:

@@ -2393,6 +2393,8 @@ if __name__ == "__main__":
     try:
         main()
         sys.stdout.flush()                          # here, where a pipe that nobody reads can be caught
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:                         # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -3215,7 +3215,9 @@ def test_script_data_parallel():
         common = [*TINY, *"--dropout 0 --batch_size 2 --grad_accum 3 --opt rotational_adamw".split()]   # 2 + 1 each
         run_script(nanogpt_train, folder, *common, "--out_dir", "one")
         launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port()))
-        run_script(nanogpt_train, folder, *common, "--out_dir", "two", launcher=launcher)
+        out, _ = run_script(nanogpt_train, folder, *common, "--out_dir", "two", launcher=launcher)
+        steps = [line.split()[1] for line in out.splitlines() if line.startswith("step ")]
+        assert steps and len(steps) == len(set(steps)), f"every process prints its own: {out}"
         for one, two in zip(read_log(folder / "one"), read_log(folder / "two"), strict=True):
             for key in one.keys() & {"train_loss", "val_loss"}:
                 assert abs(one[key] - two[key]) < 1e-4, (key, one, two)
@@ -4127,6 +4129,8 @@ def test_cifar_bad_input():
             (["--data", "shapes", "--data_dir", str(folder / "file")], "--data_dir"),
             (["--out_dir", str(folder / "file")], "--out_dir"),
             (["--show", str(folder / "none/sheet.png")], "--show"),
+            (["--show", ""], "--show"),
+            (["--show", str(folder / "sheet.foo")], "use .png" if importlib.util.find_spec("matplotlib") else "--show"),
             (["--eval_only"], "--resume"),
             (["--resume"], "--out_dir"),
             (["--resume", "--out_dir", str(folder / "none")], "no "),
