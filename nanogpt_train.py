@@ -798,11 +798,15 @@ def load_checkpoint(out_dir, device):
     try:
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
             ckpt = torch.load(path, map_location=device, weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():                   # its checksums, which torch.load does not compare
+                raise zipfile.BadZipFile("damaged")
         if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
             raise KeyError("something is missing")
         return ckpt
     except Exception as error:                      # torch.load raises half a dozen kinds, by what is broken
-        fail(f"{path} is not a whole checkpoint of this script ({type(error).__name__}): delete it and start again")
+        fail(f"{path} is not a whole checkpoint of this script ({type(error).__name__}): name another "
+             "--out_dir, or delete it and start again")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

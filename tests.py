@@ -5259,7 +5259,11 @@ def test_scripts_refuse_foreign_checkpoints():
         for script in flags:
             others = [whole[other] for other in flags if other is not script]
             cuts = [whole[script][:len(whole[script]) * part // 10] for part in (1, 5, 9)]
-            for content in (*others, *cuts, b"", archive.getvalue(), tensors.getvalue(), pickle.dumps(Code()),
+            with zipfile.ZipFile(io.BytesIO(whole[script])) as file:
+                place = whole[script].index(file.read(max(file.infolist(), key=lambda entry: entry.file_size)))
+            damaged = bytearray(whole[script])
+            damaged[place] ^= 1                             # one bit of a tensor
+            for content in (*others, *cuts, damaged, b"", archive.getvalue(), tensors.getvalue(), pickle.dumps(Code()),
                             whole[script][:-1], None):
                 shutil.rmtree("never", ignore_errors=True)
                 os.mkdir("never")

@@ -48,6 +48,7 @@ import tarfile
 import time
 import urllib.request
 import warnings
+import zipfile
 
 import numpy as np
 import torch
@@ -1293,11 +1294,15 @@ def load_checkpoint(out_dir, why):
     try:
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():                   # its checksums, which torch.load does not compare
+                raise zipfile.BadZipFile("damaged")
         if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
             raise KeyError("something is missing")
         return ckpt, BytePairs.from_json(ckpt["bpe"])
     except Exception as error:                      # torch.load raises half a dozen kinds, by what is broken
-        fail(f"{path} is not a whole checkpoint of this script ({type(error).__name__}): delete it and start again")
+        fail(f"{path} is not a whole checkpoint of this script ({type(error).__name__}): name another "
+             "--out_dir, or delete it and start again")
 
 
 def make_model(s, bpe):
