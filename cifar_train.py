@@ -314,7 +314,7 @@ def settle(args):
         s["label_smoothing"] = 0.0                  # a preset's
 
     try:
-        kind = optim.find(s["opt"])
+        kind = optim.find_optimizer(s["opt"])
     except ValueError as error:
         fail(f"--opt: {error}")
     s["hyper"] = override(s, TUNED.get(s["opt"], {}) | s.pop("tuned", {}).get(s["opt"], {}), kind)
@@ -1013,7 +1013,7 @@ def make_model(s, n_classes):
     parts = Parts(StandardizedConv2d if s["weight_standardization"] else nn.Conv2d, NORMS[s["norm"]],
                   functools.partial(Linear, gain=bool(s["gains"])))
     model = family.build(n_classes, s["width"], parts=parts, **({"depth": s["depth"]} if family.depth else {}))
-    if optim.find(s["opt"]).geometry is optim.MODULAR and hasattr(model, "modular_tree"):
+    if optim.find_optimizer(s["opt"]).geometry is optim.MODULAR and hasattr(model, "modular_tree"):
         optim.initialise(model.modular_tree())      # a modular lr is relative to the norms that weights get here
     return model
 

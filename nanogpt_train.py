@@ -244,7 +244,7 @@ def settle(args):
     if device == "cpu" and "compile" not in given:
         s["compile"] = 0                            # compiling for a CPU takes half a minute: only if asked for
     try:
-        kind = optim.find(s["opt"])
+        kind = optim.find_optimizer(s["opt"])
     except ValueError as error:
         fail(f"--opt: {error}")
     s["hyper"] = override(s, TUNED.get(s["opt"], {}) | s.pop("tuned", {}).get(s["opt"], {}), kind)

@@ -1973,7 +1973,7 @@ OPTIMIZERS = {
 }
 
 
-def find(name):
+def find_optimizer(name):
     """The class behind a name of OPTIMIZERS, or a ValueError that suggests the nearest one."""
     if name not in OPTIMIZERS:
         near = difflib.get_close_matches(name, OPTIMIZERS, n=1, cutoff=0)[0]
@@ -2007,7 +2007,7 @@ def build(name, model, **hyper):
              rotational optimizer without decay; a weight that is not in the tree or in it twice, or in the tree but not
              in the model; whatever the class itself refuses
     """
-    kind = find(name)
+    kind = find_optimizer(name)
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError("build: the model has no trainable parameters")
@@ -2381,7 +2381,7 @@ def main():
         lesson(args.plot)
         return
     try:
-        names = [name for name in args.bench if find(name)] or list(OPTIMIZERS)
+        names = [name for name in args.bench if find_optimizer(name)] or list(OPTIMIZERS)
     except ValueError as error:
         fail(error)
     if args.plot:

@@ -4158,7 +4158,7 @@ def test_cifar_every_optimizer_on_every_model():
         for name in optim.OPTIMIZERS:
             assert name in cifar_train.TUNED, f"no tuned defaults for {name}"
             depth = ["--depth", "2"] if family.depth else []
-            if model_name == "convmixer" and optim.find(name).geometry is optim.MODULAR:
+            if model_name == "convmixer" and optim.find_optimizer(name).geometry is optim.MODULAR:
                 continue                            # its depthwise convolutions have no modular norm
             s = tiny_settings("--model", model_name, "--width", "4", *depth, "--opt", name, "--batch_size", "4")
             torch.manual_seed(0)

@@ -247,7 +247,7 @@ def settle(args):
     if device == "cpu" and "compile" not in given:
         s["compile"] = 0                            # compiling for a CPU takes half a minute: only if asked for
     try:
-        kind = optim.find(s["opt"])
+        kind = optim.find_optimizer(s["opt"])
     except ValueError as error:
         fail(f"--opt: {error}")
     s["hyper"] = override(s, TUNED.get(s["opt"], {}) | s.pop("tuned", {}).get(s["opt"], {}), kind)
@@ -1307,7 +1307,7 @@ def load_checkpoint(out_dir, why):
 
 def make_model(s, bpe):
     return Translator(bpe.n_vocab, bpe.pad, s["n_layer"], s["n_head"], s["n_embd"], s["n_ffn"], s["norm"], s["dropout"],
-                      bool(s["bias"]), bool(s["gains"]), modular=optim.find(s["opt"]).geometry is optim.MODULAR)
+                      bool(s["bias"]), bool(s["gains"]), modular=optim.find_optimizer(s["opt"]).geometry is optim.MODULAR)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1427,7 +1427,7 @@ def main():
         if args.warmup is not None:
             fail(f"--warmup {s['warmup']} leaves nothing of {s['steps']} steps: make it smaller")
         s["warmup"] = s["steps"] // 10              # a preset's warmup, in a much shorter run
-    if "batch_size" in optim.find(s["opt"]).takes():            # root-free: over how many tokens the loss is a mean
+    if "batch_size" in optim.find_optimizer(s["opt"]).takes():            # root-free: over how many tokens the loss is a mean
         # It varies a little from batch to batch; the optimizer's formula knows one number, so it gets the usual one.
         s["hyper"].setdefault("batch_size", round(train.tokens_per_batch))
 
