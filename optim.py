@@ -556,19 +556,16 @@ class Rotational(Geometry):
         w_sq = (w * w).sum(dims, keepdim=True)
         radial = (d * w).sum(dims, keepdim=True) / w_sq
         d = torch.addcmul(d, w, radial, value=-1)                   # tangent: the part along w would only change ||w||
+        if h["zero_mean"] and C < 32:                               # little may be left of d in a short neuron, and
+            d = d - d.mean(dims, keepdim=True)                      # the rounding of the first mean be most of it
         d_sq = (d * d).sum(dims, keepdim=True)
         # A guard against rounding: where nearly all of d was offset and radial part, the rest is no direction.
         turns = d_sq > rounding(w.dtype) ** 2 * (removed_sq + radial**2 * w_sq + d_sq)
         U.lerp_(torch.where(turns, d_sq, 0), 1 - h["update_norm_decay_factor"])
         rms = (U / h["unbias_update_norm"]).sqrt()
         a = torch.where(turns, h["angle"] * n / (rms + h["rotational_eps"]), 0)
-        w.addcmul_(d, a, value=-1)
-        length_sq = w_sq + a * a * d_sq                             # ||w - a d||^2, by Pythagoras
-        if h["zero_mean"]:                                          # rounding must not add up to an offset
-            offset = torch.where(a > 0, w.mean(dims, keepdim=True), 0)
-            w.sub_(offset)
-            length_sq = length_sq - offset**2 * C
-        w.mul_(torch.where(a > 0, n / length_sq.sqrt(), 1))         # a neuron that rests keeps its bits
+        length = (w_sq + a * a * d_sq).sqrt()                       # ||w - a d||, by Pythagoras
+        w.addcmul_(d, a, value=-1).mul_(torch.where(a > 0, n / length, 1))      # a neuron that rests keeps its bits
 
     by_row = lambda self, h: h["per_neuron"]
 
@@ -580,13 +577,14 @@ class Rotational(Geometry):
 
     def prepare(self, p, group):
         """Centre every neuron and keep its norm,  w <- ||w|| (w - mean w) / ||w - mean w||.  A neuron that is centred
-        up to rounding stays as it is, to the bit."""
+        up to rounding, which adds up in a long training, stays as it is, to the bit."""
         if not group["zero_mean"]:
             return
         w, dims = working_copy(p), neuron_dims(p, group)
         mean, norm = w.mean(dims, keepdim=True), neuron_norm(w, dims)
         residue = w - mean
-        off_centre = mean.abs() * math.sqrt(w.numel() / mean.numel()) > 4 * torch.finfo(p.dtype).eps * norm
+        most = torch.finfo(p.dtype).eps * (256 if is_wide(p) else 4)
+        off_centre = mean.abs() * math.sqrt(w.numel() / mean.numel()) > most * norm
         p.copy_(torch.where(off_centre, residue * (norm / neuron_norm(residue, dims)), w))
 
     def objection(self, direction, p, group):
@@ -1265,13 +1263,20 @@ def within(value, allowed):
     """Does a value lie in a range of RANGES?"""
     if isinstance(allowed, tuple):
         return any(value is choice or isinstance(value, str) and value == choice for choice in allowed)
-    kind, opening, low, high, closing = re.match(r"(.*?) ?([\[(])(\S+), (\S+)([\])])", allowed).groups()
+    kind, opening, low, high, closing = interval(allowed)
     if kind == "None or in" and value is None:
         return True
-    numbers, low, high = value if kind == "two numbers in" else [value], float(low), float(high)
+    numbers = value if kind == "two numbers in" else [value]
     return len(numbers) == 1 + (kind == "two numbers in") and all(
         (low <= x if opening == "[" else low < x) and (x <= high if closing == "]" else x < high)
         and (kind != "a whole number in" or isinstance(x, int)) for x in numbers)
+
+
+@functools.cache
+def interval(words):
+    """The parts of a range: its words, its brackets, its ends."""
+    kind, opening, low, high, closing = re.match(r"(.*?) ?([\[(])(\S+), (\S+)([\])])", words).groups()
+    return kind, opening, float(low), float(high), closing
 
 
 def name_of(group, i, index):
@@ -1466,6 +1471,9 @@ class Optimizer(torch.optim.Optimizer):
         with full_precision({p.device.type for _, p, *_ in eager + compiled}):
             update(self.direction, blocks(self.direction, eager))
             update_compiled(self.direction, compiled)
+        for geometry, p, _, _, h in eager + compiled:
+            if not is_wide(p):
+                geometry.prepare(p, h)              # their coarse rounding would move neurons off centre
         return loss
 
     def _hyper(self, geometry, group, t, device):
@@ -2167,8 +2175,8 @@ def lesson(plot=None):
             formula = formula.replace(" + wd w", "", 1)
         formula = formula.removeprefix("d = ").replace("heavy ball of ", "ball ")
         print(f"{name:21s} {state_bytes(kind):5.1f}   {formula}")
-    print("(state: bytes per weight of a 1000 x 1000 matrix, with momentum where there is\nany. ball [x]: m <- mu m + x, "
-          "d = m)")
+    print("(state: bytes per weight of a 1000 x 1000 matrix, with momentum where there is\n"
+          "any. ball [x]: m <- mu m + x, d = m)")
 
     name, hyper, _ = WALKS[1]
     target = equilibrium(DIRECTIONS[name], hyper, C, 1.0)
