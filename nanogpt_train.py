@@ -4,45 +4,27 @@ Train a GPT-2 on text with any optimizer of optim.py. One file, top to bottom: s
     python nanogpt_train.py                                   AdamW, a 0.8M-parameter GPT, Python's own manual: offline
     python nanogpt_train.py --opt rotational_lion             any name of optim.OPTIMIZERS, with its tuned defaults
     python nanogpt_train.py --data my_novel.txt --sample 500  any text; writes 500 characters of it at the end
-    python nanogpt_train.py --resume --out_dir out/...        go on where a stopped or killed run was
+    python nanogpt_train.py --opt rotational_lion --resume    goes on after a kill, a crash, Ctrl-C: the same command
     python nanogpt_train.py --preset shakespeare              nanoGPT's 10M-parameter model (a GPU is advisable)
     torchrun --nproc_per_node=8 nanogpt_train.py --preset gpt2    GPT-2 124M on OpenWebText, on 8 GPUs
     python nanogpt_train.py --bench                           tokens per second, and where the time of a step goes
 
-Each run writes config.json, log.jsonl (one JSON object a line) and ckpt.pt under --out_dir. Exit status: 0 done, 2 bad
-input, 3 the loss is not a number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+A run writes config.json, ckpt.pt and log.jsonl under --out_dir. log.jsonl has one JSON object a line, of two kinds:
 
-The model is GPT-2 as in nanoGPT; with rotational optimizers every Linear has a learnable gain per output neuron, since
-their weights keep their norm (--gains). Modular optimizers train the GPT of the modular norm paper instead, whose parts
-have sensitivity 1 (--arch). References: Radford et al. 2019 (GPT-2); Karpathy's nanoGPT, whose sizes and spirit are
-kept; Kosson et al. 2024 (Rotational Equilibrium) for the presets gpt2 and wikitext; Large et al. 2024 (Scalable
-Optimization in the Modular Norm) for --arch modular.
+    {"step": 500, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}      an evaluation
+    {"step": 550, "lr": ..., "rotation": {"blocks.0.up.weight": {"angle": ..., "norm": ...}, ...}}   every --track steps
+
+The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
+predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
+stopped by Ctrl-C or SIGTERM after saving.
+
+The model is GPT-2 as in nanoGPT. With rotational optimizers every Linear has a learnable gain per output neuron, since
+their weights keep their norm. Modular optimizers train the GPT of the modular norm paper. References: Radford et al.
+2019 (GPT-2); Karpathy's nanoGPT, for sizes and spirit; Kosson et al. 2024 (Rotational Equilibrium); Large et al. 2024
+(Scalable Optimization in the Modular Norm).
 """
-import argparse
-import ast
-import contextlib
-import copy
-import difflib
-import functools
-import hashlib
-import http.client
-import io
-import json
-import lzma
-import math
-import os
-import pathlib
-import re
-import shlex
-import shutil
-import signal
-import sys
-import tarfile
-import time
-import urllib.error
-import urllib.request
-import warnings
-import zipfile
+import argparse, ast, contextlib, difflib, errno, functools, hashlib, http.client, inspect, io, json, lzma, math, os
+import pathlib, re, shlex, shutil, signal, sys, tarfile, time, types, urllib.request, warnings, zipfile
 
 import numpy as np
 import torch
@@ -52,266 +34,279 @@ from tqdm import tqdm
 
 import optim
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: a flag on the command line overrides the preset, and a preset the optimizer's tuned defaults
-# ----------------------------------------------------------------------------------------------------------------------
+try:
+    import fcntl
+except ImportError:                                 # Windows has none: nothing keeps two runs out of one folder there
+    fcntl = None
 
-# `tuned` overrides the table TUNED below; where it has no entry for an optimizer, the small model's values are used,
-# which nobody has tried at that size.
+SCRIPT = "nanogpt_train.py"
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # set by torchrun
+
+
+def fail(message, status=2):
+    """The one way out for bad input: a line that says what to do, and a status. Never a traceback."""
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# ---- Settings: the command line overrides the preset, and the preset the defaults ------------------------------------
+
+
+class Settings:
+    # optimizer (what is not given comes from the preset, else from TUNED, else from the optimizer's class)
+    opt: str = "adamw"              # any name of optim.OPTIMIZERS
+    lr: float = None                # [0, inf) peak learning rate
+    weight_decay: float = None      # [0, inf) of matrices and embeddings; biases and gains have none
+    beta1: float = None             # [0, 1) of optimizers with betas
+    beta2: float = None             # [0, 1) likewise
+    momentum: float = None          # [0, 1) of the sgd, rmsprop and shampoo families
+    eps: float = None               # [0, inf) of the adam and rmsprop families (modular_adam has none)
+    opt_kwargs: list = None         # KEY=VALUE ... anything else that the optimizer's class takes
+    # training
+    preset: str = None              # a name of PRESETS; default: cpu, with CUDA the shakespeare model on python_docs
+    schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
+    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly
+    steps: int = 2000               # [1, 1e9] optimizer steps
+    batch_size: int = 12            # [1, 1e6] sequences in one forward pass
+    grad_accum: int = 1             # [1, 1e6] a step averages over batch_size * grad_accum sequences, of all GPUs
+    grad_clip: float = 1.0          # [0, inf) largest gradient norm; 0: no clipping
+    seed: int = 1337                # [0, 1e18] of weights, batches and dropout
+    # model
+    n_layer: int = 4                # [1, 1e4]
+    n_head: int = 4                 # [1, 1e4]
+    n_embd: int = 128               # [1, 1e5] width
+    block_size: int = 64            # [1, 1e6] context length
+    dropout: float = 0.0            # [0, 1]
+    arch: str = None                # {auto, gpt2, modular} auto: modular with modular optimizers
+    bias: bool = False              # {0, 1} biases in Linear and LayerNorm, as in GPT-2
+    gains: bool = None              # {auto, 0, 1} a learnable gain per output neuron; auto: with rotational optimizers
+    # data and files
+    data: str = "python_docs"       # python_docs, shakespeare, tinystories, wikitext, openwebtext or a text file
+    tokenizer: str = None           # {auto, char, gpt2} auto: gpt2 for tinystories, wikitext, openwebtext
+    data_dir: str = "data"          # where downloads and token files are kept
+    out_dir: str = None             # default: out/nanogpt-OPT-DATA and the other flags that were given
+    resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
+    save_every: int = None          # [1, 1e9] steps between checkpoints; default: eval_every
+    eval_every: int = 500           # [1, 1e9] steps between evaluations
+    eval_batches: int = 60          # [1, 1e6] batches of the fixed validation set
+    # machine
+    device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
+    dtype: str = None               # {auto, float32, bfloat16} of autocast; auto: bfloat16 on GPUs that compute in it
+    compile: bool = None            # {auto, 0, 1} torch.compile the model and the optimizer; auto: with CUDA
+    track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
+    show_table: bool = False        # {0, 1} print the rule, lr and decay of every parameter
+    bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
+    # text
+    sample: int = 0                 # [0, 1e9] print this many tokens of text at the end
+    prompt: str = None              # what the text begins with; default: the first token of the training text
+    temperature: float = 0.8        # (0, inf) the lower, the likelier the text
+    eval_only: bool = False         # {0, 1} with resume: evaluate and sample, do not train
+
+
+LIMITS = dict(re.findall(r"^    (\w+): .*?# (\[.+?[])]|\(.+?[])]|\{.+?\})?", inspect.getsource(Settings), re.M))
+# HYPER goes to the optimizer. COMMAND concerns one command, not the run. ASIDE does not change what is learned.
+HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
+COMMAND = {"resume", "show_table", "bench", "sample", "prompt", "temperature", "eval_only"}
+ASIDE = COMMAND | {"data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track"}
+NANOGPT_FLAGS = {"learning_rate": "lr", "max_iters": "steps", "eval_interval": "eval_every", "init_from": "resume",
+                 "eval_iters": "eval_batches", "warmup_iters": "warmup", "dataset": "data",
+                 "gradient_accumulation_steps": "grad_accum"}
+
+
+def parse(argv=None):
+    """The flags that were given, as a dict. Every line of Settings is a flag, and its comment the help."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p.error, group = fail, p                        # an error is one line, without the usage
+    for name, words in re.findall(r"^    (?:(\w+): .*?)?# (.+)", inspect.getsource(Settings), re.M):
+        if not name:
+            group = p.add_argument_group(words)
+            continue
+        kind, default = Settings.__annotations__[name], getattr(Settings, name)
+        how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
+        words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
+        group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words, **how)
+    given, unknown = p.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0].lstrip("-")
+        near = NANOGPT_FLAGS.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
+        fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
+    return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
+
+
+def convert(name, text):
+    """Text from the command line -> the value of a setting, if its comment allows it; None for auto."""
+    kind, limits = Settings.__annotations__[name], LIMITS[name]
+    if limits[:1] == "{" and text not in limits[1:-1].split(", "):
+        raise argparse.ArgumentTypeError(f"invalid choice {text!r}: it must be one of {limits}")
+    if text == "":
+        raise argparse.ArgumentTypeError("it is empty: give at least one character, or leave the flag out")
+    if kind in (str, list, bool):
+        return None if text == "auto" and limits else text == "1" if kind is bool else text
+    try:
+        x = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+    low, high = map(float, limits[1:-1].split(", "))
+    if not (low < x < high or x == low and limits[0] == "[" or x == high and limits[-1] == "]"):
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be in {limits}")
+    return x
+
+
+# `tuned` comes before the table TUNED, whose values nobody has tried at other sizes.
 PRESETS = {
-    # the default without CUDA: the size of nanoGPT's CPU example, a little over a minute on two cores
+    # The default without CUDA: the size of nanoGPT's CPU example, a little over a minute on two cores.
     "cpu": dict(data="python_docs", n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, batch_size=12,
-                grad_accum=1, steps=2000, warmup=100, eval_every=500, eval_batches=60, compile=0),
-    # the default with CUDA, then on python_docs: nanoGPT's config/train_shakespeare_char.py
+                steps=2000, warmup=100, eval_every=500, eval_batches=60, compile=False),
+    # The default with CUDA, then on python_docs: nanoGPT's config/train_shakespeare_char.py.
     "shakespeare": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
-                        grad_accum=1, steps=5000, warmup=100, eval_every=250, eval_batches=40, compile=1,
-                        tuned={"adamw": dict(lr=1e-3, weight_decay=0.1, betas=(0.9, 0.99))}),
-    # Kosson et al. 2024, GPT2-124M on OpenWebText: 491,520 tokens a step, 20 tokens per parameter, 5 % warmup. There
-    # AdamW runs at lr 4.8e-3 and its rotational variant at the same lr (zero-shot) or at twice that (tuned: used here)
+                        steps=5000, warmup=100, eval_every=250, eval_batches=40,
+                        tuned={"adamw": dict(lr=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99)}),
+    # Kosson et al. 2024, GPT2-124M on OpenWebText: 491,520 tokens a step, 20 tokens per parameter, 5 % warmup. Their
+    # AdamW runs at lr 4.8e-3, its rotational variant at the same lr (zero-shot) or at twice that (tuned: used here).
     "gpt2": dict(data="openwebtext", n_layer=12, n_head=12, n_embd=768, block_size=1024, dropout=0.0, batch_size=12,
-                 grad_accum=40, steps=5000, warmup=250, eval_every=250, eval_batches=100, compile=1,
-                 tuned={"adamw": dict(lr=4.8e-3, weight_decay=0.1, betas=(0.9, 0.95)),
-                        "rotational_adamw": dict(lr=9.6e-3, weight_decay=0.1, betas=(0.9, 0.95))}),
-    # Kosson et al. 2024, GPT on Wikitext-103: 84,480 tokens a step. Theirs does not decay the embeddings and evaluates
-    # on the test split; here embeddings are decayed like every matrix, and the validation split is used
+                 grad_accum=40, steps=5000, warmup=250, eval_every=250, eval_batches=100,
+                 tuned={"adamw": dict(lr=4.8e-3, weight_decay=0.1, beta1=0.9, beta2=0.95),
+                        "rotational_adamw": dict(lr=9.6e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)}),
+    # Kosson et al. 2024, GPT on Wikitext-103: 84,480 tokens a step. The paper leaves embeddings without decay and
+    # evaluates on the test split. Here embeddings are decayed like every matrix, and the validation split is used.
     "wikitext": dict(data="wikitext", n_layer=12, n_head=12, n_embd=768, block_size=512, dropout=0.2, batch_size=55,
-                     grad_accum=3, steps=15000, warmup=300, grad_clip=0.0, eval_every=250, eval_batches=24, compile=1,
-                     tuned={"adamw": dict(lr=5e-3, weight_decay=0.5, betas=(0.9, 0.95)),
-                            "rotational_adamw": dict(lr=5e-3, weight_decay=0.5, betas=(0.9, 0.95))}),
+                     grad_accum=3, steps=15000, warmup=300, grad_clip=0.0, eval_every=250, eval_batches=24,
+                     tuned={"adamw": dict(lr=5e-3, weight_decay=0.5, beta1=0.9, beta2=0.95),
+                            "rotational_adamw": dict(lr=5e-3, weight_decay=0.5, beta1=0.9, beta2=0.95)}),
+    # Large et al. 2024, the GPT of the sweeps over width (--n_embd 32 to 1024) and depth (--n_layer 2 to 64), in
+    # float32. The best lr of modular_adam on OpenWebText was 2^-2 at every size.
+    "modular_gpt": dict(opt="modular_adam", data="shakespeare", n_layer=3, n_head=8, n_embd=128, block_size=128,
+                        dropout=0.0, batch_size=128, steps=10000, warmup=0, schedule="linear", grad_clip=0.0,
+                        eval_every=100, eval_batches=100, dtype="float32",
+                        tuned={"modular_adam": dict(lr=0.25, beta1=0.9, beta2=0.99, weight_decay=0.0),
+                               "modular_sgd": dict(lr=0.25, momentum=0.9, weight_decay=0.0)}),
 }
 
 # Tuned for the main job (the cpu preset on python_docs), one seed. The lr of each NAME was swept in octaves, with a
-# quarter of the steps, further up or down where the best lay at the edge:
+# quarter of the steps. Short runs like larger lrs than long ones, so the best two were compared in full where the sweep
+# disagreed with an earlier search by hand, and for all modular ones:
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3,4e-3,8e-3 --fixed "steps=500 warmup=50 eval_every=500"
-# Short runs like larger lrs than long ones, so where these preferred another value than what stood here (a small search
-# by hand had found it), and for all modular ones, two were then compared in full, and the better one stands here now:
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3 --fixed steps=2000
-# The other numbers are by hand; for the rotational ones they give angles of 0.01 to 0.024.
+# The other numbers are by hand. For the rotational ones they give angles of 0.01 to 0.024.
 TUNED = {
     "sgd": dict(lr=0.3, momentum=0.9, weight_decay=1e-4),
-    "adam": dict(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.0),
-    "adamw": dict(lr=4e-3, betas=(0.9, 0.99), weight_decay=0.1),
-    "lion": dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=1.0),
+    "adam": dict(lr=4e-3, beta1=0.9, beta2=0.99, weight_decay=0.0),
+    "adamw": dict(lr=4e-3, beta1=0.9, beta2=0.99, weight_decay=0.1),
+    "lion": dict(lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=1.0),
     "rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=0.0),
     "rf_rmsprop": dict(lr=1e-3, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "rf_adamw": dict(lr=1e-2, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.1),
+    "rf_adamw": dict(lr=1e-2, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.1),
     "shampoo": dict(lr=3e-4, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10),
     "if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
     "modular_sgd": dict(lr=0.25, momentum=0.9, weight_decay=0.0),
-    "modular_adam": dict(lr=0.35, betas=(0.9, 0.99), weight_decay=0.0),
-    "modular_lion": dict(lr=0.25, betas=(0.9, 0.99), weight_decay=0.0),
+    "modular_adam": dict(lr=0.35, beta1=0.9, beta2=0.99, weight_decay=0.0),
+    "modular_lion": dict(lr=0.25, beta1=0.9, beta2=0.99, weight_decay=0.0),
     "modular_rmsprop": dict(lr=0.25, alpha=0.99, momentum=0.9, weight_decay=0.0),
     "modular_rf_rmsprop": dict(lr=0.25, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "modular_rf_adamw": dict(lr=0.25, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.0),
+    "modular_rf_adamw": dict(lr=0.25, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.0),
     "modular_shampoo": dict(lr=0.25, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, update_every=10),
     "modular_if_shampoo": dict(lr=0.25, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
     "rotational_sgd": dict(lr=1.0, momentum=0.9, weight_decay=1.2e-4),
-    "rotational_adam": dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.14),
-    "rotational_adamw": dict(lr=1e-2, betas=(0.9, 0.99), weight_decay=0.14),
-    "rotational_lion": dict(lr=2e-3, betas=(0.9, 0.99), weight_decay=2.5),
+    "rotational_adam": dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.14),
+    "rotational_adamw": dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.14),
+    "rotational_lion": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=2.5),
     "rotational_rmsprop": dict(lr=4e-2, alpha=0.99, weight_decay=7e-3),
     "rotational_rf_rmsprop": dict(lr=5e-4, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.28),
-    "rotational_rf_adamw": dict(lr=3e-3, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.46),
+    "rotational_rf_adamw": dict(lr=3e-3, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.46),
     "rotational_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.07, graft="adam",
                                update_every=10),
     "rotational_if_shampoo": dict(lr=4e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.05),
 }
 
 
-def fail(message, status=2):
-    """The one way out for bad input: a line that says what to do, and a status. Never a traceback."""
-    print(f"nanogpt_train.py: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-# what nanoGPT calls some flags: for its users' fingers
-NANOGPT_FLAGS = {"--learning_rate": "--lr", "--max_iters": "--steps", "--eval_interval": "--eval_every",
-                 "--eval_iters": "--eval_batches", "--warmup_iters": "--warmup", "--dataset": "--data",
-                 "--gradient_accumulation_steps": "--grad_accum", "--init_from": "--resume"}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, and an unknown flag is answered with the nearest known one."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = NANOGPT_FLAGS.get(unknown[1]) or difflib.get_close_matches(unknown[1], flags, n=1, cutoff=0)[0]
-            message = f"unknown flag {unknown[1]}: did you mean {near}? (--help lists them all)"
-        fail(message)
-
-
-def in_range(kind, low, high=math.inf, above=False):
-    """A type for argparse: a number of this kind with low <= x <= high (low < x if above)."""
-    def parse(text):
-        try:
-            x = kind(text)
-            finite = math.isfinite(x) and (kind is float or x < 2**63)
-        except (ValueError, OverflowError):
-            words = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
-        if not (low < x if above else low <= x) or x > high or not finite:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'>' if above else '>='} {low:g}"
-                                             + (f" and <= {high:g}" if high < math.inf else ""))
-        return x
-    return parse
-
-
-def parse_arguments():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    whole, number, flag = lambda low: in_range(int, low), lambda low: in_range(float, low), in_range(int, 0, 1)
-    g = p.add_argument_group("optimizer (tuned defaults for each: TUNED in this file)")
-    g.add_argument("--opt", metavar="NAME", help=f"{', '.join(optim.OPTIMIZERS)} (default adamw)")
-    g.add_argument("--lr", type=number(0), help="peak learning rate")
-    g.add_argument("--weight_decay", type=number(0), help="of matrices and embeddings; biases and gains have none")
-    g.add_argument("--beta1", type=number(0), help="of optimizers with betas")
-    g.add_argument("--beta2", type=number(0), help="likewise")
-    g.add_argument("--momentum", type=number(0), help="of the sgd, rmsprop and shampoo families")
-    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop families (modular_adam has none)")
-    g.add_argument("--opt_kwargs", metavar="KEY=VALUE", nargs="+", help="anything else the optimizer's class takes")
-    g = p.add_argument_group("training")
-    g.add_argument("--preset", choices=PRESETS, help="default: cpu; with CUDA the shakespeare model on python_docs")
-    g.add_argument("--schedule", choices=("cosine", "linear", "constant"),
-                   help="cosine (default), linear: down to just above 0")
-    g.add_argument("--warmup", type=whole(0), help="steps over which lr rises linearly")
-    g.add_argument("--steps", type=whole(1), help="optimizer steps")
-    g.add_argument("--batch_size", type=whole(1), help="sequences in one forward pass")
-    g.add_argument("--grad_accum", type=whole(1),
-                   help="a step averages over batch_size * grad_accum sequences, on all GPUs together")
-    g.add_argument("--grad_clip", type=number(0), help="largest gradient norm; 0: no clipping (default 1)")
-    g.add_argument("--seed", type=whole(0), help="of weights, batches and dropout (default 1337)")
-    g = p.add_argument_group("model")
-    g.add_argument("--n_layer", type=whole(1))
-    g.add_argument("--n_head", type=whole(1))
-    g.add_argument("--n_embd", type=whole(1))
-    g.add_argument("--block_size", type=whole(1), help="context length")
-    g.add_argument("--dropout", type=in_range(float, 0, 1))
-    g.add_argument("--arch", choices=("gpt2", "modular"),
-                   help="GPT-2, or the GPT of the modular norm paper (default with modular optimizers)")
-    g.add_argument("--bias", type=flag, metavar="{0,1}", help="biases in Linear and LayerNorm, as in GPT-2 (default 0)")
-    g.add_argument("--gains", choices=("auto", "0", "1"),
-                   help="a learnable gain per output neuron of every Linear; auto: with rotational optimizers")
-    g = p.add_argument_group("data and files")
-    g.add_argument("--data", help="python_docs, shakespeare, tinystories, wikitext, openwebtext or a text file")
-    g.add_argument("--tokenizer", choices=("auto", "char", "gpt2"),
-                   help="auto: gpt2 for tinystories, wikitext, openwebtext, else characters")
-    g.add_argument("--data_dir", help="where downloads and token files are kept (default data)")
-    g.add_argument("--out_dir", help="default out/nanogpt-OPT-DATA; a new run replaces an old one")
-    g.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out_dir, with the settings in it")
-    g.add_argument("--save_every", type=whole(1), help="steps between checkpoints (default: eval_every)")
-    g.add_argument("--eval_every", type=whole(1), help="steps between evaluations")
-    g.add_argument("--eval_batches", type=whole(1), help="batches of the fixed validation set")
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                   help="of autocast; auto: bfloat16 on GPUs that compute in it natively, else float32")
-    g.add_argument("--compile", type=flag, metavar="{0,1}", help="torch.compile the model and the optimizer")
-    g.add_argument("--track", type=flag, metavar="{0,1}",
-                   help="log how far neurons turn, at every evaluation (default 1)")
-    g.add_argument("--show_table", action="store_true", help="print the rule, lr and decay of every parameter")
-    g.add_argument("--bench", action="store_true", help="time a step and its parts, then leave; writes nothing")
-    g = p.add_argument_group("text")
-    g.add_argument("--sample", type=whole(0), metavar="N", help="print N tokens of text at the end (default 0)")
-    g.add_argument("--prompt", help="what the text begins with (default: the first token of the training text)")
-    g.add_argument("--temperature", type=in_range(float, 0, above=True), help="default 0.8")
-    g.add_argument("--eval_only", action="store_true", help="with --resume: evaluate and sample, do not train")
-    return p.parse_args()
-
-
-DEFAULTS = dict(opt="adamw", schedule="cosine", grad_clip=1.0, seed=1337, bias=0, gains="auto", tokenizer="auto",
-                data_dir="data", device="auto", dtype="auto", track=1)
-# of one command, not of the run: not taken from the checkpoint on resuming
-COMMAND = dict(sample=0, prompt=None, temperature=0.8, show_table=False, eval_only=False, bench=False)
-# what may differ when a run is resumed; everything else is part of what the checkpoint means
-FREE_ON_RESUME = {"resume", "steps", "out_dir", "data_dir", "save_every", "eval_every", "device", "dtype", "compile",
-                  "track", *COMMAND}
-
-
-def explicit(args):
-    """The flags that were really given, as a dict."""
-    return {key: value for key, value in vars(args).items() if value is not None and value is not False}
-
-
-def settle(args):
-    """All settings of a new run as one dict: flags over preset over defaults; the optimizer's own are under `hyper`."""
-    given = explicit(args)
-    device = pick_device(given.get("device", "auto"))
-    preset = given.get("preset") or ("shakespeare" if device == "cuda" else "cpu")
-    s = DEFAULTS | PRESETS[preset] | given | {"preset": preset, "device": device}
-    if "preset" not in given and "data" not in given:
-        s["data"] = "python_docs"                   # nobody asked for a download
-    if device == "cpu" and "compile" not in given:
-        s["compile"] = 0                            # compiling for a CPU takes half a minute: only if asked for
+def settle(given):
+    """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper."""
+    device = pick_device(given.get("device"))
+    name = given.get("preset", "shakespeare" if device == "cuda" else "cpu")
+    preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
+    s = types.SimpleNamespace(**{key: getattr(Settings, key) for key in LIMITS} | {"tuned": {}} | preset | given
+                              | {"preset": name, "device": device})
+    if not given.keys() & {"preset", "data"}:
+        s.data = "python_docs"                      # nobody asked for a download
     try:
-        kind = optim.find_optimizer(s["opt"])
+        kind = optim.find_optimizer(s.opt)
     except ValueError as error:
         fail(f"--opt: {error}")
-    s["hyper"] = override(s, TUNED.get(s["opt"], {}) | s.pop("tuned", {}).get(s["opt"], {}), kind)
-    if "batch_size" in kind.takes():                # over how many tokens the loss is a mean
-        s["hyper"].setdefault("batch_size", s["batch_size"] * s["grad_accum"] * s["block_size"])
-    s.setdefault("arch", "modular" if kind.geometry is optim.MODULAR else "gpt2")
-    if s["gains"] == "auto":
-        s["gains"] = int(kind.geometry is optim.ROTATIONAL and s["arch"] == "gpt2")
-    s["gains"] = int(s["gains"])
-    if s["arch"] == "modular" and (s["bias"] or s["gains"]):
+
+    said, takes = said_by_hand(given), kind.takes()
+    known = [key for key in takes if key not in optim.PER_GROUP | {"compile", "betas"}]
+    known += ["beta1", "beta2"] * ("betas" in takes)
+    for key in said.keys() - set(known):
+        fail(f"{s.opt} takes no {key}; it takes {', '.join(known)}")
+    s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in s.tuned else
+                 "tuned for preset cpu" if s.opt in TUNED else "default of its class, tuned by nobody")
+    s.hyper = {"lr": takes["lr"]} | s.tuned.get(s.opt, TUNED.get(s.opt, {})) | said
+    if "batch_size" in takes:                       # over how many tokens the loss is a mean
+        s.hyper.setdefault("batch_size", s.batch_size * s.grad_accum * s.block_size)
+    for key in HYPER | {"tuned"}:
+        delattr(s, key)
+
+    s.arch = s.arch or ("modular" if kind.geometry is optim.MODULAR else "gpt2")
+    if s.gains is None:
+        s.gains = kind.geometry is optim.ROTATIONAL and s.arch == "gpt2"
+    if s.arch == "modular" and (s.bias or s.gains):
         fail("--arch modular has no biases and no gains: leave out --bias and --gains, or use --arch gpt2")
-    s.setdefault("save_every", s["eval_every"])
-    s.setdefault("out_dir", f"out/nanogpt-{s['opt']}-{pathlib.Path(s['data']).stem}")
-    if s["n_embd"] % s["n_head"]:
-        fail(f"--n_embd {s['n_embd']} is not a multiple of --n_head {s['n_head']}: try --n_embd "
-             f"{max(s['n_embd'] // s['n_head'], 1) * s['n_head']}")
-    if s["warmup"] >= s["steps"]:
-        if "warmup" in given:
-            fail(f"--warmup {s['warmup']} leaves nothing of --steps {s['steps']}: make it smaller")
-        s["warmup"] = s["steps"] // 10              # a preset's warmup, in a much shorter run
+    if s.warmup >= s.steps and "warmup" in given:
+        fail(f"--warmup {s.warmup} leaves nothing of --steps {s.steps}: make it smaller")
+    s.warmup = s.warmup if s.warmup < s.steps else s.steps // 10        # a preset's warmup, in a much shorter run
+    s.tokenizer = s.tokenizer or ("gpt2" if s.data in LARGE else "char")
+    s.save_every = s.save_every or s.eval_every
+    if s.compile is None:
+        s.compile = device == "cuda"                # compiling for a CPU takes half a minute
+    if s.dtype is None:                             # older GPUs have bfloat16, but only emulate it
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        s.dtype = "bfloat16" if native else "float32"
+    words = ["nanogpt", s.opt, pathlib.Path(s.data).stem, *given.get("opt_kwargs", [])]
+    words += [f"{key}={value}" for key, value in given.items() if key not in ASIDE | {"opt", "data", "opt_kwargs"}]
+    s.out_dir = s.out_dir or "out/" + re.sub(r"[^\w.=+-]", "_", "-".join(words))
     return s
 
 
-def override(s, hyper, kind):
-    """Merge --lr ... --opt_kwargs into the tuned hyperparameters; what the optimizer does not know is an error."""
-    takes, hyper = [key for key in kind.takes() if key not in {"compile"} | optim.PER_GROUP], dict(hyper)
-
-    def check(key, flag):
-        if key not in takes:
-            fail(f"{s['opt']} takes no {flag}; it takes {', '.join(takes)}")
-    for key in ("lr", "weight_decay", "momentum", "eps"):
-        if key in s:
-            check(key, f"--{key}")
-            hyper[key] = s[key]
-    for i, key in enumerate(("beta1", "beta2")):
-        if key in s:
-            check("betas", f"--{key}")
-            betas = list(hyper.get("betas", kind.takes()["betas"]))
-            betas[i] = s[key]
-            hyper["betas"] = tuple(betas)
-    for pair in s.get("opt_kwargs", []):
+def said_by_hand(given):
+    """The hyperparameters on the command line as one dict, whether by their own flags or by --opt_kwargs."""
+    said = {key: value for key, value in given.items() if key in HYPER - {"opt_kwargs"}}
+    for pair in given.get("opt_kwargs", []):
         key, equals, text = pair.partition("=")
-        if not equals:
-            fail(f"--opt_kwargs {pair}: write it as KEY=VALUE")
-        check(key, key)
+        if not equals or key in said:
+            fail(f"--opt_kwargs {pair}: " + (f"{key} is given twice, leave one out" if equals else "write KEY=VALUE"))
         try:
-            hyper[key] = text if key in ("dtype", "graft") else ast.literal_eval(text)
-            json.dumps(hyper[key], allow_nan=False)             # sets and complex numbers are not settings
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            fail(f"--opt_kwargs {pair}: {text!r} is not a number, True, False, None or a tuple of these")
-    if hyper.get("dtype") not in (None, "float32", "float64", "bfloat16"):
-        fail(f"--opt_kwargs dtype={hyper['dtype']}: it must be float32, float64 or bfloat16")
-    return hyper
+            said[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            said[key] = text                        # a word, as in graft=adam
+    return said
+
+
+def resumed(given):
+    """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
+    out_dir = given.get("out_dir") or settle(given).out_dir
+    ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
+    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND})
+    for key in given.keys() & (ASIDE | {"steps", "dtype"}):
+        setattr(s, key, given[key])
+    s.out_dir, s.device = out_dir, pick_device(s.device)
+    other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
+    for key in other + [key for key in said if s.hyper.get(key) != said[key]]:
+        fail(f"--{key} {(given | said)[key]} is not what {out_dir}/ckpt.pt was made with: leave it out to go on, or "
+             "start a new run in another --out_dir")
+    if s.steps < ckpt["step"]:
+        fail(f"--steps {s.steps}: {out_dir} has done {ckpt['step']} steps already, give at least as many")
+    return s, ckpt
 
 
 def pick_device(name):
     mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not mps:
         fail(f"--device {name}: this machine (or this build of torch) has none; use --device cpu")
-    return name
+    return name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: text -> token files (uint16, memory-mapped), made once and kept under --data_dir
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Data: text -> token files (uint16, memory-mapped), made once and kept under --data_dir --------------------------
 
 SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
@@ -320,32 +315,36 @@ WIKITEXT = ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
 HUB = "https://huggingface.co/datasets/"            # states the sha256 of its large files in a header
 TINYSTORIES = HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{}.txt"
 OPENWEBTEXT = HUB + "Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"        # 00 to 20
+LARGE = {"tinystories": TINYSTORIES, "wikitext": WIKITEXT[0], "openwebtext": OPENWEBTEXT}
 END = "<|endoftext|>"                               # GPT-2's mark between documents
 
 
+class Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, and keeps the sha256 that the Hugging Face hub announces with the first of them."""
+    sha256 = None
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        self.sha256 = self.sha256 or headers.get("X-Linked-Etag", "").strip('"')
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
 def download(url, sha256, path):
-    """Fetch url to path, unless it is there: into a .part file, checked, then renamed. sha256=None: as the hub says."""
-    by_hand = f"Fetch it by hand and put it at {path}, or use --data python_docs, which needs no network"
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")      # two runs may fetch it at once
+    """Fetch url to path, unless it is there: beside it, checked, then renamed. sha256=None: what the hub announces."""
+    by_hand = f"Fetch it by hand and put it at {path} (--data_dir), or use --data python_docs, which is here already"
+    part, redirects = path.with_name(f"{path.name}.{os.getpid()}.part"), Redirects()       # two may fetch it at once
     try:
         if path.exists():
             if sha256 and file_sha256(path) != sha256:
                 fail(f"{path} is not the file that {url} should give: delete it, then start again")
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(url, headers={"User-Agent": "nanogpt_train.py"})
-        redirects = Redirects()
+        request = urllib.request.Request(url, headers={"User-Agent": SCRIPT})
         with urllib.request.build_opener(redirects).open(request, timeout=60) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := reply.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        if size and bar.n != size:
-            raise OSError(f"it broke off after {bar.n} of {size} bytes")
-        expected = sha256 or redirects.sha256
-        if file_sha256(part) != expected:
-            fail(f"{url} did not give the expected file (sha256 {expected or 'not announced'}). {by_hand}")
+            size = int(reply.headers.get("Content-Length") or 0) or None
+            with tqdm.wrapattr(reply, "read", total=size, desc=path.name) as body:
+                shutil.copyfileobj(body, file)
+        if file_sha256(part) != (sha256 or redirects.sha256):
+            fail(f"{url} did not give the expected file (sha256 {sha256 or redirects.sha256 or 'unknown'}). {by_hand}")
         os.replace(part, path)
         return path
     except (OSError, ValueError, http.client.HTTPException) as error:          # no network, no such file, no HTTP, ...
@@ -360,26 +359,15 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, but never away from https, and remembers the sha256 that the Hugging Face hub announces."""
-    sha256 = None
+def read_text(file, start=0, stop=sys.maxsize, errors="strict"):
+    """Characters start to stop of an open binary file of UTF-8 text, in pieces, since not every text fits in memory.
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
-            raise OSError(f"redirected to an insecure address, {newurl}")
-        if re.fullmatch('"[0-9a-f]{64}"', headers.get("X-Linked-Etag", "")):
-            self.sha256 = headers["X-Linked-Etag"].strip('"')
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def read_pieces(open_file, start=0, stop=None):
-    """Characters start to stop of a UTF-8 text file, in pieces of some million, for files larger than memory."""
-    with open_file() as file:
+    All texts are read here. The byte-order mark and the carriage returns of Windows are dropped. Nothing else changes,
+    since a language model is to learn accents and white space as they are written."""
+    with io.TextIOWrapper(file, "utf-8-sig", errors) as text:
         position = 0
-        while piece := file.read(1 << 22):
-            a, b = max(start - position, 0), len(piece) if stop is None else min(stop - position, len(piece))
-            if a < b:
-                yield piece[a:b]
+        while piece := text.read(1 << 22):
+            yield piece[max(start - position, 0):max(stop - position, 0)]
             position += len(piece)
 
 
@@ -396,47 +384,34 @@ def openwebtext_documents(folder, validation):
                     for text in filter(tarfile.TarInfo.isfile, inner):
                         count += 1
                         if (count % 2000 == 0) == validation:
-                            yield inner.extractfile(text).read().decode("utf-8", errors="replace") + END
+                            yield "".join(read_text(inner.extractfile(text), errors="replace")) + END
 
 
-def find_text(name, data_dir):
-    """-> (identity of the text, train, val, default tokenizer). train() and val() yield the two texts in pieces, and
-    download first what has to be. A single text is split 90 / 10 by characters."""
-    if name == "tinystories":
-        def story(part):
-            path = download(TINYSTORIES.format(part), None, data_dir / f"tinystories-{part}.txt")
-            return read_pieces(lambda: open(path, encoding="utf-8"))
-        return name, lambda: story("train"), lambda: story("valid"), "gpt2"
-    if name == "wikitext":
-        def article(part):
-            archive = zipfile.ZipFile(download(*WIKITEXT, data_dir / "wikitext-103-raw-v1.zip"))
-            return read_pieces(lambda: io.TextIOWrapper(archive.open(f"wikitext-103-raw/wiki.{part}.raw"), "utf-8"))
-        return name, lambda: article("train"), lambda: article("valid"), "gpt2"
-    if name == "openwebtext":
-        folder = data_dir / "openwebtext"
-        return name, lambda: openwebtext_documents(folder, False), lambda: openwebtext_documents(folder, True), "gpt2"
-
+def open_text(name, data_dir):
+    """A single text: Python's manual, Shakespeare or the user's own -> an open binary file."""
     if name == "python_docs":
         import pydoc_data.topics                    # the language reference behind help("topics"): part of CPython
-        text = "\n".join(pydoc_data.topics.topics.values())
-        identity, opened = hashlib.sha256(text.encode()).hexdigest(), lambda: io.StringIO(text)
-    elif name == "shakespeare":
-        def opened():
-            return open(download(*SHAKESPEARE, data_dir / "shakespeare.txt"), encoding="utf-8")
-        identity = name
-    else:
-        path = pathlib.Path(name)
-        if not os.path.isfile(path):
-            known = ("python_docs", "shakespeare", "tinystories", "wikitext", "openwebtext")
-            near = difflib.get_close_matches(name, known, n=1)
-            fail(f"--data {name}: no such text file; " + (f"did you mean {near[0]}?" if near else
-                                                         f"the data sets are {', '.join(known)}"))
-        if not os.access(path, os.R_OK):
-            fail(f"--data {name}: permission denied")
-        stat, opened = path.stat(), lambda: open(path, encoding="utf-8")
-        identity = f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
-    cut = functools.cache(lambda: int(0.9 * sum(map(len, read_pieces(opened)))))       # counted only where it is needed
-    return identity, lambda: read_pieces(opened, 0, cut()), lambda: read_pieces(opened, cut()), "char"
+        return io.BytesIO("\n".join(pydoc_data.topics.topics.values()).encode())
+    try:
+        return open(download(*SHAKESPEARE, data_dir / "shakespeare.txt") if name == "shakespeare" else name, "rb")
+    except OSError as error:
+        known = ("python_docs", "shakespeare", *LARGE)
+        near = difflib.get_close_matches(name, known, n=1)
+        fail(f"--data {name}: no such text file ({error.strerror}); "
+             + (f"did you mean {near[0]}?" if near else f"the data sets are {', '.join(known)}"))
+
+
+def read_part(name, part, data_dir):
+    """The "train" or "valid" part of a text, in pieces. A single text is split 90 / 10 by characters."""
+    if name == "tinystories":
+        return read_text(open(download(TINYSTORIES.format(part), None, data_dir / f"tinystories-{part}.txt"), "rb"))
+    if name == "wikitext":
+        archive = zipfile.ZipFile(download(*WIKITEXT, data_dir / "wikitext-103-raw-v1.zip"))
+        return read_text(archive.open(f"wikitext-103-raw/wiki.{part}.raw"))
+    if name == "openwebtext":
+        return openwebtext_documents(data_dir / "openwebtext", validation=part == "valid")
+    cut = int(0.9 * sum(map(len, read_text(open_text(name, data_dir)))))
+    return read_text(open_text(name, data_dir), *((0, cut) if part == "train" else (cut,)))
 
 
 class Characters:
@@ -472,74 +447,68 @@ class GPT2Tokens:
 
 
 def whole_words(pieces):
-    """The same text in pieces that end before white space, so that byte pairs come out as if encoded in one go."""
+    """The same text in pieces that end before white space. No byte pair reaches from a word into what follows."""
     rest = ""
     for piece in pieces:
         rest += piece
-        cuts = [m.start() for m in re.finditer(r"(?<=\S)\s", rest[-10_000:])]
-        if cuts:
-            cut = max(len(rest) - 10_000, 0) + cuts[-1]
-            yield rest[:cut]
-            rest = rest[cut:]
+        if cut := re.match(r"(?s).*\S(?=\s)", rest):
+            yield cut[0]
+            rest = rest[cut.end():]
     yield rest
 
 
 def load_data(name, data_dir, tokenizer):
-    """-> train and val, as 1-D uint16 arrays mapped from files, the tokenizer, and a fingerprint of both texts. The
-    files are made on the first run, in a folder named by what they are made from: nothing in it is ever out of date."""
+    """-> train and val, 1-D uint16 arrays mapped from files; the tokenizer; a fingerprint of both. The first run makes
+    the files, in a folder named by a hash of the text. So no file is ever out of date."""
     data_dir = pathlib.Path(data_dir)
-    identity, train, val, default = find_text(name, data_dir)
-    tokenizer = default if tokenizer == "auto" else tokenizer
-    key = hashlib.sha256(f"{identity} {tokenizer}".encode(errors="surrogateescape")).hexdigest()[:12]
+    text = LARGE.get(name) or hashlib.file_digest(open_text(name, data_dir), "sha256").hexdigest()
+    key = hashlib.sha256(f"{text} {tokenizer}".encode()).hexdigest()[:12]
     folder = data_dir / f"{pathlib.Path(name).stem}-{tokenizer}-{key}"
-    if not folder.exists():
-        try:
-            make_token_files(folder, name, tokenizer, train, val)
-        except UnicodeDecodeError:
-            fail(f"--data {name}: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
-        except OSError as error:
-            fail(f"cannot write {error.filename or folder}: {error.strerror}. Choose another place with --data_dir")
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        chars, fingerprint, arrays = meta["chars"], meta["sha256"], []
-        for part in ("train", "val"):
-            size = (folder / f"{part}.bin").stat().st_size
-            if size != 2 * meta["tokens"][part]:
+        if not folder.exists():
+            make_token_files(folder, name, tokenizer)
+        meta, arrays = json.loads((folder / "meta.json").read_text()), []
+        for part in ("train", "valid"):
+            path, size = folder / f"{part}.bin", 2 * meta["tokens"][part]
+            # Above a GB the size has to do: OpenWebText's 18 GB are not read through at every start.
+            if path.stat().st_size != size or size < 2**30 and file_sha256(path) != meta["sha256"][part]:
                 raise ValueError(part)
-            arrays.append(np.memmap(folder / f"{part}.bin", np.uint16, mode="r") if size else np.zeros(0, np.uint16))
+            arrays.append(np.memmap(path, np.uint16, mode="r") if size else np.zeros(0, np.uint16))
+        return *arrays, GPT2Tokens() if meta["chars"] is None else Characters(meta["chars"]), meta["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         fail(f"{folder} is damaged: delete it, and it will be made again")
-    return *arrays, Characters(chars) if chars is not None else GPT2Tokens(), fingerprint
 
 
-def make_token_files(folder, name, tokenizer, train, val):
-    """Tokenize both texts into FOLDER.part, and rename it when all is there: what a kill leaves can not be taken for
-    the whole, and the next run writes over it. Of several processes that come here at once, all but one wait."""
-    own = folder.with_name(f"{folder.name}.part")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    only_one = lock(folder.parent, wait=True)       # until we return or die
+def make_token_files(folder, name, tokenizer):
+    """Tokenize both parts into FOLDER.part, and rename it when all is there. An interrupted folder keeps its .part
+    name, so it is never mistaken for a finished one. Of several processes that come here at once, all but one wait."""
+    only_one = lock(folder.parent, "--data_dir", wait=True)         # until we return or die
     if folder.exists():
         return
+    own, chars = folder.with_name(f"{folder.name}.part"), None
     try:
         own.mkdir(exist_ok=True)
-        chars = None
         if tokenizer == "char":
-            chars = "".join(sorted(set().union(*map(set, train()), *map(set, val()))))
+            pieces = (piece for part in ("train", "valid") for piece in read_part(name, part, folder.parent))
+            chars = "".join(sorted(set().union(*pieces)))
             if len(chars) > 2**16:
                 fail(f"--data {name} has {len(chars)} different characters, more than 65,536: use --tokenizer gpt2")
-        codec = Characters(chars) if chars is not None else GPT2Tokens()
+        codec = GPT2Tokens() if chars is None else Characters(chars)
         meta = {"data": name, "tokenizer": tokenizer, "chars": chars, "tokens": {}, "sha256": {}}
-        for part, pieces in (("train", train()), ("val", val())):
-            with open(own / f"{part}.bin", "wb") as file, \
-                    tqdm(desc=f"tokenizing {part}", unit=" tokens", unit_scale=True, delay=2) as bar:
-                for piece in pieces if chars is not None else whole_words(pieces):
+        for part in ("train", "valid"):
+            pieces = read_part(name, part, folder.parent)
+            with open(own / f"{part}.bin", "wb") as file, tqdm(desc=f"tokens, {part}", unit_scale=True, delay=2) as bar:
+                for piece in whole_words(pieces) if chars is None else pieces:
                     ids = np.array(codec.encode(piece), dtype=np.uint16)
                     file.write(ids.tobytes())
                     bar.update(len(ids))
-                meta["tokens"][part] = bar.n
-            meta["sha256"][part] = file_sha256(own / f"{part}.bin")
-        write_atomically(own / "meta.json", json.dumps(meta).encode())
+            meta["tokens"][part], meta["sha256"][part] = bar.n, file_sha256(own / f"{part}.bin")
+        (own / "meta.json").write_text(json.dumps(meta))
         os.rename(own, folder)
+    except UnicodeDecodeError:
+        fail(f"--data {name}: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
+    except OSError as error:
+        fail(f"cannot write {error.filename or folder}: {error.strerror}. Choose another place with --data_dir")
     finally:                                        # bad text, no network, a full disk, Ctrl-C
         shutil.rmtree(own, ignore_errors=True)
 
@@ -553,15 +522,12 @@ def get_windows(data, rng, count, block_size):
 def inputs_and_targets(windows, device):
     """Windows -> x and y on the device, both (count, block_size); y is x shifted by one token."""
     if device == "cuda":                            # pinned and asynchronous: copied while the GPU is still computing
-        windows = windows.pin_memory().to(device, non_blocking=True)
-    else:
-        windows = windows.to(device)
+        windows = windows.pin_memory()
+    windows = windows.to(device, non_blocking=device == "cuda")
     return windows[:, :-1], windows[:, 1:]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model: GPT-2. Shapes: B sequences, T tokens each, C = n_embd, H heads, V tokens in the vocabulary
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Model: GPT-2. Shapes: B sequences, T tokens each, C = n_embd, H heads, V tokens in the vocabulary --------------
 
 
 class Linear(nn.Linear):
@@ -653,22 +619,6 @@ class GPT(nn.Module):
         logits = self.head(self.norm(h))                                            # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
-    def modular_tree(self):
-        """The modular tree of a network that was not made for it. What is lost: a sum x + f(x) is written as if it were
-        an average, which only the norms that read it make harmless; the gains of these norms are outside the tree;
-        attention is sharper than sensitivity 1 allows, and its three parts share one norm; gelu counts as 1, not as
-        1/sqrt(2); and the tied weight can only be one thing: it is the head's, and its use as an embedding a bond. (The
-        positions take the spectral norm, too: rows of norm sqrt(n_embd) would drown the tokens.) So updates are
-        balanced by layer, but no bound holds, and lr means something else: on the small model 0.1 is better than
-        ModularGPT's 0.35."""
-        def each(layer):
-            return optim.weight(*map(layer, self.blocks))
-        attention = each(lambda b: b.attention.out) @ optim.bond("attention") @ each(lambda b: b.attention.qkv)
-        mlp = each(lambda b: b.down) @ optim.bond("gelu") @ each(lambda b: b.up)
-        blocks = modular_blocks(attention @ optim.bond("layernorm"), mlp @ optim.bond("layernorm"), len(self.blocks))
-        embedding = optim.bond("tied embedding") + optim.weight(self.positions, norm="spectral")
-        return optim.weight(self.head) @ optim.bond("layernorm") @ blocks @ embedding
-
 
 def modular_blocks(attention, mlp, n_layer):
     """The tree of 2 n_layer half-blocks, each the average  (1 - s) x + s f(x)  with s = 1 / (2 n_layer), of mass 5."""
@@ -740,9 +690,9 @@ class ModularGPT(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, ids, count, temperature, generator):
+def generate(model, ids, count, temperature, seed):
     """Continue the list of tokens `ids` by `count` sampled ones, each (1, T) -> (1, V) -> 1 token."""
-    device, new = model.tokens.weight.device, []
+    device, new, generator = model.tokens.weight.device, [], torch.Generator().manual_seed(seed)
     for _ in range(count):
         x = torch.tensor([(ids + new)[-model.block_size:]], device=device)
         logits = model(x)[0].double().cpu()
@@ -751,13 +701,11 @@ def generate(model, ids, count, temperature, generator):
     return new
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that survive a kill at any moment
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Files that survive a kill at any moment -------------------------------------------------------------------------
 
 
-def write_atomically(path, data):
-    """All of it or nothing: written beside, flushed to the disk, then renamed over the old file."""
+def write(path, data):
+    """All of a file or nothing: written beside, flushed to the disk, then renamed over the old one."""
     part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
@@ -765,477 +713,400 @@ def write_atomically(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:                                 # a full disk, say
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    except OSError as error:                        # a full disk, say
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def lock(folder, wait=False):
-    """Keep a second run out of the folder, where the two would overwrite each other, or let it wait for its turn.
-    -> the lock, which ends with us."""
+def append(path, record):
+    """One line of JSON more, on the disk when this returns."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lock(folder, flag, wait=False):
+    """Make the folder, and keep a second run out of it or let it wait. -> the lock, which ends with the process."""
     try:
-        import fcntl
-    except ImportError:                             # Windows has no flock
-        return None
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return file
     except BlockingIOError:
-        fail(f"another run is writing to {folder}: choose another --out_dir")
-    return file
+        fail(f"another run is writing to {folder}: choose another {flag}")
+    except OSError as error:
+        fail(f"cannot write {folder}: {error.strerror}. Choose another place with {flag}")
 
 
-CHECKPOINT = {"config", "model", "optimizer", "step", "seconds", "loss_sum", "loss_count", "fingerprint"}
-CONFIG = {"opt", "hyper", "arch", "gains", "schedule", "grad_clip", "seed", "bias", "tokenizer", "data_dir",
-          *PRESETS["cpu"]}
+def start_files(out_dir, s, ckpt):
+    """Write config.json, and log.jsonl as it was at the checkpoint. -> the steps whose evaluation is in the log."""
+    log, path = [], out_dir / "log.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):      # a line that a kill cut short
+            record = json.loads(line)
+            if not ckpt or record["step"] <= ckpt["step"]:              # the later ones come again
+                log.append(record)
+    if ckpt:                                        # a run may go on after its end, or end where it was stopped
+        for record in log:
+            record.pop("final", None)
+            record |= {"final": True} if record["step"] == s.steps and "val_loss" in record else {}
+    else:
+        if log and "final" in log[-1]:
+            old, new = {}, vars(s) | s.hyper
+            with contextlib.suppress(OSError, ValueError):              # without it nobody knows what the run was
+                old = json.loads((out_dir / "config.json").read_text())
+            old |= old.get("hyper", {})
+            other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
+            if other:
+                fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
+                     "delete that folder")
+        log = []
+        (out_dir / "ckpt.pt").unlink(missing_ok=True)           # an older run's must not be taken for this one's
+    write(out_dir / "config.json", json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
+    write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
+    return {record["step"] for record in log if "val_loss" in record}
 
 
-def load_checkpoint(out_dir, device):
-    path = out_dir / "ckpt.pt"
+def save(path, s, model, optimizer, bar, **progress):
+    """Write a checkpoint, unless a number in it is not finite."""
+    held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
+    if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
+        diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)
+    if RANK == 0:
+        buffer = io.BytesIO()
+        torch.save({"script": SCRIPT, "config": vars(s), "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(), **progress}, buffer)
+        write(path, buffer.getbuffer())
+
+
+def load_checkpoint(path):
     if not path.exists():
         fail(f"--resume: there is no {path}: name the run's folder with --out_dir, or start it without --resume")
     try:
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
-            ckpt = torch.load(path, map_location=device, weights_only=True)
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():                   # its checksums, which torch.load does not compare
-                raise zipfile.BadZipFile("damaged")
-        if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
-            raise KeyError("something is missing")
+            ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        config = ckpt["config"]
+        good = ckpt["script"] == SCRIPT and 0 <= ckpt["step"] == int(ckpt["step"]) and ckpt["seconds"] >= 0
+        good = good and all(isinstance(loss, float) for loss in ckpt["losses"])
+        good = good and isinstance(config["hyper"], dict) and isinstance(config["lr_from"], str)
+        good = good and config["opt"] in optim.OPTIMIZERS
+        for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
+            text = str(int(config[key]) if isinstance(config[key], bool) else config[key])
+            good = good and config[key] == convert(key, text)
+        if not good or zipfile.ZipFile(path).testzip():         # torch.load does not compare the file's checksums
+            raise ValueError
         return ckpt
-    except Exception as error:                      # torch.load raises half a dozen kinds, by what is broken
-        fail(f"{path} is not a whole checkpoint of this script ({type(error).__name__}): name another "
-             "--out_dir, or delete it and start again")
+    except Exception:                               # torch.load raises half a dozen kinds, by what is broken
+        fail(f"{path} is not a whole checkpoint of this script as it is now: name another --out_dir, or delete it and "
+             "start again")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+def restore(ckpt, model, optimizer):
+    """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
+    try:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"--resume: ckpt.pt does not fit its own settings ({type(error).__name__}): was it changed by hand? Start "
+             "again without --resume")
+    return ckpt["step"], ckpt["seconds"], ckpt["losses"]
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))         # set by torchrun
+
+def diverged(what, step, bar, s):
+    bar.close()
+    fail(f"{what} at step {step}: training diverged. Try a smaller --lr; the last good checkpoint, if any, is "
+         f"{s.out_dir}/ckpt.pt", status=3)
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 
 def lr_at(step, peak, s):
     """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule."""
-    if step < s["warmup"]:
-        return peak * (step + 1) / (s["warmup"] + 1)
-    done = (step - s["warmup"]) / max(s["steps"] - s["warmup"], 1)
-    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s["schedule"]]
+    if step < s.warmup:
+        return peak * (step + 1) / (s.warmup + 1)
+    done = (step - s.warmup) / max(s.steps - s.warmup, 1)
+    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s.schedule]
 
 
-def seed_dropout(device, *key):
-    """Start anew the generator that dropout draws from. (torch.manual_seed starts those of all kinds of devices, and
-    keeps a list of what to do for those that are not in use: 0.4 ms a step.)"""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    {"cpu": torch.default_generator, "cuda": torch.cuda, "mps": torch.mps}[device].manual_seed(seed)
+def make_model(s, n_vocab):
+    if s.n_embd % s.n_head:
+        fail(f"--n_embd {s.n_embd} is not a multiple of --n_head {s.n_head}: try --n_embd "
+             f"{max(s.n_embd // s.n_head, 1) * s.n_head}")
+    shape = n_vocab, s.n_layer, s.n_head, s.n_embd, s.block_size, s.dropout
+    return ModularGPT(*shape) if s.arch == "modular" else GPT(*shape, s.bias, s.gains)
 
 
-@contextlib.contextmanager
-def torch_errors_in_words():
-    """A model or a batch that no memory can hold, and --compile without a compiler: bad input like any other."""
+def make_optimizer(s, model):
     try:
-        yield
-    except (MemoryError, RuntimeError, ValueError) as error:        # torch has no class of its own for it on the CPU
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-            fail(f"torch.compile fails here: {reason[:200]}. It needs a C++ compiler, and Triton on a GPU; --compile 0 "
-                 "does without")
-        words = ("out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big|"
-                 "CUBLAS_STATUS_ALLOC_FAILED")
-        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
-            raise
-        fail("out of memory: make the model or the batch smaller")
+        hyper = dict(s.hyper)
+        if hyper.keys() & {"beta1", "beta2"}:
+            default = optim.find_optimizer(s.opt).takes().get("betas", (0, 0))
+            hyper["betas"] = hyper.pop("beta1", default[0]), hyper.pop("beta2", default[1])
+        if "dtype" in hyper:                        # a word, as in --opt_kwargs dtype=bfloat16
+            hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
+        return optim.build(s.opt, model, compile=s.compile, **hyper)
+    except (ValueError, TypeError) as error:        # a value out of its range
+        fail(error)
 
 
-@torch_errors_in_words()
+def set_up_gpu(s):
+    """One GPU for each process of torchrun."""
+    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if number >= count:
+        fail(f"more processes than GPUs: use torchrun --nproc_per_node={count}")
+    torch.cuda.set_device(number)
+    # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
+    torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
+
+
+@torch.no_grad()
+def evaluate(model, val, s, autocast, stopped_by=()):
+    """Mean loss over the validation windows, the same for every run with equal data and sizes. None: a signal came."""
+    model.eval()
+    rng, losses = np.random.default_rng(0), []
+    for _ in range(s.eval_batches):
+        if stopped_by:
+            return None
+        with autocast:
+            losses.append(model(*inputs_and_targets(get_windows(val, rng, s.batch_size, s.block_size), s.device)))
+    model.train()
+    return torch.stack(losses).float().mean().item()
+
+
+def gradients(network, windows, s, autocast):
+    """Forward and backward passes over this process's windows, batch_size at a time -> the mean loss, on the device."""
+    total, parts = 0.0, windows.split(s.batch_size)
+    for i, part in enumerate(parts):
+        x, y = inputs_and_targets(part, s.device)
+        if WORLD > 1:                               # the processes exchange their gradients once a step
+            network.require_backward_grad_sync = i == len(parts) - 1
+        with autocast:
+            loss = network(x, y) * (len(x) / len(windows))
+        loss.backward()
+        total = total + loss.detach()
+    return total
+
+
+def read_losses(pending, step, bar, s):
+    """The losses of the last steps, still on the device -> floats, means over all processes. It waits for the GPU."""
+    losses = torch.stack(pending).float()
+    if WORLD > 1:
+        torch.distributed.all_reduce(losses)
+        losses /= WORLD
+    for number, loss in enumerate(losses.tolist(), start=step - len(losses) + 1):
+        if not math.isfinite(loss):
+            diverged(f"the loss is {loss}", number, bar, s)
+    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+    return losses.tolist()
+
+
+def rotation_record(step, optimizer, probe):
+    """What the probe measured, as a line of log.jsonl. Where theory says nothing there is null."""
+    rows = {row.pop("name"): {key: x if math.isfinite(x) else None for key, x in row.items()} for row in probe.rows}
+    return {"step": step, "lr": optimizer.param_groups[0]["lr"], "rotation": rows}
+
+
+def catch_signals():
+    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. A second one kills."""
+    stopped_by = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
+    return stopped_by
+
+
 def main():
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")       # a sampled character must not cost the result line
-    args = parse_arguments()
-    if args.resume:
-        out_dir = pathlib.Path(args.out_dir or fail("--resume needs --out_dir: the folder of the run to go on with"))
-        device = pick_device(args.device or "auto")
-        ckpt = load_checkpoint(out_dir, "cpu")
-        s = ckpt["config"]
-        made_with = s["hyper"] | s | dict(zip(("beta1", "beta2"), s["hyper"].get("betas", ())))
-        for key, value in explicit(args).items():
-            if key in FREE_ON_RESUME:
-                s[key] = value
-            elif str(made_with.get(key)) != str(value):
-                fail(f"--{key} {value} is not what {out_dir}/ckpt.pt was made with: leave it out to go on, or start a "
-                     "new run in another --out_dir")
-        s["device"] = device
-    else:
-        if args.eval_only:
-            fail("--eval_only needs --resume and --out_dir: there is nothing trained to evaluate")
-        ckpt, s = None, settle(args)
-        out_dir = pathlib.Path(s["out_dir"])
-    s |= COMMAND | {key: value for key, value in explicit(args).items() if key in COMMAND}
-
-    device = s["device"]
-    gpu = None                                      # this process's own, under torchrun
-    if WORLD > 1 and device == "cuda":
-        gpu, gpus = torch.device("cuda", int(os.environ["LOCAL_RANK"])), torch.cuda.device_count()
-        if gpu.index >= gpus:
-            fail(f"more processes than GPUs: use torchrun --nproc_per_node={gpus}")
-        torch.cuda.set_device(gpu)
-    say = print if RANK == 0 else lambda *a, **k: None
-    sequences = s["batch_size"] * s["grad_accum"]   # per step, over all processes
+    given = parse()
+    s, ckpt = resumed(given) if given.get("resume") else (settle(given), None)
+    if s.eval_only and not ckpt:
+        fail("--eval_only needs --resume: there is nothing trained to evaluate")
+    out_dir, say = pathlib.Path(s.out_dir), print if RANK == 0 else lambda *words: None
+    sequences = s.batch_size * s.grad_accum         # of a step. N processes share what one would draw
     if sequences % WORLD:
         fail(f"batch_size * grad_accum = {sequences} sequences cannot be shared by {WORLD} processes: use a multiple")
-    share, micro = sequences // WORLD, min(s["batch_size"], sequences // WORLD)
+    mine = slice(RANK * sequences // WORLD, (RANK + 1) * sequences // WORLD)
 
     # ---- data
-    train, val, tokenizer, fingerprint = load_data(s["data"], s["data_dir"], s["tokenizer"])
-    for part, tokens in (("training", train), ("validation", val)):
-        if len(tokens) <= s["block_size"]:
-            fail(f"--data {s['data']} has {len(tokens)} {part} tokens, too few for --block_size {s['block_size']}: "
-                 "use more text or a smaller block")
+    train, val, tokenizer, fingerprint = load_data(s.data, s.data_dir, s.tokenizer)
+    if min(len(train), len(val)) <= s.block_size:
+        fail(f"--data {s.data} has {len(train)} training and {len(val)} validation tokens, too few for --block_size "
+             f"{s.block_size}: use more text or a smaller block")
     if ckpt and fingerprint != ckpt["fingerprint"]:
-        fail(f"--data {s['data']} is not the text that this run began with: bring it back, or start without --resume")
-
+        fail(f"--data {s.data} is not the text that this run began with: bring it back, or start without --resume")
     try:
-        prompt = tokenizer.encode(s["prompt"]) if s["prompt"] is not None else train[:1].tolist()
+        prompt = tokenizer.encode(s.prompt) if s.prompt else train[:1].tolist()
     except KeyError as error:
         fail(f"--prompt: the character {error.args[0]!r} does not occur in the text")
-    if not prompt:
-        fail("--prompt is empty: give at least one character")
 
     # ---- model and optimizer
-    torch.manual_seed(s["seed"])
-    if device == "cuda":
-        # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
-        torch.set_float32_matmul_precision("highest" if s["opt"].endswith("shampoo") else "high")
-    shape = tokenizer.n_vocab, s["n_layer"], s["n_head"], s["n_embd"], s["block_size"], s["dropout"]
-    model = ModularGPT(*shape) if s["arch"] == "modular" else GPT(*shape, bool(s["bias"]), bool(s["gains"]))
-    model.to(device)
-    hyper = s["hyper"] | ({"dtype": getattr(torch, s["hyper"]["dtype"])} if "dtype" in s["hyper"] else {})
-    try:
-        optimizer = optim.build(s["opt"], model, compile=bool(s["compile"]), **hyper)
-    except (ValueError, TypeError) as error:
-        fail(error)
+    if s.device == "cuda":
+        set_up_gpu(s)
+    torch.manual_seed(s.seed)
+    model = make_model(s, tokenizer.n_vocab).to(s.device)
+    optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    start, spent, loss_sum, loss_count = 0, 0.0, 0.0, 0
+    step, spent, losses = 0, 0.0, []                # losses: of the steps since the last evaluation
     if ckpt:
-        try:
-            model.load_state_dict(ckpt["model"])
-            optimizer.load_state_dict(ckpt["optimizer"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"{out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): was it changed by hand? "
-                 "Start again without --resume")
-        for group in optimizer.param_groups:
-            group["compile"] = bool(s["compile"])
-        start, spent, loss_sum, loss_count = ckpt["step"], ckpt["seconds"], ckpt["loss_sum"], ckpt["loss_count"]
-    probe = optim.RotationProbe(optimizer) if s["track"] else None
-    network = torch.compile(model) if s["compile"] else model
-    dtype = s["dtype"]
-    if dtype == "auto":                             # older GPUs have bfloat16, but only emulate it
-        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if native else "float32"
-    autocast = torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
-
-    say(f"{s['opt']} ({', '.join(f'{k} {v}' for k, v in s['hyper'].items())}) on {s['data']}: {len(train):,} + "
-        f"{len(val):,} tokens, vocabulary {tokenizer.n_vocab}; {type(model).__name__} with "
-        f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s['gains'] else ''}; "
-        f"{device}, {dtype}{', compiled' if s['compile'] else ''}; -> {out_dir}")
-    if s["show_table"]:
+        step, spent, losses = restore(ckpt, model, optimizer)
+    probe = optim.RotationProbe(optimizer)
+    network = torch.compile(model) if s.compile else model
+    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
+    hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
+    say(f"{s.opt} ({hyper}; lr: {s.lr_from}) on {s.data}: {len(train):,} + {len(val):,} tokens, vocabulary "
+        f"{tokenizer.n_vocab}; {type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
+        f"{', gains' if s.gains else ''}; {s.device}, {s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
+    if s.show_table:
         say(optim.table(optimizer))
+    if s.bench:
+        return bench(model, network, optimizer, train, s, autocast)
 
-    @torch.no_grad()
-    def evaluate():
-        """Mean loss over the fixed validation batches: the same windows for every run with the same data and sizes."""
-        model.eval()
-        rng, losses = np.random.default_rng(0), []
-        for _ in range(s["eval_batches"]):
-            windows = get_windows(val, rng, s["batch_size"], s["block_size"])
-            with autocast:
-                losses.append(model(*inputs_and_targets(windows, device)))
-        model.train()
-        return torch.stack(losses).float().mean().item()
-
-    def gradients(windows):
-        """Forward and backward passes over this process's sequences -> the mean loss, still on the device."""
-        total = 0.0
-        for i in range(0, len(windows), micro):
-            x, y = inputs_and_targets(windows[i:i + micro], device)
-            last = i + micro >= len(windows)
-            with contextlib.nullcontext() if WORLD == 1 or last else network.no_sync():     # gradients meet once a step
-                with autocast:
-                    loss = network(x, y) * (len(x) / len(windows))
-                loss.backward()
-            total = total + loss.detach()
-        return total
-
-    def train_step(step):
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = lr_at(step, peak, s)
-        # A step's batch and its dropout depend on (seed, step) alone: a resumed run needs no random state, and N
-        # processes draw the same sequences as one, each keeping its own share.
-        seed_dropout(device, s["seed"], step, RANK)
-        windows = get_windows(train, np.random.default_rng([s["seed"], step]), sequences, s["block_size"])
-        loss = gradients(windows[RANK * share:(RANK + 1) * share])
-        if s["grad_clip"]:
-            nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss
-
-    def finish(val_loss, seconds):
-        """Text if asked for, then the last line: the result."""
-        if s["sample"] and RANK == 0:
-            model.eval()
-            generator = torch.Generator().manual_seed(s["seed"])
-            text = tokenizer.decode(prompt + generate(model, prompt, s["sample"], s["temperature"], generator))
-            say(f"---\n{text}\n---")
-        say(f"val_loss {val_loss:.4f} (perplexity {math.exp(min(val_loss, 700)):.2f}) after {done} steps of {s['opt']} "
-            f"in {seconds:.0f} s: {out_dir}")
-
-    done = start
-    if s["bench"]:
-        if WORLD > 1:
-            fail("--bench times one process: leave out torchrun")
-        return bench(model, network, autocast, gradients, train_step, optimizer, train, s)
-    if s["eval_only"]:
-        finish(evaluate(), spent)
-        return
-
-    # ---- files
-    log_path = out_dir / "log.jsonl"
-    try:
-        if RANK == 0:
-            out_dir.mkdir(parents=True, exist_ok=True)
-            only_one = lock(out_dir)                # held as long as the process lives
-            if not ckpt:                            # an older run's must not be taken for this one's
-                (out_dir / "ckpt.pt").unlink(missing_ok=True)
-            write_atomically(out_dir / "config.json", json.dumps(s | {"torch": torch.__version__}, indent=1).encode())
-            kept = []                               # on resuming: lines up to the checkpoint; the others come again
-            if ckpt and log_path.exists():
-                for line in log_path.read_text(errors="replace").splitlines():
-                    with contextlib.suppress(ValueError, TypeError, KeyError):      # a line that a kill cut short
-                        record = json.loads(line)
-                        if start < s["steps"]:
-                            record.pop("final", None)                   # a longer run than it was meant to be
-                        if record["step"] <= start:
-                            kept.append(json.dumps(record) + "\n")
-            write_atomically(log_path, "".join(kept).encode())
-    except OSError as error:
-        fail(f"cannot write {error.filename or out_dir}: {error.strerror}. Choose another place with --out_dir")
-
-    if WORLD > 1:                                   # not before: what is wrong so far, each process has found by itself
-        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", device_id=gpu)
+    # ---- processes, files, signals
+    if WORLD > 1:                                   # not before: each process has found by itself what is wrong so far
+        try:
+            torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo")
+        except ValueError as error:
+            fail(f"WORLD_SIZE is {WORLD}, but: {error}. Start the script with torchrun, or unset WORLD_SIZE")
         network = nn.parallel.DistributedDataParallel(network)
-
-    def log(**record):
-        if not math.isfinite(record["val_loss"]):
-            diverged(f"the validation loss is {record['val_loss']}", record["step"])
-        if RANK == 0:
-            try:
-                with open(log_path, "a") as file:
-                    file.write(json.dumps(record, allow_nan=False) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-            except OSError as error:
-                fail(f"cannot write {log_path}: {error.strerror}. Make room, then --resume")
-
-    def diverged(what, step):
-        bar.close()
-        fail(f"{what} at step {step}: training diverged. Try a smaller --lr; the last good checkpoint, if any, is "
-             f"{out_dir}/ckpt.pt", status=3)
-
-    def save():
-        held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
-        if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
-            diverged("a weight, or what the optimizer remembers, is not finite", done)
-        if RANK == 0:
-            buffer = io.BytesIO()
-            torch.save({"config": s, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                        "seconds": spent + time.time() - t0, "loss_sum": loss_sum, "loss_count": loss_count,
-                        "fingerprint": fingerprint}, buffer)
-            try:
-                write_atomically(out_dir / "ckpt.pt", buffer.getbuffer())
-            except OSError as error:
-                fail(f"cannot write {out_dir}/ckpt.pt: {error.strerror}. The last one is whole: make room and --resume")
-
-    stopped_by = []                                 # Ctrl-C and SIGTERM let the step end, save, and leave
-
-    def stop_soon(number, frame):
-        stopped_by.append(number)
-        signal.signal(number, signal.SIG_DFL)       # a second one ends it at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_soon)
-
-    # ---- the loop
-    t0 = time.time()
-    pending = []                                    # losses still on the device: reading one waits for the GPU
-
-    def read_losses():
-        """Move the pending losses to loss_sum; stop at one that is no number, before anything of it is saved."""
-        nonlocal loss_sum, loss_count
-        if not pending:
-            return
-        losses = torch.stack(pending).float()
-        if WORLD > 1:
-            torch.distributed.all_reduce(losses)
-            losses /= WORLD
-        losses = losses.tolist()
-        for i, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                diverged(f"the loss is {loss}", done - len(losses) + i + 1)
-            loss_sum, loss_count = loss_sum + loss, loss_count + 1
-        pending.clear()
-        speed = (done - start) * sequences * s["block_size"] / (time.time() - t0)
-        bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {optimizer.param_groups[0]['lr']:.2e}, {speed:,.0f} tokens/s",
-                            refresh=False)
-
-    bar = tqdm(total=s["steps"], initial=start, disable=RANK > 0, unit="step",
+    logged, stopped_by = set(), []
+    if RANK == 0 and not s.eval_only:
+        only_one = lock(out_dir, "--out_dir")       # as long as the process lives
+        logged = start_files(out_dir, s, ckpt)
+    if WORLD == 1 and not s.eval_only:              # of many processes each would stop at another step
+        stopped_by = catch_signals()
+    losses, pending = [] if step in logged else losses, []          # pending: losses that are still on the device
+    began, val_loss = time.time() - spent, math.nan
+    bar = tqdm(total=s.steps, initial=step, disable=RANK > 0, unit="step",
                mininterval=0.5 if sys.stderr.isatty() else 30)
-    if not ckpt:
-        log(step=0, val_loss=evaluate(), lr=0.0, seconds=0.0)
-        save()                                      # from here on, whatever happens can be resumed
-    for step in range(start, s["steps"]):
-        evaluate_now = step + 1 == s["steps"] or (step + 1) % s["eval_every"] == 0
-        if probe and evaluate_now:
-            probe.measure_next_step()
-        pending.append(train_step(step))
-        done = step + 1
-        bar.update()
-        read_now = evaluate_now or done % 10 == 0 or done % s["save_every"] == 0
-        stop_now = bool(stopped_by)                 # asked once a step: a signal may come between any two lines
-        if WORLD > 1:                               # all stop, or none; agreed upon only when the GPUs are read anyway
-            if read_now:
-                votes = torch.tensor([float(stop_now)], device=device)
-                torch.distributed.all_reduce(votes)
-            stop_now = read_now and votes.item() > 0
-        save_now = done % s["save_every"] == 0 or done == s["steps"] or stop_now
-        if read_now or save_now:
-            read_losses()
-        if evaluate_now:
-            val_loss, seconds = evaluate(), spent + time.time() - t0
-            train_loss, loss_sum, loss_count = loss_sum / loss_count, 0.0, 0
-            record = dict(step=done, train_loss=train_loss, val_loss=val_loss, lr=optimizer.param_groups[0]["lr"],
-                          seconds=round(seconds, 3), tokens=done * sequences * s["block_size"])
-            if probe:
-                record["rotation"] = {row.pop("name"): {key: value if math.isfinite(value) else None
-                                                        for key, value in row.items()} for row in probe.rows}
-            log(**record, **({"final": True} if done == s["steps"] else {}))
-            if RANK == 0:                           # a bar that is switched off still writes lines
-                bar.write(f"step {done:6d}   train_loss {train_loss:.4f}   val_loss {val_loss:.4f}   {seconds:6.1f} s",
-                          file=sys.stdout)
-        if save_now:
-            save()
-        if stop_now and done < s["steps"]:
-            bar.close()
-            again = shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)])
-            say(f"stopped after step {done}. To go on: {again}")
-            status = 128 + (stopped_by or [signal.SIGTERM])[0]
-            leave_together(status)
-            sys.exit(status)
-    bar.close()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_DFL)       # all is saved: nothing to wait for any more
-    if start >= s["steps"]:                         # resumed after the end: nothing is left to do but to say so
-        val_loss, seconds = evaluate(), spent
-    finish(val_loss, seconds)
-    leave_together()
 
+    # ---- the loop: evaluate and save where it is time to, then take a step
+    with bar:
+        while True:
+            last, leave = step == s.steps, bool(stopped_by)
+            evaluate_now = last or s.eval_only or step % s.eval_every == 0 and step not in logged
+            save_now = last or step % s.save_every == 0
+            if pending and (evaluate_now or save_now or leave or step % 10 == 0):
+                losses, pending = losses + read_losses(pending, step, bar, s), []
+            if evaluate_now:
+                val_loss = evaluate(model, val, s, autocast, stopped_by)
+                leave = val_loss is None
+                if not (leave or math.isfinite(val_loss)):
+                    diverged(f"the validation loss is {val_loss}", step, bar, s)
+            if s.eval_only:
+                break
+            if evaluate_now and not leave and step not in logged:
+                record = {"step": step, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
+                          "seconds": round(time.time() - began, 3)}
+                if losses:
+                    record |= {"train_loss": sum(losses) / len(losses), "tokens": step * sequences * s.block_size}
+                if RANK == 0:
+                    append(out_dir / "log.jsonl", record | ({"final": True} if last else {}))
+                if RANK == 0 and losses:
+                    bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
+                              f"{record['seconds']:6.1f} s", file=sys.stdout)
+                losses = []
+            if save_now or leave:
+                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses, fingerprint=fingerprint,
+                     seconds=time.time() - began)
+            if last or leave:
+                break
 
-def leave_together(status=0):
-    """The end with several processes. One that leaves first makes torchrun stop rank 0 in its save. And what main holds
-    is not freed any more: with DDP goes its process group, which waits for gloo's threads while it has Python's lock,
-    and a thread that is about to free a tensor of the last all_reduce waits for that lock: a rare deadlock."""
-    if WORLD > 1:
+            # a step: the loss and its gradients, then the optimizer
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = lr_at(step, peak, s)
+            if s.dropout:                           # as the batch, it depends on (seed, step) alone: nothing to restore
+                torch.manual_seed(int(np.random.SeedSequence([s.seed, step, RANK]).generate_state(1)[0]))
+            windows = get_windows(train, np.random.default_rng([s.seed, step]), sequences, s.block_size)
+            pending.append(gradients(network, windows[mine], s, autocast))
+            if s.grad_clip:
+                nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+            measure = RANK == 0 and s.track and (step + 1) % s.track == 0 and step + 1 < s.steps    # the last lr is ~0
+            if measure:
+                probe.measure_next_step()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if measure:
+                append(out_dir / "log.jsonl", rotation_record(step, optimizer, probe))
+
+    # ---- the result
+    if leave:
+        say(f"stopped after step {step}. To go on: "
+            + shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)]))
+        sys.exit(128 + stopped_by[0])
+    if s.sample and RANK == 0:
+        text = tokenizer.decode(prompt + generate(model.eval(), prompt, s.sample, s.temperature, s.seed))
+        say(f"---\n{text}\n---")
+    say(f"val_loss {val_loss:.4f} (perplexity {math.exp(min(val_loss, 700)):.2f}) after {step} steps of {s.opt} in "
+        f"{time.time() - began:.0f} s: {out_dir}")
+    if WORLD > 1:                                   # one that leaves first makes torchrun stop the others
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
         sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+        os._exit(0)                                 # freeing DDP can deadlock with gloo's threads
 
 
 def flops_per_token(model, n_layer, n_embd, block_size):
-    """Floating-point operations of a training step for one token: 6 for every weight of a Linear (2 forward and 4
-    backward), and 12 n_layer n_embd block_size for attention, as if no product with masked keys were left out (PaLM:
-    Chowdhery et al. 2022, appendix B)."""
+    """Floating-point operations of a training step for one token: 6 for every weight of a Linear (2 forward, 4
+    backward), and 12 n_layer n_embd block_size for attention without a mask (Chowdhery et al. 2022, appendix B)."""
     weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     return 6 * weights + 12 * n_layer * n_embd * block_size
 
 
-def bench(model, network, autocast, gradients, train_step, optimizer, train, s):
-    """Time five things in turn, and print their medians: forward and backward on a fixed batch, the optimizer's step,
-    a whole step of training, the same step as nanoGPT's own loop would do it (eager, with torch's fused AdamW, and on a
-    CPU in float32, whatever --dtype is), and a large matrix product, for the MFU.
+def bench(model, network, optimizer, train, s, autocast):
+    """Print the median times of a step, of its forward and backward passes, and of its optimizer. MFU ("model FLOPs
+    utilization") is the operations per second of a step, as a share of those of a large matrix product."""
+    if WORLD > 1:
+        fail("--bench times one process: leave out torchrun")
+    rng, count, size = np.random.default_rng(0), s.batch_size * s.grad_accum, 8192 if s.device == "cuda" else 1024
+    windows = get_windows(train, rng, count, s.block_size)
+    a = torch.randn(size, size, device=s.device, dtype=getattr(torch, s.dtype))         # equal numbers would be faster
 
-    MFU ("model FLOPs utilization"): operations a second, as a share of what a large matrix product reaches here.
-    """
-    sequences = s["batch_size"] * s["grad_accum"]
-    fixed = get_windows(train, np.random.default_rng(0), sequences, s["block_size"])
-    batches = [inputs_and_targets(part, s["device"]) for part in np.array_split(fixed, s["grad_accum"])]
-    other = copy.deepcopy(model)
-    other_optimizer = torch.optim.AdamW(other.parameters(), lr=1e-3, fused=True)
+    def train_step():
+        gradients(network, get_windows(train, rng, count, s.block_size), s, autocast)
+        nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
 
-    def now():
-        if s["device"] == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def seconds(run):
+        wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
+        wait()
+        began = time.perf_counter()
+        for _ in range(4):
+            run()
+        wait()
+        return (time.perf_counter() - began) / 4
 
-    def passes(step):
-        for x, y in batches:
-            with autocast:
-                loss = network(x, y)
-            loss.backward()
-        optimizer.zero_grad(set_to_none=True)
-
-    def update(step):
-        optimizer.step()                            # with the gradients left by gradients(), below
-
-    def bare_loop(step):
-        windows = get_windows(train, np.random.default_rng(step), sequences, s["block_size"])
-        for part in np.array_split(windows, s["grad_accum"]):
-            x, y = inputs_and_targets(part, s["device"])
-            with autocast if s["device"] == "cuda" else contextlib.nullcontext():
-                loss = other(x, y) / s["grad_accum"]
-            loss.backward()
-        nn.utils.clip_grad_norm_(other.parameters(), s["grad_clip"] or math.inf)
-        other_optimizer.step()
-        other_optimizer.zero_grad(set_to_none=True)
-
-    def product(step):
-        a @ a
-
-    size = 8192 if s["device"] == "cuda" else 1024
-    dtype = torch.bfloat16 if isinstance(autocast, torch.autocast) else torch.float32
-    a = torch.randn(size, size, device=s["device"]).to(dtype)           # a GPU is faster with equal numbers
-    rounds, steps = (10, 5) if s["device"] == "cuda" else (15, 4)
-    times = {kind: [] for kind in (passes, update, train_step, bare_loop, product)}
-    for i in range(-2, rounds):                     # two rounds to warm up
-        for kind, results in times.items():
-            if kind is update:
-                gradients(fixed)
-            began = now()
-            for step in range(steps):
-                kind(step)
-            took = (now() - began) / steps
-            if i >= 0:
-                results.append(took)
-            optimizer.zero_grad(set_to_none=True)
-    alone, optimizing, whole, bare, multiplying = (float(np.median(results)) for results in times.values())
-    tokens, rate = sequences * s["block_size"], 2 * size**3 / multiplying
-    flops = flops_per_token(model, s["n_layer"], s["n_embd"], s["block_size"])
-    print(f"{tokens / whole:,.0f} tokens/s, {1e3 * whole:.2f} ms a step: forward and backward {1e3 * alone:.2f}, "
-          f"optimizer {1e3 * optimizing:.2f} ({100 * optimizing / whole:.1f} %), all that is not forward and backward "
-          f"{100 * (1 - alone / whole):.1f} %; MFU {100 * flops * tokens / whole / rate:.1f} % of the "
-          f"{rate / 1e12:.3g} TFLOP/s of a {dtype} product of {size} x {size} matrices".replace("torch.", ""))
-    print(f"a bare eager loop with torch.optim.AdamW(fused=True): {1e3 * bare:.2f} ms a step, {bare / whole:.2f} times "
-          "as long")
+    kinds = train_step, lambda: gradients(network, windows, s, autocast), optimizer.step, lambda: a @ a
+    rounds = [[seconds(run) for run in kinds] for _ in range(17)]           # in turn: the same machine for all
+    step, passes, update, product = np.median(rounds[2:], axis=0)           # two rounds warm up
+    tokens, peak = count * s.block_size, 2 * size**3 / product
+    flops = tokens * flops_per_token(model, s.n_layer, s.n_embd, s.block_size)
+    print(f"{tokens / step:,.0f} tokens/s, {1e3 * step:.2f} ms a step: forward and backward {1e3 * passes:.2f}, "
+          f"optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward and backward "
+          f"{100 * (1 - passes / step):.1f} %; MFU {100 * flops / step / peak:.1f} % of the {peak / 1e12:.3g} TFLOP/s "
+          f"of a {s.dtype} product of {size} x {size} matrices")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")           # a sampled character must not cost the result line
     try:
         main()
-        sys.stdout.flush()                          # here, where a pipe that nobody reads can be caught
+        sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught
     except KeyboardInterrupt:                       # before training: nothing to save yet
         sys.exit(130)
-    except BrokenPipeError:                         # `| head` has seen enough; ckpt.pt is there to go on from
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's own flush at the end fails again
+        if error.errno == errno.EPIPE:
+            sys.exit(1)                             # `| head` has seen enough; ckpt.pt is there to go on from
+        fail(f"cannot write {error.filename or 'output'}: {error.strerror}. The last one is whole: make room, --resume")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            fail("out of memory: make the model or the batch smaller")
+        if re.search(r"C(\+\+)? compiler|triton installation", str(error)):
+            fail("torch.compile needs a C++ compiler, and Triton on a GPU: --compile 0 does without")
+        raise

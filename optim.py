@@ -556,7 +556,7 @@ class Rotational(Geometry):
         w_sq = (w * w).sum(dims, keepdim=True)
         radial = (d * w).sum(dims, keepdim=True) / w_sq
         d = torch.addcmul(d, w, radial, value=-1)                   # tangent: the part along w would only change ||w||
-        if h["zero_mean"] and C < 32:                               # little may be left of d in a short neuron, and
+        if h["zero_mean"] and C < 16:                               # little may be left of d in a short neuron, and
             d = d - d.mean(dims, keepdim=True)                      # the rounding of the first mean be most of it
         d_sq = (d * d).sum(dims, keepdim=True)
         # A guard against rounding: where nearly all of d was offset and radial part, the rest is no direction.

@@ -5,50 +5,36 @@ data, byte pairs, BLEU, model, beam search, training.
     python translate_train.py                                 AdamW, a 0.9M-parameter Transformer, numbers: offline
     python translate_train.py --opt rotational_lion           any name of optim.OPTIMIZERS, with its tuned defaults
     python translate_train.py --translate "halb acht"         with the trained model; --translate - reads lines
-    python translate_train.py --preset multi30k --data corpus/train     any text: corpus/train.de and corpus/train.en
-    python translate_train.py --resume --out_dir out/...      go on where a stopped or killed run was
+    python translate_train.py --opt rotational_lion --resume  goes on after a kill, a crash, Ctrl-C: the same command
     python translate_train.py --preset multi30k               image captions: a quarter of an hour on a CPU, and more
+    python translate_train.py --preset multi30k --data corpus/train     your own text: corpus/train.de, corpus/train.en
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
+    python translate_train.py --bench                         tokens per second, and where the time of a step goes
 
-Each run writes config.json, log.jsonl (one JSON object a line), ckpt.pt, bpe.json (the vocabulary) and hypotheses.en
-(its translation of the test set) under --out_dir. Exit status: 0 done, 2 bad input, 3 the loss is not a number any
-more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+A run writes config.json, log.jsonl, ckpt.pt, bpe.json (the vocabulary) and hypotheses.en (its translation of the test
+set) under --out_dir. log.jsonl holds one JSON object a line, of three kinds:
 
-The default data, `numbers`, comes out of a grammar in this file: German number words, ordinals, dates, clock times,
-prices and sentences about them, with their English translation. German turns numbers round (einundzwanzig: one-and-
-twenty), counts half hours up to the next hour (halb acht: half past seven) and puts verbs last. What is drawn
-as a number, ordinal, date or time for the test set is never drawn as one for training; prices are told apart by their
-euros. (The minutes of a time and the cents of a price may well repeat a number of the test set.)
+    {"step": 250, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}       an evaluation
+    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}       every --track steps
+    {"step": 1000, "val_loss": ..., "bleu": ..., "beam": 5, "length_penalty": 1.0, ..., "final": true}  the result
+
+The second kind says how far the neurons of each weight turned in that step, on average and in radians, beside theory's
+predicted_angle and predicted_norm. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
+stopped by Ctrl-C or SIGTERM after saving.
+
+The default data, `numbers`, comes out of a grammar in this file: German numbers, ordinals, dates, clock times, prices
+and sentences about them, with their English translation. German turns numbers round (einundzwanzig: one-and-twenty),
+counts half hours up to the next hour (halb acht: half past seven) and puts verbs last. A number, date or time of the
+test set is never one of the training set; only minutes and cents may repeat. Text of your own needs corpus/train.de and
+corpus/train.en, or their .gz, where line n of one translates line n of the other, and beside them valid, val or dev,
+and test, named the same way.
 
 References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
 Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
 """
-import argparse
-import ast
-import collections
-import contextlib
-import ctypes
-import difflib
-import gzip
-import hashlib
-import heapq
-import html
-import http.client
-import io
-import json
-import math
-import os
-import pathlib
-import random
-import re
-import shlex
-import signal
-import sys
-import tarfile
-import time
-import urllib.request
-import warnings
-import zipfile
+import argparse, ast, collections, contextlib, difflib, errno, functools, gzip, hashlib, html, http.client, inspect, io
+import itertools, json, math, os, pathlib, random, re, shlex, shutil, signal, sys, tarfile, time, types, unicodedata
+import urllib.request, warnings, zipfile, zlib
 
 import numpy as np
 import torch
@@ -58,25 +44,141 @@ from tqdm import tqdm
 
 import optim
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Settings: a flag on the command line overrides the preset, and a preset the optimizer's tuned defaults
-# ----------------------------------------------------------------------------------------------------------------------
+try:
+    import fcntl
+except ImportError:                                 # Windows has none: nothing keeps two runs out of one folder there
+    fcntl = None
 
-# `tuned` overrides the table TUNED below; where it has no entry for an optimizer, the small model's values are used,
-# which nobody has tried at that size.
+SCRIPT = "translate_train.py"
+
+
+def fail(message, status=2):
+    """The one way out for bad input: a line that says what to do, and a status. Never a traceback."""
+    print(f"{SCRIPT}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+# ---- Settings: the command line overrides the preset, and the preset the defaults ------------------------------------
+
+
+class Settings:
+    # optimizer (what is not given comes from the preset, else from TUNED, else from the optimizer's class)
+    opt: str = "adamw"              # any name of optim.OPTIMIZERS
+    lr: float = None                # [0, inf) peak learning rate
+    weight_decay: float = None      # [0, inf) of matrices and embeddings; biases and gains have none
+    beta1: float = None             # [0, 1) of optimizers with betas
+    beta2: float = None             # [0, 1) likewise
+    momentum: float = None          # [0, 1) of the sgd, rmsprop and shampoo families
+    eps: float = None               # [0, inf) of the adam and rmsprop families (modular_adam has none)
+    opt_kwargs: list = None         # KEY=VALUE ... anything else that the optimizer's class takes
+    # training
+    preset: str = None              # a name of PRESETS; default: cpu
+    schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
+    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly
+    steps: int = 1000               # [1, 1e9] optimizer steps
+    epochs: int = None              # [1, 1e9] instead of steps: passes over the training set
+    max_tokens: int = 1024          # [1, 1e9] of a batch, in each language, padding counted
+    batch_size: int = None          # [1, 1e9] at most so many pairs in a batch; default: no other limit
+    label_smoothing: float = 0.1    # [0, 1] of the training loss
+    grad_clip: float = 1.0          # [0, inf) largest gradient norm; 0: no clipping
+    seed: int = 1337                # [0, 1e18] of weights, batches and dropout
+    # model
+    n_layer: int = 2                # [1, 1e4] of the encoder, and as many of the decoder
+    n_head: int = 4                 # [1, 1e4]
+    n_embd: int = 128               # [1, 1e5] width
+    n_ffn: int = 256                # [1, 1e6] width inside the feed-forward part
+    norm: str = "post"              # {pre, post} LayerNorm before every part, or after its sum (as in 2017)
+    dropout: float = 0.0            # [0, 1]
+    bias: bool = True               # {0, 1} biases in Linear and LayerNorm
+    gains: bool = None              # {auto, 0, 1} a learnable gain per output neuron; auto: with rotational optimizers
+    # data and files
+    data: str = "numbers"           # numbers, multi30k, iwslt14, or PREFIX of your own PREFIX.de and PREFIX.en (or .gz)
+    test: str = None                # another test set: PREFIX of PREFIX.de and PREFIX.en (or .gz)
+    vocab: int = 1000               # [260, 1e6] tokens, both languages together: bytes, byte pairs, 3 marks
+    data_dir: str = "data"          # where downloads and byte pairs are kept
+    out_dir: str = None             # default: out/translate-OPT-DATA and the other flags that were given
+    resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
+    save_every: int = None          # [1, 1e9] steps between checkpoints; default: eval_every
+    eval_every: int = 250           # [1, 1e9] steps between evaluations
+    # machine
+    device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
+    dtype: str = None               # {auto, float32, bfloat16} of autocast; auto: bfloat16 on GPUs that compute in it
+    compile: bool = None            # {auto, 0, 1} torch.compile the model and the optimizer; auto: with CUDA
+    track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
+    show_table: bool = False        # {0, 1} print the rule, lr and decay of every parameter
+    bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
+    # translation
+    beam: int = 5                   # [1, 1000] hypotheses kept for every sentence; 1: greedy
+    length_penalty: float = 1.0     # [0, 10] score = log-probability / length^this; 0 favours short translations
+    translate: str = None           # translate this text with the model in out_dir; -: the lines of standard input
+    eval_only: bool = False         # {0, 1} with resume: translate the test set, do not train
+
+
+LIMITS = dict(re.findall(r"^    (\w+): .*?# (\[.+?[])]|\(.+?[])]|\{.+?\})?", inspect.getsource(Settings), re.M))
+# HYPER goes to the optimizer. COMMAND concerns one command, not the run. ASIDE does not change what is learned.
+HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
+COMMAND = {"resume", "show_table", "bench", "translate", "eval_only"}
+ASIDE = COMMAND | {"test", "data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track", "beam",
+                   "length_penalty"}
+FAIRSEQ_FLAGS = {"learning_rate": "lr", "max_update": "steps", "max_epoch": "epochs", "warmup_updates": "warmup",
+                 "lenpen": "length_penalty", "clip_norm": "grad_clip", "optimizer": "opt", "save_dir": "out_dir",
+                 "arch": "preset"}
+
+
+def parse(argv=None):
+    """The flags that were given, as a dict. Every line of Settings is a flag, and its comment the help."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    p.error, group = fail, p                        # an error is one line, without the usage
+    for name, words in re.findall(r"^    (?:(\w+): .*?)?# (.+)", inspect.getsource(Settings), re.M):
+        if not name:
+            group = p.add_argument_group(words)
+            continue
+        kind, default = Settings.__annotations__[name], getattr(Settings, name)
+        how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
+        words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
+        group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words, **how)
+    given, unknown = p.parse_known_args(argv)
+    if unknown:
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+        near = FAIRSEQ_FLAGS.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
+        fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
+    return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
+
+
+def convert(name, text):
+    """Text from the command line -> the value of a setting, if its comment allows it; None for auto."""
+    kind, limits = Settings.__annotations__[name], LIMITS[name]
+    if limits[:1] == "{" and text not in limits[1:-1].split(", "):
+        raise argparse.ArgumentTypeError(f"invalid choice {text!r}: it must be one of {limits}")
+    if text == "":
+        raise argparse.ArgumentTypeError("it is empty: give at least one character, or leave the flag out")
+    if kind in (str, list, bool):
+        return None if text == "auto" and limits else text == "1" if kind is bool else text
+    try:
+        x = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
+    low, high = map(float, limits[1:-1].split(", "))
+    if not (low < x < high or x == low and limits[0] == "[" or x == high and limits[-1] == "]"):
+        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be in {limits}")
+    return x
+
+
+# `tuned` comes before the table TUNED, whose values nobody has tried at other sizes.
 PRESETS = {
-    # the default: about a minute on two cores
+    # The default: about a minute on two cores.
     "cpu": dict(data="numbers", vocab=1000, n_layer=2, n_head=4, n_embd=128, n_ffn=256, norm="post", dropout=0.0,
-                max_tokens=1024, steps=1000, warmup=100, eval_every=250, compile=0),
-    # captions of images, for a CPU: nine epochs of a small model
+                max_tokens=1024, steps=1000, warmup=100, eval_every=250, compile=False),
+    # Captions of images, for a CPU: nine epochs of a small model.
     "multi30k": dict(data="multi30k", vocab=4000, n_layer=3, n_head=4, n_embd=128, n_ffn=256, norm="post", dropout=0.1,
-                     max_tokens=1024, steps=4851, warmup=400, eval_every=539, compile=0),
-    # Kosson et al. 2024: fairseq's transformer_iwslt_de_en. Theirs picks the checkpoint with the best BLEU on the
-    # validation set; here the last one is taken, as the learning rate has come down to 0 by then
+                     max_tokens=1024, steps=4851, warmup=400, eval_every=539, compile=False),
+    # Kosson et al. 2024: fairseq's transformer_iwslt_de_en. The paper picks the checkpoint with the best BLEU on the
+    # validation set. Here the last one is taken, since the learning rate has come down to 0 by then.
     "iwslt": dict(data="iwslt14", vocab=10000, n_layer=6, n_head=4, n_embd=512, n_ffn=1024, norm="post", dropout=0.3,
-                  max_tokens=4096, steps=22021, warmup=4000, grad_clip=0.0, eval_every=1000, compile=1,
-                  tuned={"adamw": dict(lr=5e-4, weight_decay=1e-4, betas=(0.9, 0.98)),
-                         "rotational_adamw": dict(lr=5e-4, weight_decay=0.4, betas=(0.9, 0.98))}),
+                  max_tokens=4096, steps=22021, warmup=4000, grad_clip=0.0, eval_every=1000,
+                  tuned={"adamw": dict(lr=5e-4, weight_decay=1e-4, beta1=0.9, beta2=0.98),
+                         "rotational_adamw": dict(lr=5e-4, weight_decay=0.4, beta1=0.9, beta2=0.98)}),
 }
 
 # Tuned for the main job (the cpu preset on numbers), which is easier on optimizers than language is: the values of
@@ -89,179 +191,85 @@ PRESETS = {
 # wants a shorter memory than lion: with betas (0.9, 0.99) it reached BLEU 36 (with a long warmup 86), with these 99.
 TUNED = {
     "sgd": dict(lr=0.2, momentum=0.9, weight_decay=1e-4),
-    "adam": dict(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.0),
-    "adamw": dict(lr=2e-3, betas=(0.9, 0.99), weight_decay=0.1),
-    "lion": dict(lr=4e-4, betas=(0.9, 0.99), weight_decay=1.0),
+    "adam": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.0),
+    "adamw": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.1),
+    "lion": dict(lr=4e-4, beta1=0.9, beta2=0.99, weight_decay=1.0),
     "rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=0.0),
     "rf_rmsprop": dict(lr=1.2e-3, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "rf_adamw": dict(lr=1e-2, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.1),
+    "rf_adamw": dict(lr=1e-2, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.1),
     "shampoo": dict(lr=1.5e-4, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10,
                     max_dim=512),
     "if_shampoo": dict(lr=1e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0, max_dim=512),
     "modular_sgd": dict(lr=0.08, momentum=0.9, weight_decay=0.0),
-    "modular_adam": dict(lr=0.08, betas=(0.9, 0.99), weight_decay=0.0),
-    "modular_lion": dict(lr=0.08, betas=(0.9, 0.9), weight_decay=0.0),
+    "modular_adam": dict(lr=0.08, beta1=0.9, beta2=0.99, weight_decay=0.0),
+    "modular_lion": dict(lr=0.08, beta1=0.9, beta2=0.9, weight_decay=0.0),
     "modular_rmsprop": dict(lr=0.08, alpha=0.99, momentum=0.9, weight_decay=0.0),
     "modular_rf_rmsprop": dict(lr=0.08, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "modular_rf_adamw": dict(lr=0.08, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.0),
+    "modular_rf_adamw": dict(lr=0.08, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.0),
     "modular_shampoo": dict(lr=0.08, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, update_every=10,
                             max_dim=512),
     "modular_if_shampoo": dict(lr=0.08, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0, max_dim=512),
     "rotational_sgd": dict(lr=0.25, momentum=0.9, weight_decay=1.2e-4),
-    "rotational_adam": dict(lr=2.5e-3, betas=(0.9, 0.99), weight_decay=0.14),
-    "rotational_adamw": dict(lr=5e-3, betas=(0.9, 0.99), weight_decay=0.14),
-    "rotational_lion": dict(lr=1e-3, betas=(0.9, 0.99), weight_decay=2.5),
+    "rotational_adam": dict(lr=2.5e-3, beta1=0.9, beta2=0.99, weight_decay=0.14),
+    "rotational_adamw": dict(lr=5e-3, beta1=0.9, beta2=0.99, weight_decay=0.14),
+    "rotational_lion": dict(lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=2.5),
     "rotational_rmsprop": dict(lr=1e-2, alpha=0.99, weight_decay=7e-3),
     "rotational_rf_rmsprop": dict(lr=1.25e-4, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.28),
-    "rotational_rf_adamw": dict(lr=1.5e-3, betas=(0.9, 0.97), eps=1e-3, weight_decay=0.46),
+    "rotational_rf_adamw": dict(lr=1.5e-3, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.46),
     "rotational_shampoo": dict(lr=1e-3, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.07, graft="adam",
                                update_every=10, max_dim=512),
     "rotational_if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.05, max_dim=512),
 }
 
 
-def fail(message, status=2):
-    """The one way out for bad input: a line that says what to do, and a status. Never a traceback."""
-    print(f"translate_train.py: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-# what fairseq calls some flags: for its users' fingers
-FAIRSEQ_FLAGS = {"--learning_rate": "--lr", "--max-tokens": "--max_tokens", "--max-update": "--steps",
-                 "--max-epoch": "--epochs", "--arch": "--preset", "--warmup-updates": "--warmup", "--lenpen":
-                 "--length_penalty", "--clip-norm": "--grad_clip", "--optimizer": "--opt", "--save-dir": "--out_dir"}
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line, and an unknown flag is answered with the nearest known one."""
-
-    def error(self, message):
-        unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = FAIRSEQ_FLAGS.get(unknown[1]) or difflib.get_close_matches(unknown[1], flags, n=1, cutoff=0)[0]
-            message = f"unknown flag {unknown[1]}: did you mean {near}? (--help lists them all)"
-        fail(message)
-
-
-def in_range(kind, low, high=math.inf, above=False):
-    """A type for argparse: a number of this kind with low <= x <= high (low < x if above)."""
-    def parse(text):
-        try:
-            x = kind(text)
-            finite = math.isfinite(x) and (kind is float or x < 2**63)
-        except (ValueError, OverflowError):
-            words = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {words}") from None
-        if not (low < x if above else low <= x) or x > high or not finite:
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {'>' if above else '>='} {low:g}"
-                                             + (f" and <= {high:g}" if high < math.inf else ""))
-        return x
-    return parse
-
-
-def parse_arguments():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    whole, number, flag = lambda low: in_range(int, low), lambda low: in_range(float, low), in_range(int, 0, 1)
-    g = p.add_argument_group("optimizer (tuned defaults for each: TUNED in this file)")
-    g.add_argument("--opt", metavar="NAME", help=f"{', '.join(optim.OPTIMIZERS)} (default adamw)")
-    g.add_argument("--lr", type=number(0), help="peak learning rate")
-    g.add_argument("--weight_decay", type=number(0), help="of matrices and embeddings; biases and gains have none")
-    g.add_argument("--beta1", type=number(0), help="of optimizers with betas")
-    g.add_argument("--beta2", type=number(0), help="likewise")
-    g.add_argument("--momentum", type=number(0), help="of the sgd, rmsprop and shampoo families")
-    g.add_argument("--eps", type=number(0), help="of the adam and rmsprop families (modular_adam has none)")
-    g.add_argument("--opt_kwargs", metavar="KEY=VALUE", nargs="+", help="anything else the optimizer's class takes")
-    g = p.add_argument_group("training")
-    g.add_argument("--preset", choices=PRESETS, help="default: cpu")
-    g.add_argument("--schedule", choices=("cosine", "linear", "constant"),
-                   help="cosine (default), linear: down to just above 0")
-    g.add_argument("--warmup", type=whole(0), help="steps over which lr rises linearly")
-    g.add_argument("--steps", type=whole(1), help="optimizer steps")
-    g.add_argument("--epochs", type=whole(1), help="instead of --steps: passes over the training set")
-    g.add_argument("--max_tokens", type=whole(1), help="of a batch, in each language, padding counted")
-    g.add_argument("--batch_size", type=whole(1), help="at most so many pairs in a batch (default: no other limit)")
-    g.add_argument("--label_smoothing", type=in_range(float, 0, 1), help="of the training loss (default 0.1)")
-    g.add_argument("--grad_clip", type=number(0), help="largest gradient norm; 0: no clipping (default 1)")
-    g.add_argument("--seed", type=whole(0), help="of weights, batches and dropout (default 1337)")
-    g = p.add_argument_group("model")
-    g.add_argument("--n_layer", type=whole(1), help="of the encoder, and as many of the decoder")
-    g.add_argument("--n_head", type=whole(1))
-    g.add_argument("--n_embd", type=whole(1))
-    g.add_argument("--n_ffn", type=whole(1), help="width inside the feed-forward part")
-    g.add_argument("--norm", choices=("pre", "post"), help="LayerNorm before every part, or after its sum (as in 2017)")
-    g.add_argument("--dropout", type=in_range(float, 0, 1))
-    g.add_argument("--bias", type=flag, metavar="{0,1}", help="biases in Linear and LayerNorm (default 1)")
-    g.add_argument("--gains", choices=("auto", "0", "1"),
-                   help="a learnable gain per output neuron of every Linear; auto: with rotational optimizers")
-    g = p.add_argument_group("data and files")
-    g.add_argument("--data", metavar="NAME", help="numbers, multi30k, iwslt14, or PREFIX of PREFIX.de and PREFIX.en (or"
-                   " .de.gz, .en.gz) for training, beside which lie valid, val or dev and test, named the same way")
-    g.add_argument("--test", metavar="PREFIX", help="another test set: PREFIX.de and PREFIX.en (or .gz)")
-    g.add_argument("--vocab", type=whole(260), help="tokens, both languages together: bytes, byte pairs, 3 marks")
-    g.add_argument("--data_dir", help="where downloads and byte pairs are kept (default data)")
-    g.add_argument("--out_dir", help="default out/translate-OPT-DATA; a new run replaces an old one")
-    g.add_argument("--resume", action="store_true", help="go on from ckpt.pt in --out_dir, with the settings in it")
-    g.add_argument("--save_every", type=whole(1), help="steps between checkpoints (default: eval_every)")
-    g.add_argument("--eval_every", type=whole(1), help="steps between evaluations")
-    g = p.add_argument_group("machine")
-    g.add_argument("--device", choices=("auto", "cpu", "cuda", "mps"))
-    g.add_argument("--dtype", choices=("auto", "float32", "bfloat16"),
-                   help="of autocast; auto: bfloat16 on GPUs that compute in it natively, else float32")
-    g.add_argument("--compile", type=flag, metavar="{0,1}", help="torch.compile the model and the optimizer")
-    g.add_argument("--track", type=flag, metavar="{0,1}",
-                   help="log how far neurons turn, at every evaluation (default 1)")
-    g.add_argument("--show_table", action="store_true", help="print the rule, lr and decay of every parameter")
-    g.add_argument("--bench", action="store_true", help="time a step and its parts, then leave; writes nothing")
-    g = p.add_argument_group("translation")
-    g.add_argument("--beam", type=whole(1), help="hypotheses kept for every sentence (default 5); 1: greedy")
-    g.add_argument("--length_penalty", type=number(0),
-                   help="score = log-probability / length^this (default 1); 0 favours short translations")
-    g.add_argument("--translate", metavar="TEXT", help="translate it with the model in --out_dir; -: standard input")
-    g.add_argument("--eval_only", action="store_true", help="with --resume: translate the test set, do not train")
-    return p.parse_args()
-
-
-DEFAULTS = dict(opt="adamw", schedule="cosine", batch_size=None, label_smoothing=0.1, grad_clip=1.0, seed=1337, bias=1,
-                gains="auto", data_dir="data", test=None, device="auto", dtype="auto", track=1, beam=5,
-                length_penalty=1.0)
-# of one command, not of the run: not taken from the checkpoint on resuming
-COMMAND = dict(show_table=False, eval_only=False, translate=None, bench=False)
-# what may differ when a run is resumed; everything else is part of what the checkpoint means
-FREE_ON_RESUME = {"resume", "steps", "epochs", "out_dir", "data_dir", "test", "save_every", "eval_every", "device",
-                  "dtype", "compile", "track", "beam", "length_penalty", *COMMAND}
-
-
-def explicit(args):
-    """The flags that were really given, as a dict."""
-    return {key: value for key, value in vars(args).items() if value is not None and value is not False}
-
-
-def settle(args):
-    """The settings of a new run as one dict: flags over preset over defaults; the optimizer's own are under `hyper`.
-    What depends on the data (steps for --epochs, hyper's batch_size) is settled once it has been read."""
-    given = explicit(args)
-    device = pick_device(given.get("device", "auto"))
-    preset = given.get("preset") or "cpu"
-    s = DEFAULTS | PRESETS[preset] | given | {"preset": preset, "device": device}
-    if device == "cpu" and "compile" not in given:
-        s["compile"] = 0                            # compiling for a CPU takes half a minute: only if asked for
+def settle(given):
+    """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper.
+    What depends on the training set is left to settle_by_data."""
+    device = pick_device(given.get("device"))
+    name = given.get("preset", "cpu")
+    preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
+    s = types.SimpleNamespace(**{key: getattr(Settings, key) for key in LIMITS} | {"tuned": {}} | preset | given
+                              | {"preset": name, "device": device})
     try:
-        kind = optim.find_optimizer(s["opt"])
+        kind = optim.find_optimizer(s.opt)
     except ValueError as error:
         fail(f"--opt: {error}")
-    s["hyper"] = override(s, TUNED.get(s["opt"], {}) | s.pop("tuned", {}).get(s["opt"], {}), kind)
-    s["gains"] = int(kind.geometry is optim.ROTATIONAL) if s["gains"] == "auto" else int(s["gains"])
-    s.setdefault("save_every", s["eval_every"])
-    s.setdefault("out_dir", default_out_dir(s["opt"], s["data"]))
-    if s["n_embd"] % (2 * s["n_head"]):
-        fail(f"--n_embd {s['n_embd']} is not a multiple of 2 * --n_head = {2 * s['n_head']}: try --n_embd "
-             f"{max(round(s['n_embd'] / (2 * s['n_head'])), 1) * 2 * s['n_head']}")
+
+    said, takes = said_by_hand(given), kind.takes()
+    known = [key for key in takes if key not in optim.PER_GROUP | {"compile", "betas"}]
+    known += ["beta1", "beta2"] * ("betas" in takes)
+    for key in said.keys() - set(known):
+        fail(f"{s.opt} takes no {key}; it takes {', '.join(known)}")
+    s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in s.tuned else
+                 "tuned for preset cpu" if s.opt in TUNED else "default of its class, tuned by nobody")
+    s.hyper = {"lr": takes["lr"]} | s.tuned.get(s.opt, TUNED.get(s.opt, {})) | said
+    for key in HYPER | {"tuned"}:
+        delattr(s, key)
+
+    if s.gains is None:
+        s.gains = kind.geometry is optim.ROTATIONAL
+    s.save_every = s.save_every or s.eval_every
+    if s.compile is None:
+        s.compile = device == "cuda"                # compiling for a CPU takes half a minute
+    if s.dtype is None:                             # older GPUs have bfloat16, but only emulate it
+        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        s.dtype = "bfloat16" if native else "float32"
+    words = ["translate", s.opt, short_name(s.data), *given.get("opt_kwargs", [])]
+    words += [f"{key}={value}" for key, value in given.items() if key not in ASIDE | {"opt", "data", "opt_kwargs"}]
+    s.out_dir = s.out_dir or "out/" + re.sub(r"[^\w.=+-]", "_", "-".join(words))
     return s
 
 
-def default_out_dir(opt, data):
-    return f"out/translate-{opt}-{short_name(data)}"
+def settle_by_data(s, given, train):
+    """What depends on the training set: the steps of --epochs, the warmup of a short run, a root-free batch_size."""
+    if s.epochs:
+        s.steps = s.epochs * len(train.sizes)
+    if s.warmup >= s.steps and "warmup" in given:
+        fail(f"--warmup {s.warmup} leaves nothing of {s.steps} steps: make it smaller")
+    s.warmup = s.warmup if s.warmup < s.steps else s.steps // 10        # a preset's warmup, in a much shorter run
+    if "batch_size" in optim.find_optimizer(s.opt).takes():
+        # Over how many tokens the loss is a mean. That varies from batch to batch; the formula knows one number.
+        s.hyper.setdefault("batch_size", round(train.tokens_per_batch))
 
 
 def short_name(data):
@@ -269,59 +277,45 @@ def short_name(data):
     return pathlib.Path(data).parent.name or pathlib.Path(data).name
 
 
-def override(s, hyper, kind):
-    """Merge --lr ... --opt_kwargs into the tuned hyperparameters; what the optimizer does not know is an error."""
-    takes, hyper = [key for key in kind.takes() if key not in {"compile"} | optim.PER_GROUP], dict(hyper)
-
-    def check(key, flag):
-        if key not in takes:
-            fail(f"{s['opt']} takes no {flag}; it takes {', '.join(takes)}")
-    for key in ("lr", "weight_decay", "momentum", "eps"):
-        if key in s:
-            check(key, f"--{key}")
-            hyper[key] = s[key]
-    for i, key in enumerate(("beta1", "beta2")):
-        if key in s:
-            check("betas", f"--{key}")
-            betas = list(hyper.get("betas", kind.takes()["betas"]))
-            betas[i] = s[key]
-            hyper["betas"] = tuple(betas)
-    for pair in s.get("opt_kwargs", []):
+def said_by_hand(given):
+    """The hyperparameters on the command line as one dict, whether by their own flags or by --opt_kwargs."""
+    said = {key: value for key, value in given.items() if key in HYPER - {"opt_kwargs"}}
+    for pair in given.get("opt_kwargs", []):
         key, equals, text = pair.partition("=")
-        if not equals:
-            fail(f"--opt_kwargs {pair}: write it as KEY=VALUE")
-        check(key, key)
+        if not equals or key in said:
+            fail(f"--opt_kwargs {pair}: " + (f"{key} is given twice, leave one out" if equals else "write KEY=VALUE"))
         try:
-            hyper[key] = text if key in ("dtype", "graft") else ast.literal_eval(text)
-            json.dumps(hyper[key], allow_nan=False)             # sets and complex numbers are not settings
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            fail(f"--opt_kwargs {pair}: {text!r} is not a number, True, False, None or a tuple of these")
-    if hyper.get("dtype") not in (None, "float32", "float64", "bfloat16"):
-        fail(f"--opt_kwargs dtype={hyper['dtype']}: it must be float32, float64 or bfloat16")
-    return hyper
+            said[key] = ast.literal_eval(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            said[key] = text                        # a word, as in graft=adam
+    return said
+
+
+def resumed(given):
+    """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
+    out_dir = given.get("out_dir") or settle(given).out_dir
+    ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
+    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND})
+    for key in given.keys() & (ASIDE | {"steps", "epochs", "dtype"}):
+        setattr(s, key, given[key])
+    s.out_dir, s.device = out_dir, pick_device(given.get("device"))
+    if "steps" in given:                            # from now on: a later --resume must not go back to the epochs
+        s.epochs = None
+    other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
+    for key in other + [key for key in said if s.hyper.get(key) != said[key]]:
+        fail(f"--{key} {(given | said)[key]} is not what {out_dir}/ckpt.pt was made with: leave it out to go on, or "
+             "start a new run in another --out_dir")
+    return s, ckpt
 
 
 def pick_device(name):
     mps = torch.backends.mps.is_available()
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not mps:
         fail(f"--device {name}: this machine (or this build of torch) has none; use --device cpu")
-    return name
+    return name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
 
 
-def keep_freed_memory():
-    """Let malloc keep what a step frees for the next one. By itself glibc gives large pieces back to Linux, which fills
-    them with zeros, page by page, when they are asked for again: some 5 % of a step on a CPU."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):                    # other libraries have none
-        libc.mallopt(-1, 2**31 - 1)                 # M_TRIM_THRESHOLD: how much may lie unused at the heap's end
-        libc.mallopt(-3, 2**25)                     # M_MMAP_THRESHOLD: from where on tensors live outside (its maximum)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Data, 1: numbers. A grammar of German and English; what a pair is about decides whether it is for training or a test
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Data, 1: numbers, from a grammar of German and English ----------------------------------------------------------
 
 DE_ONES = ("null ein zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn "
            "siebzehn achtzehn neunzehn").split()
@@ -329,128 +323,32 @@ DE_TENS = ". . zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig
 EN_ONES = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
            "seventeen eighteen nineteen").split()
 EN_TENS = ". . twenty thirty forty fifty sixty seventy eighty ninety".split()
-
-
-def german(n, one="eins", ein="ein"):
-    """n in German words, 0 <= n < 10^8. `one`: how a 1 at the end is said; `ein`: what goes before the first hundert or
-    tausend if it is a single one (tausend and eintausend are both right)."""
-    if n >= 10**6:
-        millions, rest = divmod(n, 10**6)
-        head = "eine Million" if millions == 1 else f"{german(millions)} Millionen"
-        return f"{head} {german(rest)}" if rest else head
-    if n >= 1000:
-        thousands, rest = divmod(n, 1000)
-        head = (ein if thousands == 1 else german(thousands, "ein", ein)) + "tausend"
-        return head + german(rest, one) if rest else head
-    if n >= 100:
-        hundreds, rest = divmod(n, 100)
-        head = (ein if hundreds == 1 else DE_ONES[hundreds]) + "hundert"
-        return head + german(rest, one) if rest else head
-    if n >= 20:
-        tens, ones = divmod(n, 10)
-        return (f"{DE_ONES[ones]}und" if ones else "") + DE_TENS[tens]
-    return one if n == 1 else DE_ONES[n]
-
-
-def english(n):
-    """n in British English words, 0 <= n < 10^8: with `and` before the last two digits."""
-    for size, name in ((10**6, "million"), (1000, "thousand"), (100, "hundred")):
-        if n >= size:
-            count, rest = divmod(n, size)
-            joint = " and " if rest < 100 else " "
-            return f"{english(count)} {name}" + (joint + english(rest) if rest else "")
-    if n >= 20:
-        tens, ones = divmod(n, 10)
-        return EN_TENS[tens] + (f"-{EN_ONES[ones]}" if ones else "")
-    return EN_ONES[n]
-
-
-def german_ordinal(n, ending, ein="ein"):
-    """n-th, with the ending that grammar asks for: german_ordinal(21, "er") is einundzwanzigster. 0 < n < 10^6."""
-    last = n % 100
-    if not 0 < last < 20:
-        return german(n, ein=ein) + "st" + ending
-    stem = {1: "erst", 3: "dritt", 7: "siebt", 8: "acht"}.get(last) or DE_ONES[last] + "t"
-    return (german(n - last, ein=ein) if n > last else "") + stem + ending
-
-
-def english_ordinal(n):
-    head, last = re.fullmatch(r"(.*?)(\w+)", english(n)).groups()
-    irregular = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
-                 "twelve": "twelfth"}
-    return head + (irregular.get(last) or re.sub("y$", "ie", last) + "th")
-
-
-def german_year(y):
-    """1100 to 1999 are counted in hundreds: neunzehnhundertdreiundachtzig."""
-    if 1100 <= y < 2000:
-        return german(y // 100) + "hundert" + (german(y % 100) if y % 100 else "")
-    return german(y, ein="")
-
-
-def english_year(y):
-    if 2000 <= y < 2010:
-        return english(y)
-    century, rest = english(y // 100), y % 100
-    return f"{century} {english(rest) if rest > 9 else f'oh {english(rest)}' if rest else 'hundred'}"
-
-
-def german_clock(h, m):
-    """The time as one says it, h = 1 .. 12, m = 5, 10, .. 55. From 25 past on it is told by the next hour."""
-    hour, following = german(h), german(h % 12 + 1)
-    return {5: f"fünf nach {hour}", 10: f"zehn nach {hour}", 15: f"Viertel nach {hour}", 20: f"zwanzig nach {hour}",
-            25: f"fünf vor halb {following}", 30: f"halb {following}", 35: f"fünf nach halb {following}",
-            40: f"zwanzig vor {following}", 45: f"Viertel vor {following}", 50: f"zehn vor {following}",
-            55: f"fünf vor {following}"}[m]
-
-
-def english_clock(h, m):
-    words = {15: "a quarter", 30: "half"}.get(min(m, 60 - m)) or english(min(m, 60 - m))
-    return f"{words} past {english(h)}" if m <= 30 else f"{words} to {english(h % 12 + 1)}"
-
-
-def german_time(h, m):
-    """The time as a timetable says it, h = 0 .. 23."""
-    return german(h, "ein") + " Uhr" + (f" {german(m)}" if m else "")
-
-
-def english_time(h, m):
-    minutes = "" if m == 0 else f" oh {english(m)}" if m < 10 else f" {english(m)}"
-    return f"{english((h - 1) % 12 + 1)}{minutes} {'p.m.' if h >= 12 else 'a.m.'}"
-
-
-def german_price(euros, cents, one):
-    return german(euros, one) + " Euro" + (f" {german(cents)}" if cents else "")
-
-
-def english_price(euros, cents):
-    return f"{english(euros)} euro{'s' * (euros != 1)}" + (f" {english(cents)}" if cents else "")
-
-
 MONTHS = dict(Januar="January", Februar="February", März="March", April="April", Mai="May", Juni="June", Juli="July",
               August="August", September="September", Oktober="October", November="November", Dezember="December")
 DAYS = [(day, month) for month, last in zip(MONTHS, (31, 29, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31))
         for day in range(1, last + 1)]
-WEEKDAYS = dict(Montag="Monday", Dienstag="Tuesday", Mittwoch="Wednesday", Donnerstag="Thursday", Freitag="Friday",
-                Samstag="Saturday", Sonntag="Sunday")
-CITIES = dict(München="Munich", Köln="Cologne", Wien="Vienna", Zürich="Zurich", Genf="Geneva", Nürnberg="Nuremberg",
-              Straßburg="Strasbourg", Basel="Basel", Hamburg="Hamburg", Berlin="Berlin")
-THINGS = dict(Bücher="books", Äpfel="apples", Stühle="chairs", Schlüssel="keys", Brötchen="rolls", Hüte="hats",
-              Fahrräder="bicycles", Blumen="flowers", Briefe="letters", Karten="tickets")
-COUNTED = {"der {} Versuch": "the {} attempt", "die {} Aufgabe": "the {} task", "das {} Haus": "the {} house",
-           "die {} Straße": "the {} street", "der {} Schlüssel": "the {} key", "das {} Gebäude": "the {} building"}
-# who acts, with the verbs that have to agree: haben, sein, müssen, wollen, wissen
-PEOPLE = [((de + verbs_de).split("|"), (en + verbs_en).split("|")) for de, en, verbs_de, verbs_en in [
-    ("ich|", "I|", "habe|bin|muss|will|weiß", "have|am|have to|want|know"),
-    ("wir|", "we|", "haben|sind|müssen|wollen|wissen", "have|are|have to|want|know"),
-    *((de + "|", en + "|", "hat|ist|muss|will|weiß", "has|is|has to|wants|knows") for de, en in [
+IRREGULAR = {"one": "first", "two": "second", "three": "third", "five": "fifth", "eight": "eighth", "nine": "ninth",
+             "twelve": "twelfth"}
+WORDS = {
+    "city": dict(München="Munich", Köln="Cologne", Wien="Vienna", Zürich="Zurich", Genf="Geneva", Nürnberg="Nuremberg",
+                 Straßburg="Strasbourg", Basel="Basel", Hamburg="Hamburg", Berlin="Berlin"),
+    "day": dict(Montag="Monday", Dienstag="Tuesday", Mittwoch="Wednesday", Donnerstag="Thursday", Freitag="Friday",
+                Samstag="Saturday", Sonntag="Sunday"),
+    "things": dict(Bücher="books", Äpfel="apples", Stühle="chairs", Schlüssel="keys", Brötchen="rolls", Hüte="hats",
+                   Fahrräder="bicycles", Blumen="flowers", Briefe="letters", Karten="tickets"),
+    "counted": {"der {} Versuch": "the {} attempt", "die {} Aufgabe": "the {} task", "das {} Haus": "the {} house",
+                "die {} Straße": "the {} street", "der {} Schlüssel": "the {} key",
+                "das {} Gebäude": "the {} building"}}
+# Who acts, with the verbs that agree: haben, sein, müssen, wollen, wissen.
+VERBS = ("who", "have", "be", "must", "want", "know")
+PEOPLE = [(f"{de}|{verbs_de}".split("|"), f"{en}|{verbs_en}".split("|")) for de, en, verbs_de, verbs_en in [
+    ("ich", "I", "habe|bin|muss|will|weiß", "have|am|have to|want|know"),
+    ("wir", "we", "haben|sind|müssen|wollen|wissen", "have|are|have to|want|know"),
+    *((de, en, "hat|ist|muss|will|weiß", "has|is|has to|wants|knows") for de, en in [
         ("er", "he"), ("Jürgen", "Jürgen"), ("Anna", "Anna"), ("der Lehrer", "the teacher"),
         ("die Ärztin", "the doctor"), ("mein Bruder", "my brother"), ("ihre Tochter", "her daughter")])]]
-VERBS = ("who", "have", "be", "must", "want", "know")
-
-# {time}, {date}, {year}, {price}, {count} and {nth} are drawn; so are {who} with its verbs, {things}, {city}, {day}. A
-# 2 behind the name: a second one. German puts the verb last in a subordinate clause, its participle last in a main one,
-# and the subject behind the verb when something else comes first.
+# Every {name} is drawn, {who} together with the verbs; {time2} is a second time. German puts the verb last in a
+# subordinate clause, the participle last in a main clause, and the subject behind the verb after another beginning.
 SENTENCES = [
     ("der Zug nach {city} fährt um {time} ab.", "the train to {city} leaves at {time}."),
     ("{who} {know}, dass der Zug aus {city} um {time} ankommt.",
@@ -474,82 +372,132 @@ SENTENCES = [
 ]
 
 
-def part_of(content):
-    """train, valid or test, by a hash of the content: ("number", 1983), ("date", (21, "März")), ("clock", 7, 30), .."""
-    return {0: "test", 1: "valid"}.get(hashlib.sha256(repr(content).encode()).digest()[0] % 16, "train")
+def german(n, one="eins", ein="ein"):
+    """n in German words, 0 <= n < 10^8. one: what a 1 at the end is called. ein: what stands before the first hundert
+    or tausend if there is only one of them, since tausend and eintausend are both right."""
+    if n >= 10**6:
+        millions, rest = divmod(n, 10**6)
+        head = "eine Million" if millions == 1 else f"{german(millions)} Millionen"
+        return f"{head} {german(rest)}" if rest else head
+    for size, name in ((1000, "tausend"), (100, "hundert")):
+        if n >= size:
+            count, rest = divmod(n, size)
+            return (ein if count == 1 else german(count, "ein", ein)) + name + (german(rest, one) if rest else "")
+    tens, ones = divmod(n, 10)
+    if n >= 20:
+        return (f"{DE_ONES[ones]}und" if ones else "") + DE_TENS[tens]
+    return one if n == 1 else DE_ONES[n]
+
+
+def english(n):
+    """n in British English words, 0 <= n < 10^8: with `and` before the last two digits."""
+    for size, name in ((10**6, "million"), (1000, "thousand"), (100, "hundred")):
+        if n >= size:
+            count, rest = divmod(n, size)
+            joint = " and " if rest < 100 else " "
+            return f"{english(count)} {name}" + (joint + english(rest) if rest else "")
+    tens, ones = divmod(n, 10)
+    return EN_ONES[n] if n < 20 else EN_TENS[tens] + (f"-{EN_ONES[ones]}" if ones else "")
+
+
+def ordinal(n, ending, ein="ein"):
+    """n-th in (German, English), 0 < n < 10^6. ordinal(21, "er") is einundzwanzigster: German declines the ending."""
+    stem = {1: "erst", 3: "dritt", 7: "siebt", 8: "acht"}.get(n % 100) or DE_ONES[n % 20] + "t"
+    head = german(n - n % 100, ein=ein) if n > 99 else ""
+    de = head + stem if 0 < n % 100 < 20 else german(n, ein=ein) + "st"
+    head, last = re.fullmatch(r"(.*?)(\w+)", english(n)).groups()
+    return de + ending, head + (IRREGULAR.get(last) or re.sub("y$", "ie", last) + "th")
+
+
+def year(y):
+    """(German, English). Both count 1100 to 1999 in hundreds: neunzehnhundertdreiundachtzig, nineteen eighty-three."""
+    century, rest = divmod(y, 100)
+    de = german(century) + "hundert" + (german(rest) if rest else "") if y < 2000 else german(y, ein="")
+    en = f"{english(century)} {english(rest) if rest > 9 else f'oh {english(rest)}' if rest else 'hundred'}"
+    return de, english(y) if 2000 <= y < 2010 else en
+
+
+def clock(h, m):
+    """The time as people say it in (German, English), h = 1 .. 12, m = 5, 10, .. 55. From 25 past on, German counts
+    from the next hour: halb acht, half eight, is half past seven."""
+    following, distance = h % 12 + 1, min(m, 60 - m)
+    de = "Viertel" if distance == 15 else german(distance)
+    de = {25: "fünf vor halb", 30: "halb", 35: "fünf nach halb"}.get(m) or f"{de} {'nach' if m < 30 else 'vor'}"
+    en = {15: "a quarter", 30: "half"}.get(distance) or english(distance)
+    return (f"{de} {german(h if m < 25 else following)}",
+            f"{en} {'past' if m <= 30 else 'to'} {english(h if m <= 30 else following)}")
+
+
+def timetable(h, m):
+    """The time as timetables have it in (German, English), h = 0 .. 23, m = 0 .. 59."""
+    minutes = "" if m == 0 else f" oh {english(m)}" if m < 10 else f" {english(m)}"
+    return (german(h, "ein") + " Uhr" + (f" {german(m)}" if m else ""),
+            f"{english((h - 1) % 12 + 1)}{minutes} {'p.m.' if h >= 12 else 'a.m.'}")
 
 
 class Grammar:
-    """Draws pairs (German, English) for one part of the data. `contents` collects what the pairs were about."""
+    """Draws pairs (German, English) for one part of the data. `contents` collects what the pairs are about."""
 
     def __init__(self, part, seed):
         self.part, self.random, self.contents = part, random.Random(seed), set()
 
     def draw(self, name, *choices):
-        """A content of our own part: a value from each range or function in `choices`."""
+        """A content that belongs to our part: a value from each range or function in `choices`. The hash of a content,
+        as of ("number", 1983) or ("date", (21, "März")), decides about its part."""
         while True:
-            values = [choice() if callable(choice) else self.random.choice(choice) for choice in choices]
-            if part_of((name, *values)) == self.part:
-                self.contents.add((name, *values))
-                return values
+            content = (name, *(choice() if callable(choice) else self.random.choice(choice) for choice in choices))
+            hashed = hashlib.sha256(repr(content).encode()).digest()[0] % 16
+            if {0: "test", 1: "valid"}.get(hashed, "train") == self.part:
+                self.contents.add(content)
+                return content[1:]
 
-    def any_size(self, digits):
+    def number(self, digits, name="number"):
         """A whole number > 0 below 10, 100, .. or 10^digits, each of these being as likely."""
-        return self.random.randrange(1, 10 ** self.random.randint(1, digits))
+        return self.draw(name, lambda: self.random.randrange(1, 10 ** self.random.randint(1, digits)))[0]
 
-    def ein(self):
-        return self.random.choice(("ein", ""))
+    def day(self, ending):
+        (day, month), = self.draw("date", DAYS)
+        de, en = ordinal(day, ending)
+        return f"{de} {month}", f"the {en} of {MONTHS[month]}"
+
+    def slot(self, name, one="ein"):
+        """-> (German, English) of a number, time, price, .. `one` is a price's 1: ein, or einen as an object."""
+        if name == "time" and self.random.random() < 0.5:
+            return clock(*self.draw("clock", range(1, 13), range(5, 60, 5)))
+        if name == "time":
+            return timetable(*self.draw("time", range(24), range(60)))
+        if name == "date":
+            return self.day("en")
+        if name == "year":
+            return year(*self.draw("number", range(1100, 2100)))
+        if name == "price":
+            euros, cents = self.number(3), self.random.choice((0, *range(5, 100)))
+            return (german(euros, one) + " Euro" + (f" {german(cents)}" if cents else ""),
+                    f"{english(euros)} euro{'s' * (euros != 1)}" + (f" {english(cents)}" if cents else ""))
+        if name in WORDS:
+            return self.random.choice(list(WORDS[name].items()))
+        n = self.number({"number": 7, "nth": 4, "count": 3}[name], "ordinal" if name == "nth" else "number")
+        if name == "count" and n % 100 == 1:        # one, and a hundred and one, would ask for a singular
+            return self.slot(name)
+        ein = self.random.choice(("ein", ""))
+        return ordinal(n, "e", ein) if name == "nth" else (german(n, ein=ein), english(n))
+
+    def sentence(self):
+        patterns, person, words = self.random.choice(SENTENCES), self.random.choice(PEOPLE), {}
+        for name in re.findall(r"{(\w+)}", patterns[0]):
+            words[name] = ([forms[VERBS.index(name)] for forms in person] if name in VERBS
+                           else self.slot(name.rstrip("2"), one="einen"))
+        texts = [text.format(**{name: pair[i] for name, pair in words.items()}) for i, text in enumerate(patterns)]
+        return tuple(text[0].upper() + text[1:].replace(".m..", ".m.") for text in texts)        # p.m. ends a sentence
 
     def pair(self):
         kind = self.random.choices(("number", "ordinal", "date", "time", "price", "sentence"), (3, 2, 2, 2, 1, 10))[0]
         if kind == "ordinal":
-            nth_de, nth_en = self.slot("nth")
-            de, en = self.random.choice(list(COUNTED.items()))
-            return de.format(nth_de), en.format(nth_en)
+            nth = self.slot("nth")
+            return tuple(map(str.format, self.slot("counted"), nth))
         if kind == "date":
-            ((day, month),), (year_de, year_en) = self.draw("date", DAYS), self.slot("year")
-            return (f"{german_ordinal(day, 'er')} {month} {year_de}",
-                    f"the {english_ordinal(day)} of {MONTHS[month]} {year_en}")
+            return tuple(map(" ".join, zip(self.day("er"), self.slot("year"))))
         return self.sentence() if kind == "sentence" else self.slot(kind)
-
-    def slot(self, name, one="ein"):
-        """-> (German, English) of a number, time, date, price, .. `one`: a price's ein, or einen if it is an object."""
-        if name == "number":
-            n, = self.draw("number", lambda: self.any_size(7))
-            return german(n, ein=self.ein()), english(n)
-        if name == "nth":
-            n, = self.draw("ordinal", lambda: self.any_size(4))
-            return german_ordinal(n, "e", self.ein()), english_ordinal(n)
-        if name == "time":
-            if self.random.random() < 0.5:
-                clock = self.draw("clock", range(1, 13), range(5, 60, 5))
-                return german_clock(*clock), english_clock(*clock)
-            t = self.draw("time", range(24), range(60))
-            return german_time(*t), english_time(*t)
-        if name == "date":
-            (day, month), = self.draw("date", DAYS)
-            return f"{german_ordinal(day, 'en')} {month}", f"the {english_ordinal(day)} of {MONTHS[month]}"
-        if name == "year":
-            y, = self.draw("number", range(1100, 2100))
-            return german_year(y), english_year(y)
-        if name == "price":
-            (euros,), cents = self.draw("number", lambda: self.any_size(3)), self.random.choice((0, *range(5, 100)))
-            return german_price(euros, cents, one), english_price(euros, cents)
-        if name == "count":                         # never one, nor a hundred and one: that would ask for a singular
-            n, = self.draw("number", lambda: self.any_size(3))
-            return self.slot(name) if n % 100 == 1 else (german(n, ein=self.ein()), english(n))
-        return self.random.choice(list({"city": CITIES, "day": WEEKDAYS, "things": THINGS}[name].items()))
-
-    def sentence(self):
-        patterns, words = self.random.choice(SENTENCES), ({}, {})
-        person = self.random.choice(PEOPLE)
-        for name in re.findall(r"{(\w+)}", patterns[0]):
-            pair = ([forms[VERBS.index(name)] for forms in person] if name in VERBS
-                    else self.slot(name.rstrip("2"), one="einen"))
-            for language, word in zip(words, pair):
-                language[name] = word
-        texts = [pattern.format(**language) for pattern, language in zip(patterns, words)]
-        return tuple(text[0].upper() + text[1:].replace(".m..", ".m.") for text in texts)        # p.m. ends a sentence
 
 
 NUMBERS = dict(train=24_000, valid=500, test=1000)
@@ -563,9 +511,7 @@ def numbers(part):
     return list(pairs.items())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data, 2: corpora. -> {"train": [(German, English), ...], "valid": ..., "test": ...}
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Data, 2: texts. -> {"train": [(German, English), ...], "valid": ..., "test": ...} -------------------------------
 
 MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
 MULTI30K_FILES = {
@@ -579,24 +525,20 @@ IWSLT14 = ("https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz", "md5
 
 
 def download(url, checksum, path):
-    """Fetch url to path, unless it is there: into a .part file, checked, then renamed. checksum: "sha256:..." or so."""
-    by_hand = f"Fetch it by hand and put it at {path}, or use --data numbers, which needs no network"
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")      # two runs may fetch it at once
+    """Fetch url to path, unless it is there: beside it, checked, then renamed. checksum: "sha256:..." or so."""
+    by_hand = f"Fetch it by hand and put it at {path} (--data_dir), or use --data numbers, which is made here"
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")    # two runs may fetch it at once
     try:
         if path.exists():
             if file_checksum(path, checksum) != checksum:
                 fail(f"{path} is not the file that {url} should give: delete it, then start again")
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(url, headers={"User-Agent": "translate_train.py"})
+        request = urllib.request.Request(url, headers={"User-Agent": SCRIPT})
         with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0)
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name) as bar:
-                while chunk := reply.read(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-        if size and bar.n != size:
-            raise OSError(f"it broke off after {bar.n} of {size} bytes")
+            size = int(reply.headers.get("Content-Length") or 0) or None
+            with tqdm.wrapattr(reply, "read", total=size, desc=path.name) as body:
+                shutil.copyfileobj(body, file)
         if file_checksum(part, checksum) != checksum:
             fail(f"{url} did not give the expected file ({checksum}). {by_hand}")
         os.replace(part, path)
@@ -615,54 +557,55 @@ def file_checksum(path, like):
         return f"{kind}:{hashlib.file_digest(file, kind).hexdigest()}"
 
 
-def read_lines(path):
-    """The lines of a UTF-8 text file, unpacked if it ends in .gz. Only \\n ends a line: str.splitlines would also cut
-    at rarer characters, and put the two languages out of step."""
+def sentence(text):
+    """A sentence as the model sees it, however it was typed: letters in composed form (NFC: an umlaut is one letter),
+    one space between words and none around them, without byte-order marks. A carriage return, a no-break space and
+    the other white space of Unicode all count as white space."""
+    return " ".join(unicodedata.normalize("NFC", text.replace("\ufeff", "")).split())
+
+
+def sentences(data, where):
+    """Bytes of UTF-8 -> a sentence for every line. All text comes in here: files, --translate, standard input. Only \\n
+    ends a line: str.splitlines would also cut at rarer characters, and put the two languages out of step."""
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            lines = file.read().decode("utf-8").split("\n")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        before = error.object[:error.start].count(b"\n")
-        fail(f"{path}, line {before + 1}: not UTF-8 text. If it is in another encoding, convert it: iconv -t UTF-8")
-    except (OSError, EOFError) as error:            # no permission; not a gzip file, or half of one
-        fail(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
-    if not lines[-1]:
-        lines.pop()                                 # what follows the last \n is no line
-    return [line.removesuffix("\r") for line in lines]
+        line = data.count(b"\n", 0, error.start) + 1
+        fail(f"{where}, line {line}: not UTF-8 text. If it is in another encoding, convert it: iconv -t UTF-8")
+    return [sentence(line) for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def find_file(prefix, language):
     """PREFIX.de or PREFIX.de.gz, whichever there is; None if neither."""
-    for path in (pathlib.Path(f"{prefix}.{language}"), pathlib.Path(f"{prefix}.{language}.gz")):
-        if path.is_file():
-            return path
-    return None
+    paths = (pathlib.Path(f"{prefix}.{language}{ending}") for ending in ("", ".gz"))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_pairs(prefix):
-    """The line-aligned files PREFIX.de and PREFIX.en -> pairs."""
-    paths = [find_file(prefix, language) for language in ("de", "en")]
-    for path, language in zip(paths, ("de", "en")):
-        if path is None:
-            fail(f"there is no {prefix}.{language} nor {prefix}.{language}.gz")
-    sides = [read_lines(path) for path in paths]
-    if len(sides[0]) != len(sides[1]):
-        fail(f"{paths[0]} has {len(sides[0])} lines, {paths[1]} has {len(sides[1])}: line n of the one must translate "
-             "line n of the other")
-    if not sides[0]:
-        fail(f"{paths[0]} is empty: it must hold a sentence a line")
-    for path, lines in zip(paths, sides):
-        empty = [i for i, line in enumerate(lines) if not line.strip()]
+    """The line-aligned files PREFIX.de and PREFIX.en, or their .gz -> pairs."""
+    sides = []
+    for language in ("de", "en"):
+        path = find_file(prefix, language) or fail(f"there is no {prefix}.{language} nor {prefix}.{language}.gz")
+        try:
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+                sides.append(sentences(file.read(), path))
+        except (OSError, EOFError, zlib.error) as error:        # no permission; not a gzip file, or half of one
+            fail(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
+        if not sides[-1]:
+            fail(f"{path} is empty: it must hold a sentence a line")
+        empty = [i for i, line in enumerate(sides[-1], 1) if not line]
         if empty:
-            fail(f"{path}, line {empty[0] + 1}: empty, as {len(empty) - 1} more: take these pairs out of both files")
+            fail(f"{path}, line {empty[0]}: empty, as {len(empty) - 1} more: take these pairs out of both files")
+    if len(sides[0]) != len(sides[1]):
+        fail(f"{prefix}.de has {len(sides[0])} lines, {prefix}.en has {len(sides[1])}: line n of one must translate "
+             "line n of the other")
     return list(zip(*sides))
 
 
 def beside(train, names):
     """Where the validation or test set of a corpus is: the first of these names in the folder of its training set."""
     for name in names:
-        prefix = pathlib.Path(train).parent / name
-        if find_file(prefix, "de"):
+        if find_file(prefix := pathlib.Path(train).parent / name, "de"):
             return prefix
     fail(f"beside {train}.de there is none of {', '.join(f'{name}.de' for name in names)} (or .gz): "
          + ("one is needed for validation" if "valid" in names else "name the test set with --test PREFIX"))
@@ -671,29 +614,26 @@ def beside(train, names):
 def iwslt14(data_dir):
     """IWSLT'14, cleaned as fairseq's recipe does: tags dropped, lower case, no pair over 175 words or over 1.5 times as
     long in one language; every 23rd pair is for validation, five sets of talks for the test. The recipe counts words
-    and trains on text after Moses' tokenizer; here words are counted by a regular expression, and text is left as it
-    is, since byte pairs need no tokenizer. So BLEU, too, is on other words than that of papers that follow the recipe.
-    """
+    and trains on text after Moses' tokenizer. Here a regular expression counts words, and the text stays as it is,
+    since byte pairs need no tokenizer. So BLEU is on other words than in papers that follow the recipe."""
     path, pairs = download(*IWSLT14, data_dir / "iwslt14-de-en.tgz"), {"train": [], "valid": [], "test": []}
+    tests = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
     with tarfile.open(path) as archive:
-        def text(name, language):
-            return archive.extractfile(f"de-en/{name.format(language)}").read().decode("utf-8")
-        lines = []
-        for language in ("de", "en"):
-            kept = [line for line in text("train.tags.de-en.{}", language).split("\n")
-                    if not re.search("<(url|talkid|keywords)>", line)]
-            lines.append([re.sub("</?(title|description)>", "", line).strip().lower() for line in kept])
-        count = 0
-        for pair in zip(*lines, strict=True):
-            words = [len(re.findall(r"\w+|[^\w\s]", side)) for side in pair]
-            if 1 <= min(words) and max(words) <= min(175, 1.5 * min(words)):
-                count += 1
-                pairs["valid" if count % 23 == 0 else "train"].append(pair)
-        for name in ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012"):
-            sides = [re.findall("<seg[^>]*>(.*?)</seg>", text(f"IWSLT14.{name}.de-en.{{}}.xml", language))
-                     for language in ("de", "en")]
-            pairs["test"] += [tuple(html.unescape(side).strip().replace("’", "'").lower() for side in pair)
-                              for pair in zip(*sides, strict=True)]
+        train, *tests = ([sentences(archive.extractfile(f"de-en/{name.format(language)}").read(), path)
+                          for language in ("de", "en")]
+                         for name in ("train.tags.de-en.{}", *(f"IWSLT14.{test}.de-en.{{}}.xml" for test in tests)))
+    train = [[re.sub("</?(title|description)>", "", line) for line in lines
+              if not re.search("<(url|talkid|keywords)>", line)] for lines in train]
+    count = 0
+    for pair in zip(*train, strict=True):
+        words = [len(re.findall(r"\w+|[^\w\s]", side)) for side in pair]
+        if 1 <= min(words) and max(words) <= min(175, 1.5 * min(words)):
+            count += 1
+            pairs["valid" if count % 23 == 0 else "train"].append(tuple(sentence(side.lower()) for side in pair))
+    for sides in tests:
+        segments = (re.findall("<seg[^>]*>(.*?)</seg>", "\n".join(lines)) for lines in sides)
+        pairs["test"] += [tuple(sentence(html.unescape(side).replace("’", "'").lower()) for side in pair)
+                          for pair in zip(*segments, strict=True)]
     return pairs
 
 
@@ -703,113 +643,88 @@ def load_corpus(name, data_dir, test):
     if name == "numbers":
         pairs = {part: numbers(part) for part in NUMBERS}
     elif name == "multi30k":
-        folder = data_dir / "multi30k"
         for file, checksum in MULTI30K_FILES.items():
-            download(MULTI30K + file, checksum, folder / file)
-        pairs = {part: read_pairs(folder / file) for part, file in
-                 (("train", "train"), ("valid", "val"), ("test", "test_2016_flickr"))}
+            download(MULTI30K + file, checksum, data_dir / "multi30k" / file)
+        parts = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
+        pairs = {part: read_pairs(data_dir / "multi30k" / file) for part, file in parts.items()}
     elif name == "iwslt14":
         pairs = iwslt14(data_dir)
-    elif not find_file(name, "de") and not find_file(name, "en"):
-        known = ("numbers", "multi30k", "iwslt14")
-        near = difflib.get_close_matches(name, known, n=1)
-        fail(f"--data {name}: there is no {name}.de; " + (f"did you mean {near[0]}?" if near else
-                                                         f"the data sets are {', '.join(known)}"))
-    else:
+    elif find_file(name, "de") or find_file(name, "en"):
         pairs = {"train": read_pairs(name), "valid": read_pairs(beside(name, ("valid", "val", "dev")))}
         if not test:
             pairs["test"] = read_pairs(beside(name, ("test", "test_2016_flickr")))
-    if test:
-        pairs["test"] = read_pairs(test)
-    return pairs
+    else:
+        near = difflib.get_close_matches(name, ("numbers", "multi30k", "iwslt14"), n=1)
+        fail(f"--data {name}: there is no {name}.de; " + (f"did you mean {near[0]}?" if near else
+                                                         "the data sets are numbers, multi30k, iwslt14"))
+    return pairs | ({"test": read_pairs(test)} if test else {})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Byte pairs: the vocabulary. Text -> UTF-8 bytes; the most frequent pair of neighbours becomes a token, again and again
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Byte pairs: text -> UTF-8 bytes; the most frequent pair of neighbours becomes a token, again and again ----------
 
-# Pairs are made inside of a word only, a word being letters and digits, or other signs, with the space before it; white
-# space that is left makes words of its own. Python's `re` and tiktoken both understand this; no character is missed.
+# Pairs form inside of a word only: letters and digits, or other signs, with the space before them. Remaining white
+# space makes words of its own. Python's `re` and tiktoken read this pattern alike, and it misses no character.
 WORD = r" ?\w+| ?[^\w\s]+|\s+(?!\S)|\s+"
 
 
 def learn_byte_pairs(lines, count):
-    """Byte-pair encoding (Sennrich et al. 2016) of the lines -> at most `count` tokens (bytes), in the order learned.
+    """Byte-pair encoding (Sennrich et al. 2016) of the lines -> at most `count` tokens, in the order learned.
 
-    Every word is a list of tokens, single bytes at first. Take the pair of neighbours that is most frequent in the text
-    (the smaller bytes if two are), join it wherever it occurs, and go on. What makes it fast: a word is treated once,
-    however often it occurs; after a join only the counts of pairs in the words that hold it change (`where`); and a
-    heap gives the most frequent pair. Its entries go out of date, which is noticed when they come up.
-
-    A pair is known by its bytes together: a + bc and ab + c are one pair, since they give the same token, and tiktoken,
-    which knows nothing but bytes, will join both.
+    Every word is a list of tokens, single bytes at first. The pair of neighbours that is most frequent in the text (of
+    equals the one with the smaller bytes) is joined wherever it occurs; then the next. Equal words are treated once,
+    and only words that hold the pair (`where`) are counted anew. A pair is known by its bytes together: a + bc and
+    ab + c give the same token, and tiktoken, which knows nothing but bytes, joins both. A token is a string with one
+    character (of Latin-1) for each byte, since JSON holds no bytes.
     """
     frequency = collections.Counter(word for line in lines for word in re.findall(WORD, " " + line))
-    words = [[bytes([byte]) for byte in word.encode()] for word in frequency]
-    weights = list(frequency.values())
-    pairs, where = collections.Counter(), collections.defaultdict(set)
+    words, weights = [list(word.encode().decode("latin-1")) for word in frequency], list(frequency.values())
+    pairs, where, tokens = collections.Counter(), collections.defaultdict(set), []
     for i, word in enumerate(words):
         for a, b in zip(word, word[1:]):
             pairs[a + b] += weights[i]
             where[a + b].add(i)
-    heap = [(-n, pair) for pair, n in pairs.items()]
-    heapq.heapify(heap)
-    tokens = []
-    with tqdm(total=count, desc="learning byte pairs", delay=2) as bar:
-        while len(tokens) < count and heap:
-            n, best = heapq.heappop(heap)
-            if -n != pairs[best]:
-                if pairs[best]:
-                    heapq.heappush(heap, (-pairs[best], best))      # its count has fallen since: back in its place
-                continue
-            if -n < 2:
-                break                               # what occurs once is not worth a token
-            tokens.append(best)
-            bar.update()
-            changed = set()
-            for i in where.pop(best):
-                old = words[i]
-                for a, b in zip(old, old[1:]):
-                    pairs[a + b] -= weights[i]
-                words[i] = new = join(old, best)
-                for a, b in zip(new, new[1:]):
-                    pairs[a + b] += weights[i]
-                    where[a + b].add(i)
-                    if a == best or b == best:      # a new pair: the others have what was taken from them above
-                        changed.add(a + b)
-            for pair in changed:
-                heapq.heappush(heap, (-pairs[pair], pair))
+    for _ in tqdm(range(count), desc="learning byte pairs", delay=2):
+        most = max(pairs.values(), default=0)
+        if most < 2:
+            break                                   # what occurs once is not worth a token
+        best = min([pair for pair, n in pairs.items() if n == most])
+        tokens.append(best)
+        for i in where.pop(best):
+            old, words[i] = words[i], join(words[i], best)
+            for a, b in zip(old, old[1:]):
+                pairs[a + b] -= weights[i]
+            for a, b in zip(words[i], words[i][1:]):
+                pairs[a + b] += weights[i]
+                where[a + b].add(i)
+            for a, b in zip(old, old[1:]):
+                if pairs[a + b] == 0:
+                    del pairs[a + b]                # a third of all; the search for the best looks at every pair
     return tokens
 
 
 def join(word, token):
     """The word with neighbours that together are `token` joined, from left to right."""
-    new, i = [], 0
-    while i < len(word):
-        if i + 1 < len(word) and word[i] + word[i + 1] == token:
-            new.append(token)
-            i += 2
+    new = []
+    for part in word:
+        if new and new[-1] + part == token:
+            new[-1] = token
         else:
-            new.append(word[i])
-            i += 1
+            new.append(part)
     return new
 
 
 class BytePairs:
     """Text <-> lists of token ids, by tiktoken with our own byte pairs. Any Unicode text comes back unchanged.
 
-    Ids: 256 single bytes, then `tokens` in the order learned, then the marks pad, begin, end. A line is given a space
-    in front, so that a word is the same token at the beginning of a line as within it; `decode` takes the space away.
+    Ids: 256 single bytes, then `tokens` in the order learned, then the marks pad, begin, end. `encode` puts a space in
+    front of a line, so that a word is the same token at its beginning as within; `decode` takes the space away.
     """
 
     def __init__(self, tokens):
         import tiktoken
-        self.tokens = tokens
-        ranks = {bytes([byte]): byte for byte in range(256)}
-        for token in tokens:
-            ranks[token] = len(ranks)
-        self.pad, self.begin, self.end = range(len(ranks), len(ranks) + 3)
-        self.n_vocab = len(ranks) + 3
+        ranks = {token.encode("latin-1"): i for i, token in enumerate([*map(chr, range(256)), *tokens])}
+        self.tokens, self.n_vocab = tokens, len(ranks) + 3
+        self.pad, self.begin, self.end = range(len(ranks), self.n_vocab)
         self.core = tiktoken.Encoding("byte pairs", pat_str=WORD, mergeable_ranks=ranks, special_tokens={
             "<pad>": self.pad, "<begin>": self.begin, "<end>": self.end})
 
@@ -818,44 +733,27 @@ class BytePairs:
         return self.core.encode_ordinary_batch([" " + line for line in lines])
 
     def decode(self, ids):
-        """-> one line; a sequence of bytes that is not UTF-8, which an untrained model may produce, shows as U+FFFD."""
+        """-> one line. Bytes that are not UTF-8, which an untrained model may produce, show as U+FFFD."""
         data = self.core.decode_bytes([i for i in ids if i < self.pad])
         return data.decode("utf-8", errors="replace").removeprefix(" ")
 
-    def save(self, path):
-        write_atomically(path, json.dumps(self.to_json()).encode())
-
-    def to_json(self):
-        """The tokens as strings, a character of Latin-1 for every byte, since JSON holds no bytes."""
-        return [token.decode("latin-1") for token in self.tokens]
-
-    @classmethod
-    def from_json(cls, tokens):
-        return cls([token.encode("latin-1") for token in tokens])
-
 
 def byte_pairs_of(pairs, vocab, data_dir, name):
-    """The byte pairs of a training set: learned once, then kept under --data_dir in a file named by what they are of.
-    """
+    """The byte pairs of a training set: learned once, then kept under --data_dir in a file named after their text."""
     lines = [line for pair in pairs for line in pair]
     key = hashlib.sha256("\n".join([str(vocab), WORD, *lines]).encode()).hexdigest()[:12]
     path = pathlib.Path(data_dir) / f"bpe-{name}-{vocab}-{key}.json"
+    if not path.exists():
+        only_one = lock(path.parent, "--data_dir", wait=True)       # of several runs that come here at once, one learns
+        if not path.exists():
+            write(path, json.dumps(learn_byte_pairs(lines, vocab - 259)).encode())
     try:
-        if path.exists():
-            return BytePairs.from_json(json.loads(path.read_text()))
-        bpe = BytePairs(learn_byte_pairs(lines, vocab - 259))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        bpe.save(path)
-        return bpe
-    except OSError as error:
-        fail(f"cannot write {error.filename or path}: {error.strerror}. Choose another place with --data_dir")
-    except (ValueError, TypeError, AttributeError):
+        return BytePairs(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError, AttributeError):
         fail(f"{path} is damaged: delete it, and it will be made again")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Batches: pairs of like length together, as many as fit into max_tokens
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Batches: pairs of like length together, as many as fit into max_tokens ------------------------------------------
 
 
 class Batches:
@@ -865,46 +763,41 @@ class Batches:
     Args     pairs: of strings; max_tokens: of a batch, in each language, padding counted; batch_size: most pairs, None
     Holds    source[i]: ids and end; target[i]: begin, ids and end; sizes: how many pairs are in each batch
              padding: share of what a batch holds that is only there to make it rectangular, both languages together
-             too_long: pairs that are longer than a batch may be, which are left out (of training)
+             too_long: how many pairs are longer than a batch may be; they are left out
+             tokens_per_batch: English tokens of the mean batch, padding left out
     """
 
     def __init__(self, pairs, bpe, max_tokens, batch_size=None):
         self.pad = bpe.pad
         sources, targets = (bpe.encode(side) for side in zip(*pairs))
-        self.source = [np.array([*ids, bpe.end]) for ids in sources]
-        self.target = [np.array([bpe.begin, *ids, bpe.end]) for ids in targets]
+        self.source = [torch.tensor([*ids, bpe.end]) for ids in sources]
+        self.target = [torch.tensor([bpe.begin, *ids, bpe.end]) for ids in targets]
         lengths = np.array([(len(s), len(t) - 1) for s, t in zip(self.source, self.target)])
         self.fits = np.flatnonzero(lengths.max(axis=1) <= max_tokens)
         self.too_long, self.lengths = len(pairs) - len(self.fits), lengths[self.fits]
-        self.sizes, longest, padded = [], np.zeros(2, int), 0
-        for pair in self.lengths[self.order(np.zeros(len(self.fits)))]:
-            grown = np.maximum(longest, pair)
-            size = self.sizes[-1] + 1 if self.sizes else 1
-            if self.sizes and size * grown.max() <= max_tokens and size <= (batch_size or size):
-                self.sizes[-1], longest = size, grown
+        self.sizes, shapes = [], []
+        for pair in self.lengths[self.order()]:
+            grown = np.maximum(shapes[-1], pair) if shapes else pair
+            size = self.sizes[-1] + 1 if shapes else math.inf
+            if size <= (batch_size or math.inf) and size * grown.max() <= max_tokens:
+                self.sizes[-1], shapes[-1] = size, grown
             else:
-                padded += (self.sizes[-1] if self.sizes else 0) * longest.sum()
                 self.sizes.append(1)
-                longest = pair
+                shapes.append(pair)
         if self.sizes:
-            padded += self.sizes[-1] * longest.sum()
-            self.padding = 1 - self.lengths.sum() / padded
-            self.tokens_per_batch = self.lengths[:, 1].sum() / len(self.sizes)      # the loss is the mean of so many
+            self.padding = 1 - self.lengths.sum() / (np.array(self.sizes) @ np.sum(shapes, axis=1))
+            self.tokens_per_batch = self.lengths[:, 1].sum() / len(self.sizes)
 
-    def lengths_of(self, indices):
-        """How many tokens the decoder has to say for each of these pairs."""
-        return np.array([len(self.target[i]) - 1 for i in indices])
-
-    def order(self, ties):
+    def order(self, rng=None):
+        """Indices of `fits`, from short to long; equal lengths in the order of the text, or by chance."""
+        ties = np.arange(len(self.fits)) if rng is None else rng.random(len(self.fits))
         return np.lexsort((ties, self.lengths[:, 1], self.lengths[:, 0]))           # the last key counts most
 
-    def epoch(self, seed):
-        """The batches of one epoch: a list of arrays of indices. The same for the same seed; seed=None: in order."""
-        if seed is None:
-            return np.split(self.fits[self.order(np.zeros(len(self.fits)))], np.cumsum(self.sizes)[:-1])
-        rng = np.random.default_rng(seed)
-        batches = np.split(self.fits[self.order(rng.random(len(self.fits)))], np.cumsum(self.sizes)[:-1])
-        return [batches[i] for i in rng.permutation(len(batches))]
+    def epoch(self, seed=None):
+        """The batches of one epoch: a list of arrays of indices, the same for the same seed. Without one: in order."""
+        rng = None if seed is None else np.random.default_rng(seed)
+        batches = np.split(self.fits[self.order(rng)], np.cumsum(self.sizes)[:-1])
+        return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
 
     def get(self, indices, device):
         """-> source (B, S), what the decoder reads (B, T), what it should say (B, T): that, one token on."""
@@ -915,18 +808,13 @@ class Batches:
 
 def rectangle(rows, pad, device):
     """Rows of different lengths -> one int64 tensor on the device, padded at the end."""
-    x = np.full((len(rows), max(map(len, rows))), pad)
-    for row, ids in zip(x, rows):
-        row[:len(ids)] = ids
-    x = torch.from_numpy(x)
+    x = nn.utils.rnn.pad_sequence([torch.as_tensor(row) for row in rows], batch_first=True, padding_value=pad)
     if device == "cuda":                            # pinned and asynchronous: copied while the GPU is still computing
         return x.pin_memory().to(device, non_blocking=True)
     return x.to(device)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# BLEU, as sacrebleu computes it: signature nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- BLEU, as sacrebleu computes it: signature nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp --------------------------
 
 
 def tokenize_13a(line):
@@ -968,9 +856,7 @@ def bleu(hypotheses, references):
     return 100 * min(1.0, math.exp(1 - wanted / said)) * math.exp(log_precision)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model: Transformer. Shapes: B sentences, S source and T target tokens each, C = n_embd, H heads, V tokens in all
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Model: Transformer. Shapes: B sentences, S source and T target tokens each, C = n_embd, H heads, V tokens in all
 
 
 class Linear(nn.Linear):
@@ -1060,7 +946,7 @@ class DecoderLayer(nn.Module):
 
     def forward(self, x, memory, mask, past=None):
         """x: (B, T, C), all tokens at once, each seeing those before it. With `past`, the keys and values of the tokens
-        before, one token of each of K hypotheses instead: (B, K, C); it then holds that token's, too.
+        before, x is one token of each of K hypotheses, (B, K, C), and `past` grows by that token's.
         memory: keys and values of the source (B, H, S, C / H), one set for all T tokens or K hypotheses."""
         x = self.sums[0](x, lambda h: self.look_back(h, past))
         x = self.sums[1](x, lambda h: self.cross(h, *memory, mask))
@@ -1070,8 +956,8 @@ class DecoderLayer(nn.Module):
         if past is None:
             return self.attention(h, *self.attention.keys_values(h), causal=True)
         one = h.flatten(0, 1)[:, None]                                              # (B K, 1, C)
-        past[:] = [torch.cat(pair, dim=2) for pair in zip(past, self.attention.keys_values(one))] \
-            if past else self.attention.keys_values(one)
+        new = self.attention.keys_values(one)
+        past[:] = [torch.cat(pair, dim=2) for pair in zip(past, new)] if past else new
         return self.attention(one, *past).view_as(h)
 
 
@@ -1081,18 +967,16 @@ class Translator(nn.Module):
     def __init__(self, n_vocab, pad, n_layer, n_head, n_embd, n_ffn, norm, dropout, bias, gain, modular=False):
         super().__init__()
         self.pad, sizes = pad, (n_head, n_embd, n_ffn, norm, dropout, bias, gain)
-        self.source = nn.Embedding(n_vocab, n_embd)
-        self.target = nn.Embedding(n_vocab, n_embd)
+        self.source, self.target = nn.Embedding(n_vocab, n_embd), nn.Embedding(n_vocab, n_embd)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(n_layer))
         self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(n_layer))
-        last = norm == "pre"                        # with post, the last sum has been normalised already
-        self.encoder_norm, self.decoder_norm = (
-            nn.LayerNorm(n_embd, bias=bias) if last else nn.Identity() for _ in range(2))
+        self.encoder_norm, self.decoder_norm = (            # with post, the last sum has been normalised already
+            nn.LayerNorm(n_embd, bias=bias) if norm == "pre" else nn.Identity() for _ in range(2))
         self.head = Linear(n_embd, n_vocab, False, gain)
         self.head.weight = self.target.weight       # tied: one parameter with two uses (the gain belongs to the head)
         # fairseq's start: rows of embeddings have norm 1 (and are multiplied by sqrt(C) where they are read), matrices
-        # are Glorot's, those of queries, keys and values as if they were one
+        # are Glorot's, those of queries, keys and values as if they were one.
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gain=2**-0.5 if name[-2:] in (".q", ".k", ".v") else 1.0)
@@ -1106,30 +990,25 @@ class Translator(nn.Module):
             optim.initialise(self.modular_tree())
 
     def modular_tree(self):
-        """The modular tree (see optim.py) of a network that was not made for it. What is lost: every decoder layer
-        reads the encoder's output, but here it comes in once, beside the target's embedding; a sum x + f(x) is written
-        as if it were an average, which only the norms around it make harmless, and their gains are outside of the
-        tree; attention is sharper than its bond says; and the tied weight is the head's, its other use a bond. So
-        updates are balanced between layers, but no bound holds, and the best lr may move with width and depth."""
-        def each(stack, path):
-            return optim.weight(*(layer.get_submodule(path) for layer in stack))
+        """The modular tree (see optim.py) of a network that was not made for it. Updates are balanced between layers,
+        but no bound holds, and the best lr may move with width and depth, for five reasons. Every decoder layer reads
+        the encoder's output, which comes in once here, beside the target's embedding. A sum x + f(x) is written as if
+        it were an average, and only the norms around it make that harmless. Their gains are outside of the tree.
+        Attention is sharper than its bond says. The tied weight is the head's, and its other use is a bond."""
+        def layers(stack, *names):                  # all of them together of mass 5, as in the paper's GPT
+            s, tree, norm = 1 / (len(names) * len(stack)), optim.bond("x"), optim.bond("layernorm")
+            for name in names:
+                parts = [getattr(layer, name) for layer in stack]
+                if name == "ffn":
+                    up, down = (optim.weight(*(getattr(part, x) for part in parts)) for x in ("up", "down"))
+                    f = down @ optim.bond("relu", 0.5**0.5) @ up
+                else:                               # the paper's three factors 1/3 are in the bond
+                    q, k, v, out = (optim.weight(*(getattr(part, x) for part in parts)) for x in ("q", "k", "v", "out"))
+                    f = out @ optim.bond("attention", 1 / 3) @ (q, k, v)
+                tree = ((1 - s) * optim.bond("x") + s * (f @ norm)) @ tree
+            return (tree ** len(stack)).tare(5)
 
-        def attention(stack, name):                 # the paper's three factors 1/3 are in the bond
-            inputs = tuple(each(stack, f"{name}.{part}") for part in "qkv")
-            return each(stack, f"{name}.out") @ optim.bond("attention", 1 / 3) @ inputs
-
-        def ffn(stack):
-            return each(stack, "ffn.down") @ optim.bond("relu", 0.5**0.5) @ each(stack, "ffn.up")
-
-        def layers(stack, *parts):                  # all of them together of mass 5, as in the paper's GPT
-            s, one = 1 / (len(parts) * len(stack)), optim.bond("x")
-            for f in parts:
-                one = ((1 - s) * optim.bond("x") + s * (f @ optim.bond("layernorm"))) @ one
-            return (one ** len(stack)).tare(5)
-
-        encoder = layers(self.encoder, attention(self.encoder, "attention"), ffn(self.encoder))
-        decoder = layers(self.decoder, attention(self.decoder, "attention"), attention(self.decoder, "cross"),
-                         ffn(self.decoder))
+        encoder, decoder = layers(self.encoder, "attention", "ffn"), layers(self.decoder, "attention", "cross", "ffn")
         read = (optim.bond("tied embedding"), encoder @ optim.weight(self.source))
         return optim.weight(self.head) @ optim.bond("layernorm") @ decoder @ read
 
@@ -1176,9 +1055,7 @@ def loss_of(model, pad, source, x, y, smoothing=0.0):
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=pad, label_smoothing=smoothing)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Beam search
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Beam search -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -1229,471 +1106,422 @@ def beam_search(model, source, begin, end, beam, length_penalty, longest=(1.2, 1
     return [max(hypotheses)[1] for hypotheses in finished]
 
 
-def translate(model, bpe, lines, beam, length_penalty, max_tokens, device, autocast):
-    """Lines of German -> lines of English, in the same order; they are sorted by length for the work."""
-    sources = [[*ids, bpe.end] for ids in bpe.encode(lines)]
-    order, out = sorted(range(len(lines)), key=lambda i: len(sources[i])), [""] * len(lines)
-    training = model.training
+def translate(model, bpe, lines, s, autocast):
+    """German sentences -> English ones, in the same order; an empty one stays empty. Batches are sorted by length."""
+    sources, out = [[*ids, bpe.end] for ids in bpe.encode(lines)], [""] * len(lines)
+    order = sorted((i for i, line in enumerate(lines) if line), key=lambda i: len(sources[i]))
     model.eval()
-    with tqdm(total=len(lines), desc="translating", unit=" lines", delay=5) as bar:
+    with tqdm(total=len(order), desc="translating", unit=" lines", delay=5) as bar:
         while order:
-            count = max(1, max_tokens // (beam * len(sources[order[-1]])))          # the longest of all: never too many
+            count = max(1, s.max_tokens // (s.beam * len(sources[order[-1]])))      # the longest of all: never too many
             batch, order = order[-count:], order[:-count]
             with autocast:
-                ids = beam_search(model, rectangle([sources[i] for i in batch], bpe.pad, device), bpe.begin, bpe.end,
-                                  beam, length_penalty)
+                ids = beam_search(model, rectangle([sources[i] for i in batch], bpe.pad, s.device), bpe.begin, bpe.end,
+                                  s.beam, s.length_penalty)
             for i, hypothesis in zip(batch, ids):
-                out[i] = " ".join(bpe.decode(hypothesis).splitlines())              # a line stays a line
+                out[i] = sentence(bpe.decode(hypothesis))
             bar.update(len(batch))
-    model.train(training)
+    model.train()
     return out
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Files that survive a kill at any moment
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- Files that survive a kill at any moment -------------------------------------------------------------------------
 
 
-def write_atomically(path, data):
-    """All of it or nothing: written beside, flushed to the disk, then renamed over the old file."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+def write(path, data):
+    """All of a file or nothing: written beside, flushed to the disk, then renamed over the old one."""
+    part = path.with_name(path.name + ".part")
     try:
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError:                                 # a full disk, say
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise
+    except OSError as error:                        # a full disk, say
+        part.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def lock(folder):
-    """Keep a second run out of the folder, where the two would overwrite each other. -> the lock; it ends with us."""
+def append(path, record):
+    """One line of JSON more, on the disk when this returns."""
+    with open(path, "a") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def lock(folder, flag, wait=False):
+    """Make the folder, and keep a second run out of it or let it wait. -> the lock, which ends with the process."""
     try:
-        import fcntl
-    except ImportError:                             # Windows has no flock
-        return None
-    file = open(folder / ".lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return file
     except BlockingIOError:
-        fail(f"another run is writing to {folder}: choose another --out_dir")
-    return file
+        fail(f"another run is writing to {folder}: choose another {flag}")
+    except OSError as error:
+        fail(f"cannot write {folder}: {error.strerror}. Choose another place with {flag}")
 
 
-CHECKPOINT = {"config", "model", "optimizer", "step", "seconds", "loss_sum", "loss_count", "fingerprint", "bpe"}
-CONFIG = {"opt", "hyper", "gains", *(DEFAULTS.keys() - {"device"}), *PRESETS["cpu"]}
+def start_files(out_dir, s, ckpt):
+    """Write config.json, and log.jsonl as it was at the checkpoint. -> the steps whose evaluation is in the log."""
+    log, path = [], out_dir / "log.jsonl"
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):      # a line that a kill cut short
+            record = json.loads(line)
+            if not ckpt or record["step"] <= ckpt["step"]:              # the later ones come again
+                log.append(record)
+    if ckpt:                                        # the result comes again, too
+        log = [record for record in log if "final" not in record]
+    else:
+        if log and "final" in log[-1]:
+            old, new = {}, vars(s) | s.hyper
+            with contextlib.suppress(OSError, ValueError):              # without it nobody knows what the run was
+                old = json.loads((out_dir / "config.json").read_text())
+            old |= old.get("hyper", {})
+            other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
+            if other:
+                fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
+                     "delete that folder")
+        log = []
+        for name in ("ckpt.pt", "hypotheses.en"):   # an older run's must not be taken for this one's
+            (out_dir / name).unlink(missing_ok=True)
+    write(out_dir / "config.json", json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
+    write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
+    return {record["step"] for record in log if "val_loss" in record}
 
 
-def load_checkpoint(out_dir, why):
-    path = out_dir / "ckpt.pt"
+def save(path, s, model, optimizer, bar, **progress):
+    """Write a checkpoint, unless a number in it is not finite."""
+    held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
+    if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
+        diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)
+    buffer = io.BytesIO()
+    torch.save({"script": SCRIPT, "config": vars(s), "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), **progress}, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load_checkpoint(path):
     if not path.exists():
-        fail(f"{why}: there is no {path}: name the folder of a run with --out_dir, or train one first")
+        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():                   # its checksums, which torch.load does not compare
-                raise zipfile.BadZipFile("damaged")
-        if CHECKPOINT - ckpt.keys() or CONFIG - ckpt["config"].keys():
-            raise KeyError("something is missing")
-        return ckpt, BytePairs.from_json(ckpt["bpe"])
-    except Exception as error:                      # torch.load raises half a dozen kinds, by what is broken
-        fail(f"{path} is not a whole checkpoint of this script ({type(error).__name__}): name another "
-             "--out_dir, or delete it and start again")
+        config = ckpt["config"]
+        good = ckpt["script"] == SCRIPT and 0 <= ckpt["step"] == int(ckpt["step"]) and ckpt["seconds"] >= 0
+        good = good and all(isinstance(loss, float) for loss in ckpt["losses"])
+        good = good and isinstance(config["hyper"], dict) and isinstance(config["lr_from"], str)
+        good = good and config["opt"] in optim.OPTIMIZERS
+        for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
+            text = str(int(config[key]) if isinstance(config[key], bool) else config[key])
+            good = good and (config[key] is getattr(Settings, key) is None or config[key] == convert(key, text))
+        if not good or zipfile.ZipFile(path).testzip():         # torch.load does not compare the file's checksums
+            raise ValueError
+        return ckpt | {"bpe": BytePairs(ckpt["bpe"])}
+    except Exception:                               # torch.load raises half a dozen kinds, by what is broken
+        fail(f"{path} is not a whole checkpoint of this script as it is now: name another --out_dir, or delete it and "
+             "start again")
 
 
-def make_model(s, bpe):
-    return Translator(bpe.n_vocab, bpe.pad, s["n_layer"], s["n_head"], s["n_embd"], s["n_ffn"], s["norm"], s["dropout"],
-                      bool(s["bias"]), bool(s["gains"]), modular=optim.find_optimizer(s["opt"]).geometry is optim.MODULAR)
+def restore(ckpt, model, optimizer=None):
+    """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
+    try:
+        model.load_state_dict(ckpt["model"])
+        if optimizer:
+            optimizer.load_state_dict(ckpt["optimizer"])
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        fail(f"--resume: ckpt.pt does not fit its own settings ({type(error).__name__}): was it changed by hand? Start "
+             "again without --resume")
+    return ckpt["step"], ckpt["seconds"], ckpt["losses"]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training
-# ----------------------------------------------------------------------------------------------------------------------
+def diverged(what, step, bar, s):
+    bar.close()
+    fail(f"{what} at step {step}: training diverged. Try a smaller --lr; the last good checkpoint, if any, is "
+         f"{s.out_dir}/ckpt.pt", status=3)
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 
 def lr_at(step, peak, s):
     """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule."""
-    if step < s["warmup"]:
-        return peak * (step + 1) / (s["warmup"] + 1)
-    done = (step - s["warmup"]) / max(s["steps"] - s["warmup"], 1)
-    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s["schedule"]]
+    if step < s.warmup:
+        return peak * (step + 1) / (s.warmup + 1)
+    done = (step - s.warmup) / max(s.steps - s.warmup, 1)
+    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s.schedule]
 
 
-def seed_dropout(device, *key):
-    """Start anew the generator that dropout draws from. (torch.manual_seed starts those of all kinds of devices, and
-    keeps a list of what to do for those that are not in use: 0.4 ms a step.)"""
-    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
-    {"cpu": torch.default_generator, "cuda": torch.cuda, "mps": torch.mps}[device].manual_seed(seed)
+def make_model(s, bpe):
+    if s.n_embd % (2 * s.n_head):
+        fail(f"--n_embd {s.n_embd} is not a multiple of 2 * --n_head = {2 * s.n_head}: try --n_embd "
+             f"{max(s.n_embd // (2 * s.n_head), 1) * 2 * s.n_head}")
+    shape = bpe.n_vocab, bpe.pad, s.n_layer, s.n_head, s.n_embd, s.n_ffn, s.norm, s.dropout, s.bias, s.gains
+    return Translator(*shape, modular=optim.find_optimizer(s.opt).geometry is optim.MODULAR)
 
 
-def only_translate(args):
-    """--translate: a text, or the lines of standard input, with the model in --out_dir."""
-    out_dir = pathlib.Path(args.out_dir or default_out_dir(args.opt or "adamw", args.data or "numbers"))
-    ckpt, bpe = load_checkpoint(out_dir, "--translate")
-    s, device = ckpt["config"], pick_device(args.device or "auto")
+def make_optimizer(s, model):
     try:
-        text = sys.stdin.buffer.read().decode("utf-8") if args.translate == "-" else args.translate
-        text.encode("utf-8")
-    except UnicodeError:                            # an argument that was not UTF-8 holds lone surrogates
-        fail("--translate: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
-    lines = text.removesuffix("\n").split("\n")
-    model = make_model(s, bpe).to(device)
-    model.load_state_dict(ckpt["model"])
-    full = [line for line in lines if line.strip()]
-    out = iter(translate(model, bpe, full, args.beam or s["beam"],
-                         s["length_penalty"] if args.length_penalty is None else args.length_penalty, s["max_tokens"],
-                         device, precision(args.dtype or "auto", device)[1]))
-    for line in lines:
-        print(next(out) if line.strip() else "")    # an empty line is an empty line in English, too
+        hyper = dict(s.hyper)
+        if hyper.keys() & {"beta1", "beta2"}:
+            default = optim.find_optimizer(s.opt).takes().get("betas", (0, 0))
+            hyper["betas"] = hyper.pop("beta1", default[0]), hyper.pop("beta2", default[1])
+        if "dtype" in hyper:                        # a word, as in --opt_kwargs dtype=bfloat16
+            hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
+        return optim.build(s.opt, model, compile=s.compile, **hyper)
+    except (ValueError, TypeError) as error:        # a value out of its range
+        fail(error)
 
 
-def precision(dtype, device):
-    """--dtype -> its name, settled, and a context for forward passes."""
-    if dtype == "auto":                             # older GPUs have bfloat16, but only emulate it
-        native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        dtype = "bfloat16" if native else "float32"
-    return dtype, torch.autocast(device, torch.bfloat16) if dtype == "bfloat16" else contextlib.nullcontext()
+@torch.no_grad()
+def evaluate(model, valid, s, autocast, stopped_by=()):
+    """Mean loss per English token of the whole validation set, without smoothing. None: a signal came."""
+    model.eval()
+    total, count = 0.0, 0
+    for indices in valid.epoch():
+        if stopped_by:
+            return None
+        source, x, y = valid.get(indices, s.device)
+        with autocast:
+            loss = loss_of(model, model.pad, source, x, y)
+        tokens = (y != valid.pad).sum()
+        total, count = total + loss.double() * tokens, count + tokens
+    model.train()
+    return (total / count).item()
 
 
-@contextlib.contextmanager
-def torch_errors_in_words():
-    """A model or a batch that no memory can hold, and --compile without a compiler: bad input like any other."""
-    try:
-        yield
-    except (MemoryError, RuntimeError, ValueError) as error:        # torch has no class of its own for it on the CPU
-        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = next(filter(None, map(str.strip, str(error).splitlines())), type(error).__name__)
-            fail(f"torch.compile fails here: {reason[:200]}. It needs a C++ compiler, and Triton on a GPU; --compile 0 "
-                 "does without")
-        words = ("out of memory|allocate memory|size calculation overflow|multiplication overflow|array is too big|"
-                 "CUBLAS_STATUS_ALLOC_FAILED")
-        if not isinstance(error, MemoryError) and not re.search(words, str(error)):
-            raise
-        fail("out of memory: make the model or the batch smaller")
+def gradients(network, batch, s, autocast):
+    """Forward and backward passes over one batch -> its loss, on the device."""
+    with autocast:
+        loss = loss_of(network, network.pad, *batch, s.label_smoothing)
+    loss.backward()
+    return loss.detach()
 
 
-@torch_errors_in_words()
+def read_losses(pending, step, bar, s):
+    """The losses of the last steps, still on the device -> floats. It waits for the GPU."""
+    losses = torch.stack(pending).float().tolist()
+    for number, loss in enumerate(losses, start=step - len(losses) + 1):
+        if not math.isfinite(loss):
+            diverged(f"the loss is {loss}", number, bar, s)
+    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+    return losses
+
+
+def rotation_record(step, optimizer, probe):
+    """What the probe measured, as a line of log.jsonl. Where theory says nothing there is null."""
+    rows = {row.pop("name"): {key: x if math.isfinite(x) else None for key, x in row.items()} for row in probe.rows}
+    return {"step": step, "lr": optimizer.param_groups[0]["lr"], "rotation": rows}
+
+
+def catch_signals():
+    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. A second one kills."""
+    stopped_by = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
+    return stopped_by
+
+
+def translate_text(s, ckpt, autocast):
+    """--translate: a text, or the lines of standard input, with the model of a checkpoint."""
+    data = sys.stdin.buffer.read() if s.translate == "-" else s.translate.encode("utf-8", "surrogatepass")
+    lines = sentences(data, "standard input" if s.translate == "-" else "--translate")
+    model = make_model(s, ckpt["bpe"]).to(s.device)
+    restore(ckpt, model)
+    for line in translate(model, ckpt["bpe"], lines, s, autocast):
+        print(line)
+
+
 def main():
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")       # an umlaut must not cost the result line
-    keep_freed_memory()
-    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention makes a plan for every shape: most batches
-    args = parse_arguments()
-    if args.translate is not None:
-        return only_translate(args)
-    if args.steps and args.epochs:
+    given = parse()
+    if given.keys() >= {"steps", "epochs"}:
         fail("--steps and --epochs both say how long to train: give one of them")
-    if args.resume:
-        out_dir = pathlib.Path(args.out_dir or fail("--resume needs --out_dir: the folder of the run to go on with"))
-        ckpt, bpe = load_checkpoint(out_dir, "--resume")
-        s = ckpt["config"]
-        made_with = s["hyper"] | s | dict(zip(("beta1", "beta2"), s["hyper"].get("betas", ())))
-        for key, value in explicit(args).items():
-            if key in FREE_ON_RESUME:
-                s[key] = value
-            elif str(made_with.get(key)) != str(value):
-                fail(f"--{key} {value} is not what {out_dir}/ckpt.pt was made with: leave it out to go on, or start a "
-                     "new run in another --out_dir")
-        if args.steps:                              # from now on: the next --resume must not go back to the epochs
-            s.pop("epochs", None)
-        s["device"] = pick_device(args.device or "auto")
-    else:
-        if args.eval_only:
-            fail("--eval_only needs --resume and --out_dir: there is nothing trained to evaluate")
-        ckpt, s = None, settle(args)
-        out_dir = pathlib.Path(s["out_dir"])
-    s |= COMMAND | {key: value for key, value in explicit(args).items() if key in COMMAND}
-    device = s["device"]
+    s, ckpt = resumed(given) if given.get("resume") or "translate" in given else (settle(given), None)
+    if s.eval_only and not ckpt:
+        fail("--eval_only needs --resume: there is nothing trained to evaluate")
+    out_dir = pathlib.Path(s.out_dir)
+    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention makes a plan for every shape: most batches
+    if s.translate is not None:
+        return translate_text(s, ckpt, autocast)
 
     # ---- data
-    pairs = load_corpus(s["data"], s["data_dir"], s["test"])
+    pairs = load_corpus(s.data, s.data_dir, s.test)
     fingerprint = hashlib.sha256(json.dumps([pairs["train"], pairs["valid"]]).encode()).hexdigest()
     if ckpt and fingerprint != ckpt["fingerprint"]:
-        fail(f"--data {s['data']} is not the text that this run began with: bring it back, or start without --resume")
-    if not ckpt:
-        bpe = byte_pairs_of(pairs["train"], s["vocab"], s["data_dir"], short_name(s["data"]))
-    train, valid = (Batches(pairs[part], bpe, s["max_tokens"], s["batch_size"]) for part in ("train", "valid"))
-    for name, batches in (("training", train), ("validation", valid)):
+        fail(f"--data {s.data} is not the text that this run began with: bring it back, or start without --resume")
+    bpe = ckpt["bpe"] if ckpt else byte_pairs_of(pairs["train"], s.vocab, s.data_dir, short_name(s.data))
+    train, valid = (Batches(pairs[part], bpe, s.max_tokens, s.batch_size) for part in ("train", "valid"))
+    for part, batches in (("training", train), ("validation", valid)):
         if not batches.sizes:
-            fail(f"none of the {name} pairs is short enough for --max_tokens {s['max_tokens']}: make it larger")
-    if s.get("epochs"):
-        s["steps"] = s["epochs"] * len(train.sizes)
-    if s["warmup"] >= s["steps"]:
-        if args.warmup is not None:
-            fail(f"--warmup {s['warmup']} leaves nothing of {s['steps']} steps: make it smaller")
-        s["warmup"] = s["steps"] // 10              # a preset's warmup, in a much shorter run
-    if "batch_size" in optim.find_optimizer(s["opt"]).takes():            # root-free: over how many tokens the loss is a mean
-        # It varies a little from batch to batch; the optimizer's formula knows one number, so it gets the usual one.
-        s["hyper"].setdefault("batch_size", round(train.tokens_per_batch))
+            fail(f"none of the {part} pairs is short enough for --max_tokens {s.max_tokens}: make it larger")
+        if batches.too_long:
+            print(f"{batches.too_long} {part} pairs are longer than --max_tokens {s.max_tokens} and left out")
+    settle_by_data(s, given, train)
+    if ckpt and s.steps < ckpt["step"]:
+        fail(f"--steps {s.steps}: {out_dir} has done {ckpt['step']} steps already, give at least as many")
 
     # ---- model and optimizer
-    torch.manual_seed(s["seed"])
-    if device == "cuda":
-        # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
-        torch.set_float32_matmul_precision("highest" if s["opt"].endswith("shampoo") else "high")
-    model = make_model(s, bpe).to(device)
-    hyper = s["hyper"] | ({"dtype": getattr(torch, s["hyper"]["dtype"])} if "dtype" in s["hyper"] else {})
-    try:
-        optimizer = optim.build(s["opt"], model, compile=bool(s["compile"]), **hyper)
-    except (ValueError, TypeError) as error:
-        fail(error)
+    if s.device == "cuda":                          # TF32 where autocast leaves float32; Shampoo needs all its digits
+        torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
+    torch.manual_seed(s.seed)
+    model = make_model(s, bpe).to(s.device)
+    optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    start, spent, loss_sum, loss_count = 0, 0.0, 0.0, 0
+    step, spent, losses = 0, 0.0, []                # losses: of the steps since the last evaluation
     if ckpt:
-        try:
-            model.load_state_dict(ckpt["model"])
-            optimizer.load_state_dict(ckpt["optimizer"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            fail(f"{out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): was it changed by hand? "
-                 "Start again without --resume")
-        for group in optimizer.param_groups:
-            group["compile"] = bool(s["compile"])
-        start, spent, loss_sum, loss_count = ckpt["step"], ckpt["seconds"], ckpt["loss_sum"], ckpt["loss_count"]
-    probe = optim.RotationProbe(optimizer) if s["track"] else None
-    network = torch.compile(model, dynamic=True) if s["compile"] else model     # batches come in many shapes
-    dtype, autocast = precision(s["dtype"], device)
-
-    print(f"{s['opt']} ({', '.join(f'{k} {v}' for k, v in s['hyper'].items())}) on {s['data']}: "
-          f"{' + '.join(f'{len(p):,}' for p in pairs.values())} pairs, {len(train.sizes)} batches of "
-          f"{train.tokens_per_batch:,.0f} English tokens, {100 * train.padding:.1f} % padding, vocabulary "
-          f"{bpe.n_vocab}; Transformer with {sum(p.numel() for p in model.parameters()):,} parameters"
-          f"{', gains' if s['gains'] else ''}; {device}, {dtype}{', compiled' if s['compile'] else ''}; -> {out_dir}")
-    for name, batches in (("training", train), ("validation", valid)):
-        if batches.too_long:
-            print(f"{batches.too_long} {name} pairs are longer than --max_tokens {s['max_tokens']} and left out")
-    if s["show_table"]:
+        step, spent, losses = restore(ckpt, model, optimizer)
+    probe = optim.RotationProbe(optimizer)
+    network = torch.compile(model, dynamic=True) if s.compile else model       # batches come in many shapes
+    hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
+    print(f"{s.opt} ({hyper}; lr: {s.lr_from}) on {s.data}: {' + '.join(f'{len(part):,}' for part in pairs.values())} "
+          f"pairs, {len(train.sizes)} batches of {train.tokens_per_batch:,.0f} English tokens, "
+          f"{100 * train.padding:.1f} % padding, vocabulary {bpe.n_vocab}; Transformer with "
+          f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s.gains else ''}; {s.device}, "
+          f"{s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
+    if s.show_table:
         print(optim.table(optimizer))
+    if s.bench:
+        return bench(network, optimizer, train, s, autocast)
 
-    @torch.no_grad()
-    def evaluate():
-        """Mean loss per English token of the whole validation set, without label smoothing."""
-        model.eval()
-        total, count = 0.0, 0
-        for indices in valid.epoch(None):
-            source, x, y = valid.get(indices, device)
-            with autocast:
-                loss = loss_of(model, bpe.pad, source, x, y)
-            tokens = int(valid.lengths_of(indices).sum())
-            total, count = total + loss.double() * tokens, count + tokens
-        model.train()
-        return total.item() / count
+    # ---- files, signals
+    logged, stopped_by = set(), []
+    if not s.eval_only:
+        only_one = lock(out_dir, "--out_dir")       # as long as the process lives
+        logged, stopped_by = start_files(out_dir, s, ckpt), catch_signals()
+        write(out_dir / "bpe.json", json.dumps(bpe.tokens).encode())
+    losses, pending = [] if step in logged else losses, []          # pending: losses that are still on the device
+    start, began, val_loss = step, time.time() - spent, math.nan
+    bar = tqdm(total=s.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
 
-    epochs = {}                                     # the order of one epoch at a time, by its number
+    # ---- the loop: evaluate and save where it is time to, then take a step
+    with bar:
+        while True:
+            last, leave = step == s.steps, bool(stopped_by)
+            evaluate_now = last or s.eval_only or step % s.eval_every == 0 and step not in logged
+            save_now = last or step % s.save_every == 0
+            if pending and (evaluate_now or save_now or leave or step % 10 == 0):
+                losses, pending = losses + read_losses(pending, step, bar, s), []
+            if evaluate_now:
+                val_loss = evaluate(model, valid, s, autocast, stopped_by)
+                leave = val_loss is None
+                if not (leave or math.isfinite(val_loss)):
+                    diverged(f"the validation loss is {val_loss}", step, bar, s)
+            if s.eval_only:
+                break
+            if evaluate_now and not leave and step not in logged:
+                record = {"step": step, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
+                          "seconds": round(time.time() - began, 3)}
+                if losses:
+                    record |= {"train_loss": sum(losses) / len(losses), "tokens": round(step * train.tokens_per_batch)}
+                append(out_dir / "log.jsonl", record)
+                if losses:
+                    bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
+                              f"{record['seconds']:6.1f} s", file=sys.stdout)
+                losses = []
+            if save_now or leave:
+                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses, fingerprint=fingerprint,
+                     seconds=time.time() - began, bpe=bpe.tokens)
+            if last or leave:
+                break
 
-    def train_on(step):
-        """Forward and backward on the batch of a step -> its loss. Batch and dropout depend on (seed, step) alone: a
-        resumed run needs no random state."""
-        seed_dropout(device, s["seed"], step)
-        epoch, i = divmod(step, len(train.sizes))
-        if epoch not in epochs:
-            epochs.clear()
-            epochs[epoch] = train.epoch([s["seed"], epoch])
-        source, x, y = train.get(epochs[epoch][i], device)
-        with autocast:
-            loss = loss_of(network, bpe.pad, source, x, y, s["label_smoothing"])
-        loss.backward()
-        return loss.detach()
+            # a step: the loss and its gradients, then the optimizer
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = lr_at(step, peak, s)
+            if s.dropout:                           # as the batch, it depends on (seed, step) alone: nothing to restore
+                torch.manual_seed(int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0]))
+            epoch, i = divmod(step, len(train.sizes))
+            batches = train.epoch([s.seed, epoch]) if i == 0 or step == start else batches
+            pending.append(gradients(network, train.get(batches[i], s.device), s, autocast))
+            if s.grad_clip:
+                nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
+            measure = s.track and (step + 1) % s.track == 0 and step + 1 < s.steps      # the last lr is almost 0
+            if measure:
+                probe.measure_next_step()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            bar.update()
+            if measure:
+                append(out_dir / "log.jsonl", rotation_record(step, optimizer, probe))
 
-    def update(step):
-        for group, peak in zip(optimizer.param_groups, peaks):
-            group["lr"] = lr_at(step, peak, s)
-        if s["grad_clip"]:
-            nn.utils.clip_grad_norm_(model.parameters(), s["grad_clip"])
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    def test():
-        """Translate the test set -> BLEU, seconds, hypotheses."""
-        began = time.time()
-        hypotheses = translate(model, bpe, [de for de, _ in pairs["test"]], s["beam"], s["length_penalty"],
-                               s["max_tokens"], device, autocast)
-        seconds = time.time() - began
-        return bleu(hypotheses, [en for _, en in pairs["test"]]), seconds, hypotheses
-
-    def finish(score, decoding, hypotheses, val_loss, seconds):
-        """Ten translations, then the last line: the result."""
-        chosen = random.Random(s["seed"]).sample(range(len(hypotheses)), min(10, len(hypotheses)))
-        for i in chosen:
-            de, en = pairs["test"][i]
-            print(f"  {de}\n  -> {hypotheses[i]}" + ("" if hypotheses[i] == en else f"\n     (reference: {en})"))
-        print(f"BLEU {score:.2f} on {len(hypotheses)} test pairs (beam {s['beam']}, {len(hypotheses) / decoding:.0f} "
-              f"sentences/s), val_loss {val_loss:.4f} after {done} steps of {s['opt']} in {seconds:.0f} s, "
-              f"{100 * train.padding:.1f} % padding: {out_dir}")
-
-    done = start
-    if s["bench"]:
-        return bench(train_on, update, train.tokens_per_batch, device)
-    if s["eval_only"]:
-        score, decoding, hypotheses = test()
-        finish(score, decoding, hypotheses, evaluate(), spent)
-        return
-
-    # ---- files
-    log_path = out_dir / "log.jsonl"
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        only_one = lock(out_dir)                    # held as long as the process lives
-        for part in out_dir.glob("*.part"):         # of a run that was killed while it wrote
-            part.unlink()
-        if not ckpt:                                # an older run's must not be taken for this one's
-            for name in ("ckpt.pt", "hypotheses.en"):
-                (out_dir / name).unlink(missing_ok=True)
-        write_atomically(out_dir / "config.json", json.dumps(s | {"torch": torch.__version__}, indent=1).encode())
-        bpe.save(out_dir / "bpe.json")
-        kept = []                                   # on resuming: lines up to the checkpoint; the others come again
-        if ckpt and log_path.exists():
-            for line in log_path.read_text(errors="replace").splitlines():
-                with contextlib.suppress(ValueError, TypeError, KeyError):      # a line that a kill cut short
-                    record = json.loads(line)
-                    if record["step"] <= start and not record.get("final"):
-                        kept.append(json.dumps(record) + "\n")
-        write_atomically(log_path, "".join(kept).encode())
-    except OSError as error:
-        fail(f"cannot write {error.filename or out_dir}: {error.strerror}. Choose another place with --out_dir")
-
-    def log(**record):
-        if not math.isfinite(record["val_loss"]):
-            diverged(f"the validation loss is {record['val_loss']}", record["step"])
-        try:
-            with open(log_path, "a") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            fail(f"cannot write {log_path}: {error.strerror}. Make room, then --resume")
-
-    def diverged(what, step):
-        bar.close()
-        fail(f"{what} at step {step}: training diverged. Try a smaller --lr; the last good checkpoint, if any, is "
-             f"{out_dir}/ckpt.pt", status=3)
-
-    def save():
-        held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
-        if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
-            diverged("a weight, or what the optimizer remembers, is not finite", done)
-        buffer = io.BytesIO()
-        torch.save({"config": s, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done,
-                    "seconds": spent + time.time() - t0, "loss_sum": loss_sum, "loss_count": loss_count,
-                    "fingerprint": fingerprint, "bpe": bpe.to_json()}, buffer)
-        try:
-            write_atomically(out_dir / "ckpt.pt", buffer.getbuffer())
-        except OSError as error:
-            fail(f"cannot write {out_dir}/ckpt.pt: {error.strerror}. The last one is whole: make room and --resume")
-
-    stopped_by = []                                 # Ctrl-C and SIGTERM let the step end, save, and leave
-
-    def stop_soon(number, frame):
-        stopped_by.append(number)
-        signal.signal(number, signal.SIG_DFL)       # a second one ends it at once
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop_soon)
-
-    # ---- the loop
-    t0 = time.time()
-    pending = []                                    # losses still on the device: reading one waits for the GPU
-
-    def read_losses():
-        """Move the pending losses to loss_sum; stop at one that is no number, before anything of it is saved."""
-        nonlocal loss_sum, loss_count
-        if not pending:
-            return
-        losses = torch.stack(pending).float().tolist()
-        for i, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                diverged(f"the loss is {loss}", done - len(losses) + i + 1)
-            loss_sum, loss_count = loss_sum + loss, loss_count + 1
-        pending.clear()
-        speed = (done - start) * train.tokens_per_batch / (time.time() - t0)
-        bar.set_postfix_str(f"loss {losses[-1]:.4f}, lr {optimizer.param_groups[0]['lr']:.2e}, {speed:,.0f} tokens/s",
-                            refresh=False)
-
-    bar = tqdm(total=s["steps"], initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
-    if not ckpt:
-        log(step=0, val_loss=evaluate(), lr=0.0, seconds=0.0, tokens=0, padding=round(train.padding, 4))
-        save()                                      # from here on, whatever happens can be resumed
-    val_loss = None
-    for step in range(start, s["steps"]):
-        loss = train_on(step)
-        done = step + 1
-        evaluate_now = done % s["eval_every"] == 0 or done == s["steps"]
-        stop_now = bool(stopped_by)                 # asked once a step: a signal may come between any two lines
-        save_now = done % s["save_every"] == 0 or done == s["steps"] or stop_now
-        if probe and evaluate_now:
-            probe.measure_next_step()
-        update(step)
-        pending.append(loss)
-        bar.update()
-        if evaluate_now or save_now or done % 10 == 0:
-            read_losses()
-        if evaluate_now:
-            val_loss, seconds = evaluate(), spent + time.time() - t0
-            train_loss, loss_sum, loss_count = loss_sum / loss_count, 0.0, 0
-            record = dict(step=done, train_loss=train_loss, val_loss=val_loss, lr=optimizer.param_groups[0]["lr"],
-                          seconds=round(seconds, 3), tokens=round(done * train.tokens_per_batch))
-            if probe:
-                record["rotation"] = {row.pop("name"): {key: value if math.isfinite(value) else None
-                                                        for key, value in row.items()} for row in probe.rows}
-            log(**record)
-            bar.write(f"step {done:6d}   train_loss {train_loss:.4f}   val_loss {val_loss:.4f}   {seconds:6.1f} s",
-                      file=sys.stdout)
-        if save_now:
-            save()
-        if stop_now and done < s["steps"]:
-            bar.close()
-            again = shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)])
-            print(f"stopped after step {done}. To go on: {again}")
-            sys.exit(128 + stopped_by[0])
-    bar.close()
+    # ---- the result
+    if leave:
+        print(f"stopped after step {step}. To go on: "
+              + shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)]))
+        sys.exit(128 + stopped_by[0])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)       # all is saved: nothing to wait for any more
-    seconds = spent + time.time() - t0
-    if val_loss is None:                            # resumed after the end of training
-        val_loss = evaluate()
-    score, decoding, hypotheses = test()
-    try:
-        write_atomically(out_dir / "hypotheses.en", "".join(line + "\n" for line in hypotheses).encode())
-    except OSError as error:
-        fail(f"cannot write {out_dir}/hypotheses.en: {error.strerror}. Make room, then --resume")
-    log(step=done, val_loss=val_loss, bleu=score, beam=s["beam"], length_penalty=s["length_penalty"],
-        seconds=round(seconds, 3), decode_seconds=round(decoding, 3), padding=round(train.padding, 4), final=True)
-    finish(score, decoding, hypotheses, val_loss, seconds)
+    record = {"step": step, "val_loss": val_loss, "seconds": round(time.time() - began, 3)}
+    result(model, bpe, pairs["test"], s, autocast, record | {"padding": round(train.padding, 4)})
 
 
-def bench(train_on, update, tokens, device):
-    """How many tokens a second training handles, and how much of a step is neither forward nor backward pass. On a GPU
-    the two are measured apart, each waiting for the other, which real training does not."""
-    def now():
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+def result(model, bpe, pairs, s, autocast, record):
+    """Translate the test set; write it and its BLEU, and print ten of the translations."""
+    began, out_dir = time.time(), pathlib.Path(s.out_dir)
+    hypotheses = translate(model, bpe, [de for de, _ in pairs], s, autocast)
+    seconds, score = time.time() - began, bleu(hypotheses, [en for _, en in pairs])
+    if not s.eval_only:
+        write(out_dir / "hypotheses.en", "".join(line + "\n" for line in hypotheses).encode())
+        append(out_dir / "log.jsonl", record | {"bleu": score, "beam": s.beam, "length_penalty": s.length_penalty,
+                                                "decode_seconds": round(seconds, 3), "final": True})
+    for i in random.Random(s.seed).sample(range(len(pairs)), min(10, len(pairs))):
+        de, en = pairs[i]
+        print(f"  {de}\n  -> {hypotheses[i]}" + ("" if hypotheses[i] == en else f"\n     (reference: {en})"))
+    print(f"BLEU {score:.2f} on {len(pairs)} test pairs (beam {s.beam}, {len(pairs) / seconds:.0f} sentences/s), "
+          f"val_loss {record['val_loss']:.4f} after {record['step']} steps of {s.opt} in {record['seconds']:.0f} s: "
+          f"{out_dir}")
 
-    count = 100 if device == "cuda" else 20
-    for step in range(count):                       # what is compiled, planned or allocated once for each shape
-        train_on(step)
-        update(step)
-    passes, began = 0.0, now()
-    for step in range(count):
-        t = now()
-        train_on(step)
-        passes += now() - t
-        update(step)
-    whole = now() - began
-    print(f"{count * tokens / whole:,.0f} English tokens/s, {1000 * whole / count:.1f} ms a step, "
-          f"{100 * (1 - passes / whole):.1f} % of it outside of forward and backward")
+
+def bench(network, optimizer, train, s, autocast):
+    """Print the median times of a step, of its forward and backward passes, and of its optimizer."""
+    batches = itertools.cycle(train.epoch([s.seed, 0])[:4])     # `seconds` runs each kind four times
+
+    def both_passes():
+        gradients(network, train.get(next(batches), s.device), s, autocast)
+
+    def train_step():
+        both_passes()
+        nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def seconds(run):
+        wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
+        wait()
+        began = time.perf_counter()
+        for _ in range(4):
+            run()
+        wait()
+        return (time.perf_counter() - began) / 4
+
+    kinds = train_step, both_passes, optimizer.step
+    rounds = [[seconds(run) for run in kinds] for _ in range(17)]           # in turn: the same machine for all
+    step, passes, update = np.median(rounds[2:], axis=0)                    # two rounds warm up
+    print(f"{train.tokens_per_batch / step:,.0f} English tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
+          f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward "
+          f"and backward {100 * (1 - passes / step):.1f} %")
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")           # an umlaut must not cost the result line
     try:
         main()
-        sys.stdout.flush()                          # here, where a pipe that nobody reads can be caught
+        sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught
     except KeyboardInterrupt:                       # before training: nothing to save yet
         sys.exit(130)
-    except BrokenPipeError:                         # `| head` has seen enough; ckpt.pt is there to go on from
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's own flush at the end fails again
+        if error.errno == errno.EPIPE:
+            sys.exit(1)                             # `| head` has seen enough; ckpt.pt is there to go on from
+        fail(f"cannot write {error.filename or 'output'}: {error.strerror}. The last one is whole: make room, --resume")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+            fail("out of memory: make the model or the batch smaller")
+        if re.search(r"C(\+\+)? compiler|triton installation", str(error)):
+            fail("torch.compile needs a C++ compiler, and Triton on a GPU: --compile 0 does without")
+        raise
