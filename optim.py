@@ -60,9 +60,10 @@ is rotation. 6 The rotational geometry. 7 Without the root. 8 The modular norm. 
 
 A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 picks it, the other dims belong to it.
 
-The two factors cannot quite be separated, and the leaks are half of the lesson:
-  1. Decay enters in three places. It is decoupled (adamw, lion, rf_adamw), or part of the gradient (sgd, adam,
-     rmsprop), or added after the preconditioner and before the heavy ball (rf_rmsprop, both Shampoos).
+The two factors cannot quite be separated, and the leaks are half of the lesson. (Come back to this list at the end.)
+  1. Under the plain geometry decay enters in three places. It is decoupled (adamw, lion, rf_adamw), or part of the
+     gradient (sgd, adam, rmsprop), or added after the preconditioner and before the heavy ball (rf_rmsprop, both
+     Shampoos). The rotational geometry only reads an angle from it. The modular one shrinks the weight afterwards.
   2. The rotational geometry needs two numbers of the direction, kappa and gain (section 5).
   3. Biases and gains are no neurons. They use the plain geometry, whatever the optimizer is called.
   4. The root-free directions need the number of examples that the loss is a mean over.
