@@ -2364,23 +2364,19 @@ def test_probe_is_not_in_the_way():
 def test_walk_of_ones_own():
     """--walk prints, for three sizes of the gradient, what is predicted and measured, within 3 %, in 80 columns; what
     it cannot walk is refused in one line."""
-    def call(*arguments):
-        return subprocess.run([sys.executable, optim.__file__, *arguments], capture_output=True, text=True, timeout=300,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-
-    done = call("--walk", "adamw", "lr=0.01", "weight_decay=0.5", "betas=(0.8,0.99)")
-    assert done.returncode == 0 and not done.stderr, done.stderr
-    assert max(map(len, done.stdout.splitlines())) <= 80 and "lr=0.01" in done.stdout, done.stdout
-    rows = [line.split() for line in done.stdout.splitlines() if "%" in line]
+    status, out, err = call_main(optim, "--walk", "adamw", "lr=0.01", "weight_decay=0.5", "betas=(0.8,0.99)")
+    assert status == 0 and not err, err
+    assert max(map(len, out.splitlines())) <= 80 and "lr=0.01" in out, out
+    rows = [line.split() for line in out.splitlines() if "%" in line]
     norm, angle = settled_by_hand("adamw", {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.99)}, optim.C, 1)
-    assert [row[0] for row in rows] == ["adamw"] * 3 and len({row[1] for row in rows}) == 3, done.stdout
+    assert [row[0] for row in rows] == ["adamw"] * 3 and len({row[1] for row in rows}) == 3, out
     for _, _, *numbers in rows:
         numbers = [float(x) for x in numbers if "%" not in x]
         close(np.divide(numbers, [norm, norm, angle, angle]), np.ones(4), 0.03, "predicted and measured")
     for words, arguments in (("adamw", ["adamww"]), ("rr", ["adamw", "rr=0.1"]), ("lr=-1", ["adamw", "lr=-1"]),
                              ("lr", ["adamw", "lr"]), ("weight_decay", ["adamw", "weight_decay=0"])):
-        done = call("--walk", *arguments)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and words in done.stderr, done
+        status, out, err = call_main(optim, "--walk", *arguments)
+        assert status == 2 and len(err.splitlines()) == 1 and words in err, f"{arguments}: {status} {err}"
 
 
 ROWS = """
