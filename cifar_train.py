@@ -129,7 +129,7 @@ def parse(argv=None):
         group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words, **how)
     given, unknown = p.parse_known_args(argv)
     if unknown:
-        name = unknown[0].partition("=")[0].lstrip("-")
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         near = NANOGPT_FLAGS.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
         fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
     return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
@@ -1026,8 +1026,13 @@ def lr_at(step, peak, s):
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
-    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
-                   "step": 0.1 ** math.floor(3 * done)}[s.schedule]
+    if s.schedule == "linear":
+        return peak * (1 - done)
+    if s.schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * done)) / 2
+    if s.schedule == "step":
+        return peak * 0.1 ** math.floor(3 * done)
+    return peak                                     # constant
 
 
 def loss_of(logits, y, kind, smoothing=0.0):
@@ -1267,6 +1272,7 @@ def bench(model, network, optimizer, batches, s, autocast):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")           # an odd name of a folder must not cost the result line
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught

@@ -128,7 +128,7 @@ def parse(argv=None):
         group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words, **how)
     given, unknown = p.parse_known_args(argv)
     if unknown:
-        name = unknown[0].partition("=")[0].lstrip("-")
+        name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
         near = NANOGPT_FLAGS.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
         fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
     return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
@@ -828,7 +828,11 @@ def lr_at(step, peak, s):
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
-    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s.schedule]
+    if s.schedule == "linear":
+        return peak * (1 - done)
+    if s.schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * done)) / 2
+    return peak                                     # constant
 
 
 def make_model(s, n_vocab):
@@ -1036,6 +1040,8 @@ def main():
         say(f"stopped after step {step}. To go on: "
             + shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)]))
         sys.exit(128 + stopped_by[0])
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)       # all is saved: nothing to wait for any more
     if s.sample and RANK == 0:
         text = tokenizer.decode(prompt + generate(model.eval(), prompt, s.sample, s.temperature, s.seed))
         say(f"---\n{text}\n---")

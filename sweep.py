@@ -810,7 +810,7 @@ def load(folders):
 
     def count(keys):
         return len({tuple(dict(settings).get(key) for key in keys) for settings, _ in groups})
-    keys, told_first = [], ["opt", "model", "arch", "data", "n_layer", "n_embd", "lr", "weight_decay"]
+    keys, told_first = [], ["opt", "data", "model", "arch", "n_layer", "n_embd", "lr", "weight_decay"]
     for key in told_first + sorted({key for settings, _ in groups for key, _ in settings} - set(told_first)):
         keys += [key] * (count([*keys, key]) > count(keys))
     names = {}
@@ -878,13 +878,13 @@ def compare(folders, metric, plot):
         some.sort(key=lambda row: row[0])
         rows = [["", name, "", "at step", "seconds", "seeds", ""]]
         over_steps, over_time = {}, {}
+        after = int(all(steps[0] == 0 and len(steps) > 2 for _, _, _, steps, *_ in some))      # untrained, all are alike
         for i, (_, label, logs, steps, mean, *ends) in enumerate(some):
             times = dict(zip(*over_seeds(logs, lambda record: record.get("seconds") if name in record else None)[:2]))
             running = sum(not log[-1].get("final") for log in logs)
             rows.append([chr(97 + i), f"{mean[-1]:.4f}", label, str(steps[-1]), f"{times.get(steps[-1], math.nan):.1f}",
                          str(len(logs)), f"{running} not at the end" * bool(running)])
             if i < 8:                               # as many as can be told apart
-                after = 1 if steps[0] == 0 and len(steps) > 2 else 0        # untrained, all are alike
                 ys = [values[after:] for values in (mean, *ends)]
                 over_steps[label] = Curve(steps[after:], *ys)
                 over_time[label] = Curve([times.get(step, math.nan) for step in steps[after:]], *ys)

@@ -298,7 +298,7 @@ def resumed(given):
     s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND})
     for key in given.keys() & (ASIDE | {"steps", "epochs", "dtype"}):
         setattr(s, key, given[key])
-    s.out_dir, s.device = out_dir, pick_device(given.get("device"))
+    s.out_dir, s.device = out_dir, pick_device(s.device)
     if "steps" in given:                            # from now on: a later --resume must not go back to the epochs
         s.epochs = None
     other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
@@ -1251,7 +1251,11 @@ def lr_at(step, peak, s):
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
-    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s.schedule]
+    if s.schedule == "linear":
+        return peak * (1 - done)
+    if s.schedule == "cosine":
+        return peak * (1 + math.cos(math.pi * done)) / 2
+    return peak                                     # constant
 
 
 def make_model(s, bpe):
@@ -1390,7 +1394,8 @@ def main():
     logged, stopped_by = set(), []
     if not s.eval_only:
         only_one = lock(out_dir, "--out_dir")       # as long as the process lives
-        logged, stopped_by = start_files(out_dir, s, ckpt), catch_signals()
+        logged = start_files(out_dir, s, ckpt)
+        stopped_by = catch_signals()
         write(out_dir / "bpe.json", json.dumps(bpe.tokens).encode())
     losses, pending = [] if step in logged else losses, []          # pending: losses that are still on the device
     start, began, val_loss = step, time.time() - spent, math.nan
