@@ -1158,9 +1158,8 @@ def main():
     model = make_model(s, len(images.names)).to(s.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, spent, losses = 0, 0.0, []                # losses: (loss, accuracy) of the steps since the last evaluation
-    if ckpt:
-        step, spent, losses = restore(ckpt, model, optimizer)
+    # losses: (loss, accuracy) of the steps since the last evaluation
+    step, spent, losses = restore(ckpt, model, optimizer) if ckpt else (0, 0.0, [])
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model) if s.compile else model
     autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()

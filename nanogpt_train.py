@@ -951,9 +951,8 @@ def main():
     model = make_model(s, tokenizer.n_vocab).to(s.device)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, spent, losses = 0, 0.0, []                # losses: of the steps since the last evaluation
-    if ckpt:
-        step, spent, losses = restore(ckpt, model, optimizer)
+    # losses: of the steps since the last evaluation
+    step, spent, losses = restore(ckpt, model, optimizer) if ckpt else (0, 0.0, [])
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model) if s.compile else model
     autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()

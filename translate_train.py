@@ -1374,9 +1374,8 @@ def main():
     model = make_model(s, bpe).to(s.device)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, spent, losses = 0, 0.0, []                # losses: of the steps since the last evaluation
-    if ckpt:
-        step, spent, losses = restore(ckpt, model, optimizer)
+    # losses: of the steps since the last evaluation
+    step, spent, losses = restore(ckpt, model, optimizer) if ckpt else (0, 0.0, [])
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model, dynamic=True) if s.compile else model       # batches come in many shapes
     hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
