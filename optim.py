@@ -2202,7 +2202,7 @@ def lesson(plot=None):
     drawn = {}
     for name, hyper, sigmas in WALKS:
         print(f"{options_of(hyper)}\n{HEADING}" if name == "sgd" else options_of(hyper))
-        drawn[name] = walk(name, hyper, sigmas, 7000)
+        drawn[name] = walk(name, hyper, sigmas, 7000 if name == "lion" else 5000)       # lion settles slowly here
     print("\nLook at adam + L2. Its angle depends on the size of the gradient (as rmsprop's\n"
           "does), so layers with small gradients turn fast, and others slowly. AdamW, Lion\n"
           "and SGD turn all layers alike in the end, rotational variants from the start.\n"
