@@ -22,6 +22,7 @@ Learn the rows and the columns, and you know them all:
     rmsprop     gradient over its RMS             | RMSProp              |                  |
     rf_rmsprop  gradient over its mean square     | RootFreeRMSProp      |                  |
     rf_adamw    average over mean square          | RootFreeAdamW        |                  |
+    muon        orthogonalised average            | Muon                 | RotationalMuon   | ModularMuon
     shampoo     inverse roots of d x d matrices   | Shampoo              |                  |
     if_shampoo  the same without roots, inverses  | InverseFreeShampoo   |                  |
 
@@ -70,6 +71,7 @@ The two factors cannot quite be separated, and the leaks are half of the lesson.
   5. The modular geometry needs the whole architecture. The model states it (`modular_tree`), and `build` reads it.
   6. Three directions change with the geometry: adam when it turns, sgd and adam under the modular norm (`warm_sgd`,
      `warm_adam`).
+  7. Muon is for matrices. What is no matrix, and what is looked up row by row, takes adamw's direction.
 
 Papers:
   [RE]    Kosson, Messmer, Jaggi. Rotational Equilibrium: How Weight Decay Balances Learning Across Neural Networks.
@@ -83,6 +85,9 @@ Papers:
   [Lion]  Chen et al. Symbolic Discovery of Optimization Algorithms. NeurIPS 2023, arXiv:2302.06675
   [RMS]   Tieleman, Hinton. Lecture 6.5, RMSProp. Coursera, 2012
   [HB]    Polyak. Some methods of speeding up the convergence of iteration methods. 1964
+  [Muon]  Jordan et al. Muon: An optimizer for hidden layers in neural networks. 2024, kellerjordan.github.io/posts/muon
+  [Moon]  Liu et al. Muon is Scalable for LLM Training. 2025, arXiv:2502.16982
+  [Old]   Bernstein, Newhouse. Old Optimizer, New Norm: An Anthology. 2024, arXiv:2409.20325
   [Shampoo] Gupta, Koren, Singer. Shampoo: Preconditioned Stochastic Tensor Optimization. ICML 2018, arXiv:1802.09568
 """
 import argparse
@@ -173,13 +178,17 @@ class Direction:
     decoupled = False       # True: decay shrinks the weight itself. False: decay goes through `update`
     by_entry = False        # True: an entry of d depends on the same entry of g alone, so large tensors may be cut
     turning_decay = False   # True: `update` wants the decay under the rotational geometry, too (adam)
+    applies = lambda self, p, group: True               # to this parameter? The others take the row `instead`, which
+    instead = None                                      # sees the hyperparameters that `for_others` makes of these
+    for_others = lambda self, h: h
     scalars = lambda self, h, t: {}                     # numbers that depend on the step, for h
     objection = lambda self, h: None                    # what is wrong with a combination of hyperparameters, in words
     # These four predict where weight decay leads. Skip them until section 5.
     kappa = None                                        # a method (h) -> number
     gain = lambda self, h: 1.0
-    contribution = lambda self, h, sigma: math.nan
+    contribution = lambda self, h, sigma, C: math.nan
     pull = lambda self, h, sigma: 1.0
+    on_noise = lambda self, shape: (1.0, 1.0)           # size of d and cosine between d and x, where d is far from x
 
     @property
     def name(self):
@@ -229,7 +238,7 @@ class sgd(HeavyBall):
     formula = "m <- mu m + g + wd w;  d = m"
     defaults = {"lr": 1e-3, "momentum": 0.0, "weight_decay": 0.0}
     by_entry = True
-    contribution = lambda self, h, sigma: sigma
+    contribution = lambda self, h, sigma, C: sigma
 
     def update(self, g, state, h, decay=0):
         return self.ball(g + decay, state, h)
@@ -317,7 +326,7 @@ class adamw(Average):
     formula = "d = mean(g) / rms(g)"
     defaults = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
     averages = "exp_avg", "exp_avg_sq"
-    contribution = lambda self, h, sigma: 1.0
+    contribution = lambda self, h, sigma, C: 1.0
 
     def update(self, g, state, h, decay=0):
         return self.ratio(g, g, state, h)
@@ -359,7 +368,7 @@ class rmsprop(HeavyBall):
     formula = "d = heavy ball of [x / rms(x)],  x = g + wd w"
     defaults = {"lr": 1e-2, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0.0, "momentum": 0.0}
     averages, by_entry = ("square_avg",), True
-    contribution = lambda self, h, sigma: 1.0
+    contribution = lambda self, h, sigma, C: 1.0
     pull = lambda self, h, sigma: 1 / sigma
 
     def update(self, g, state, h, decay=0):
@@ -393,7 +402,7 @@ class lion(Direction):
         b1, b2 = h["betas"]
         return (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
 
-    def contribution(self, h, sigma):
+    def contribution(self, h, sigma, C):
         """sqrt(2 / (pi S)).  The sign is replaced by the line that fits it best: for a Gaussian x of RMS size s,
         sign(x) ~ sqrt(2/pi) x/s. Here s = sqrt(S) sigma, and the c_j add up to 1, so sigma cancels."""
         return math.sqrt(2 / (math.pi * self.power(h)))
@@ -443,13 +452,14 @@ class lion(Direction):
 # ======================================================================================================================
 
 
-def equilibrium(direction, h, C, sigma):
+def equilibrium(direction, h, C, sigma, shape=None):
     """Equilibrium (norm, angle per step) of a neuron under the PLAIN geometry.
 
     Formula  norm^2 * 2 lr_total wd  =  (lr_total * contribution)^2 * C           decay = growth, in every step
              angle = kappa * lr_total * contribution * sqrt(C) / norm  =  kappa sqrt(2 lr_total wd)
              with lr_total = lr * gain. For adam and rmsprop wd stands for wd / sigma, since the RMS divides it, too
-    Args     C: weights in the neuron. sigma: RMS size of a gradient entry (not felt by adamw, lion, shampoo)
+    Args     C: weights in the neuron. sigma: RMS size of a gradient entry (not felt by adamw, lion, muon, shampoo)
+             shape: of the weight, which muon's direction feels. None: as if d were x, but for its length
     Returns  norm in the weight's unit, angle in radians. (nan, nan) where nothing decays or nothing moves. nan where
              the direction has no contribution (Shampoo: the size of its steps depends on the shape) or no kappa
     Source   [RE], section 3.2 and table 1; rmsprop and the root-free ones are ours. Lion's sign is linearised there:
@@ -459,9 +469,10 @@ def equilibrium(direction, h, C, sigma):
     if not (lr_total > 0 and h["weight_decay"] > 0 and sigma > 0):
         return math.nan, math.nan
     wd = h["weight_decay"] * direction.pull(h, sigma)
-    norm = math.sqrt(lr_total / (2 * wd) * C) * direction.contribution(h, sigma)
+    norm = math.sqrt(lr_total / (2 * wd) * C) * direction.contribution(h, sigma, C)
     kappa = direction.kappa(h) if direction.kappa else math.nan
-    return norm, kappa * math.sqrt(2 * lr_total * wd)
+    size, cosine = direction.on_noise(shape) if shape else (1, 1)
+    return norm * size * cosine, kappa * math.sqrt(2 * lr_total * wd) / cosine
 
 
 def lion_walk_norm(h, C):
@@ -635,7 +646,7 @@ class Rotational(Geometry):
 # ======================================================================================================================
 
 
-def newton_contribution(self, h, sigma):
+def newton_contribution(self, h, sigma, C):
     """sigma / (B sigma^2 + damping): the root-free directions divide by the curvature B E[g^2] (+ eps or damping)."""
     return sigma / (h["batch_size"] * sigma**2 + h.get("damping", h.get("eps")))
 
@@ -1021,7 +1032,96 @@ def initialise(tree):
 
 
 # ======================================================================================================================
-# 9. Matrices: one preconditioner for every mode (dim) of the tensor
+# 9. Matrices
+#
+# Which update of size 1 lowers the loss fastest? The answer depends on the norm that measures the size, and each norm
+# has its method ([Old]):
+#
+#     Euclidean norm of all weights     d = G / ||G||     SGD, normalised
+#     largest entry                     d = sign(G)       Lion, up to its memory
+#     spectral norm                     d = U V^T         Muon, up to its memory;  G = U S V^T is the singular value
+#                                                         decomposition, and in U V^T all singular values are 1
+#
+# The spectral norm is the one that the modular norm gives to a Linear.
+# ======================================================================================================================
+
+
+@row
+class muon(Direction):
+    """The whole matrix, orthogonalised:  m <- mu m + (1-mu) g;  x = (1-mu) g + mu m (Nesterov), or m;  d ~ U V^T of x.
+
+    Shapes   x, d: (out, in), or (out, in, ...) taken for a matrix of out rows       State   exp_avg = m = 0 at first
+    Units    d has none, and the scale of g is not felt. ||d||^2 ~ min(out, in), times the square of the factor that
+             `adjust` names: "original": sqrt(max(1, out/in)), rows of RMS norm ~1. "match_rms_adamw": 0.2
+             sqrt(max(out, in)), entries of RMS size ~0.2, as AdamW's have, so that lr can be AdamW's ([Moon])
+    Others   Vectors, scalars, and weights whose group says use_muon=False (`build`: embeddings, and a head tied to one)
+             take adamw's direction, with `betas` and `eps`, and adamw_lr_scale times the group's lr
+    Options  dtype: of the iterations; None: bfloat16 on a GPU, the type of m elsewhere
+    Source   [Muon]; equal to torch.optim.Muon, which takes matrices alone and works in bfloat16
+    """
+    formula = "d = U V^T of mean(g) = U S V^T"
+    defaults = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "adjust": "original",
+                "dtype": None, "betas": (0.9, 0.999), "eps": 1e-8, "adamw_lr_scale": 0.1, "use_muon": True}
+    ranges = {"nesterov": (True, False), "adjust": ("original", "match_rms_adamw"), "adamw_lr_scale": "[0, inf)",
+              "use_muon": (True, False), "dtype": (None, torch.float64, torch.float32, torch.bfloat16)}
+    averages, decoupled, instead = ("exp_avg",), True, DIRECTIONS["adamw"]
+    applies = lambda self, p, group: group["use_muon"] and p.dim() > 1 and p.numel() > 0
+    for_others = lambda self, h: h | {"lr": h["lr"] * h["adamw_lr_scale"]}
+
+    def update(self, g, state, h, decay=0):
+        m, mu = state["exp_avg"], h["momentum"]
+        m.lerp_(g, 1 - mu)                                          # m <- mu m + (1-mu) g
+        x = (g.lerp(m, mu) if h["nesterov"] else m).flatten(1)
+        out, rest = x.shape
+        factor = max(1, out / rest) ** 0.5 if h["adjust"] == "original" else 0.2 * max(out, rest) ** 0.5
+        dtype = h["dtype"] or (torch.bfloat16 if x.is_cuda else x.dtype)
+        return orthogonalise(x.to(dtype)).to(g.dtype).view(g.shape) * factor
+
+    def power(self, h):
+        """S = sum of c_j^2 of x.  m: c_j = (1-mu) mu^j.  Nesterov: c_0 = 1-mu^2, c_j = (1-mu) mu^(j+1) for j >= 1."""
+        mu = h["momentum"]
+        return (1 - mu**2) ** 2 + mu**4 * (1 - mu) / (1 + mu) if h["nesterov"] else (1 - mu) / (1 + mu)
+
+    def kappa(self, h):
+        """sqrt(S), as if d were x, but for its length. (The c_j add up to 1.) The true angle is this over the cosine
+        of `on_noise`: larger by a few percent for long matrices, by up to a fifth for square ones."""
+        return math.sqrt(self.power(h))
+
+    def contribution(self, h, sigma, C):
+        """One update, over kappa. A row of it has norm 1, or 0.2 sqrt(C)."""
+        return (1 / math.sqrt(C) if h["adjust"] == "original" else 0.2) / self.kappa(h)
+
+    @functools.cache
+    def on_noise(self, shape):
+        """Tried on one matrix of noise: the RMS singular value of d, and the cosine of the angle between d and x."""
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").flatten(1)
+        d, norm = orthogonalise(x), torch.linalg.vector_norm
+        return (norm(d) / min(x.shape) ** 0.5).item(), ((d * x).sum() / (norm(d) * norm(x))).item()
+
+
+def orthogonalise(x):
+    """x = U S V^T  ->  about U V^T, by matrix products alone (Newton-Schulz, with the coefficients of [Muon]):
+
+        x <- x / ||x||,  then five times  x <- a x + b (x x^T) x + c (x x^T)^2 x
+
+    In each of these every singular value s becomes  a s + b s^3 + c s^5, and U and V stay. The slope a at 0 is steep,
+    so that small singular values grow fast. The price is that none of them converges: from s / ||x|| = 0.0015 upwards
+    they end between 0.68 and 1.21, and what is smaller ends below. For G = [1 0; 0 2] of section 2, divided by ||G||:
+
+        0.447, 0.894  ->  1.150, 0.827  ->  0.784, 0.934  ->  1.001, 0.771  ->  0.701, 1.021  ->  1.114, 0.689
+    """
+    tall = x.shape[0] > x.shape[1]                                  # the smaller of the two products x x^T, x^T x
+    x = x.T if tall else x
+    norm = torch.linalg.vector_norm(x)
+    x = torch.where(norm > 0, x / norm, x)
+    for _ in range(5):
+        A = x @ x.T
+        x = torch.addmm(x, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.T if tall else x
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Shampoo: one preconditioner for every mode (dim) of the tensor
 #
 # A diagonal knows how steep every weight is, but not which weights act together. Shampoo keeps a d_i x d_i matrix for
 # every mode i of size d_i, and multiplies the gradient by one matrix on each. For a matrix G of two modes:
@@ -1031,7 +1131,7 @@ def initialise(tree):
 # A mode longer than max_dim (a vocabulary) gets a diagonal instead, a vector of d_i numbers. A mode of size 1 is
 # squeezed away by if_shampoo. In shampoo its matrix is one number, ||G||^2, and takes its part of the root. Both are as
 # in [RF]'s code.
-# ======================================================================================================================
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def on_every_mode(x, factors):
@@ -1257,7 +1357,7 @@ RANGES = {
     "share": "[0, inf)", "norm": ("spectral", "rows"), "scale": "None or in (0, inf)",
     "seed": "a whole number in [0, 9e18)",
 }
-PER_GROUP = {"rotational", "lr_cov_scale", "share", "norm", "scale"}        # what differs from weight to weight
+PER_GROUP = {"rotational", "lr_cov_scale", "use_muon", "share", "norm", "scale"}        # what differs from weight to weight
 
 
 def within(value, allowed):
@@ -1397,7 +1497,7 @@ class Optimizer(torch.optim.Optimizer):
             if meant := self._meant(key):
                 self._refuse(f"unknown key {key!r} in parameter group {index}{meant}")
         for key in ("maximize", "amsgrad", "nesterov", "differentiable"):
-            if group.get(key):
+            if group.get(key) and key not in self.takes():
                 self._refuse(f"{key} in parameter group {index} is not offered here: leave it out")
         for i, p in enumerate(group["params"]):
             if torch.nn.parameter.is_lazy(p):
@@ -1406,7 +1506,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._check_parameter(p, group, name_of(group, i, index))
 
     def _check_parameter(self, p, group, name):
-        geometry = self.geometry_of(p, group)
+        direction, geometry = self.direction_of(p, group), self.geometry_of(p, group)
         if p.layout is not torch.strided:
             objection = f"is {p.layout}: only dense parameters are supported"
         elif any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride())):
@@ -1415,11 +1515,11 @@ class Optimizer(torch.optim.Optimizer):
         elif not p.is_floating_point():
             objection = (f"is {p.dtype}: only real floating-point parameters are supported (a complex one can be "
                          "stored as two real ones: torch.view_as_real)")
-        elif not is_ordinary(p.detach()) and (geometry is MODULAR or not self.direction.by_entry):
+        elif not is_ordinary(p.detach()) and (geometry is MODULAR or not direction.by_entry):
             objection = (f"is a {type(p.detach()).__name__}, but this update needs plain tensors, and whole matrices. "
                          "Use DistributedDataParallel, or an optimizer whose updates go by entry or row")
         else:
-            objection = geometry.objection(self.direction, p, group)
+            objection = geometry.objection(direction, p, group)
         if objection:
             self._refuse(f"{name} {tuple(p.shape)} {objection}")
 
@@ -1431,6 +1531,11 @@ class Optimizer(torch.optim.Optimizer):
         state, marker = self.state.get(p, {}), self.geometry.marker
         mine = marker in state if marker and "step" in state else self.geometry.applies(p, group)
         return self.geometry if mine else PLAIN
+
+    def direction_of(self, p, group):
+        """The direction of a parameter: that of the class, or the one that the row names for what it is not meant for.
+        """
+        return self.direction if self.direction.applies(p, group) else self.direction.instead
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -1455,33 +1560,35 @@ class Optimizer(torch.optim.Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                geometry, state = self.geometry_of(p, group), self.state[p]
+                direction, geometry = self.direction_of(p, group), self.geometry_of(p, group)
+                state = self.state[p]
                 if "step" not in state:
                     geometry.prepare(p, group)
                     w = working_copy(p)
-                    state.update(step=0, **self.direction.start(w, group), **geometry.start(w, group))
-                if group.get("momentum") and isinstance(self.direction, HeavyBall) and "momentum_buffer" not in state:
-                    state["momentum_buffer"] = self.direction.start(working_copy(p), group)["momentum_buffer"]
+                    state.update(step=0, **direction.start(w, group), **geometry.start(w, group))
+                if group.get("momentum") and isinstance(direction, HeavyBall) and "momentum_buffer" not in state:
+                    state["momentum_buffer"] = direction.start(working_copy(p), group)["momentum_buffer"]
                 state["step"] += 1
-                key = geometry, state["step"], p.device
+                key = direction, geometry, state["step"], p.device
                 if key not in hyper_at:             # parameters with the same step count share one dict of numbers
-                    hyper_at[key] = self._hyper(geometry, group, state["step"], p.device)
+                    hyper_at[key] = self._hyper(direction, geometry, group, state["step"], p.device)
                 averages = {key: value for key, value in state.items() if key != "step" and torch.is_tensor(value)}
                 work = compiled if group["compile"] else eager
-                work.append((geometry, p.detach(), p.grad, averages, hyper_at[key]))
-        with full_precision({p.device.type for _, p, *_ in eager + compiled}):
-            update(self.direction, blocks(self.direction, eager))
-            update_compiled(self.direction, compiled)
-        for geometry, p, _, _, h in eager + compiled:
+                work.append((direction, geometry, p.detach(), p.grad, averages, hyper_at[key]))
+        with full_precision({p.device.type for _, _, p, *_ in eager + compiled}):
+            update(blocks(eager))
+            update_compiled(compiled)
+        for _, geometry, p, _, _, h in eager + compiled:
             if not is_wide(p):
                 geometry.prepare(p, h)              # their coarse rounding would move neurons off centre
         return loss
 
-    def _hyper(self, geometry, group, t, device):
+    def _hyper(self, direction, geometry, group, t, device):
         """The hyperparameters as the formulas see them at step t."""
         h = {key: group[key] for key in self.takes()}
         h["lr"] = h["lr"].reshape(()) if torch.is_tensor(h["lr"]) else float(h["lr"])
-        changing = {"lr": h["lr"], **self.direction.scalars(h, t), **geometry.scalars(self.direction, h, t)}
+        h = h if direction is self.direction else self.direction.for_others(h)
+        changing = {"lr": h["lr"], **direction.scalars(h, t), **geometry.scalars(direction, h, t)}
         if group["compile"]:
             changing = {key: value if isinstance(value, bool) else as_tensor(value, device)
                         for key, value in changing.items()}
@@ -1548,7 +1655,7 @@ class Optimizer(torch.optim.Optimizer):
                              f"{', '.join(sorted(strange))}")
             for i, (p, number) in enumerate(zip(group["params"], saved["params"])):
                 w = working_copy(p.detach()).to("meta")         # what the state would look like, without its memory
-                averages, entries = self.direction.start(w, saved), state_dict["state"].get(number, {})
+                averages, entries = self.direction_of(p, saved).start(w, saved), state_dict["state"].get(number, {})
                 like = averages | self.geometry.start(w, saved)
                 missing = averages.keys() - entries.keys() - {"momentum_buffer"}        # that may come in mid-run
                 name = name_of(group, i, index)
@@ -1569,10 +1676,10 @@ class Optimizer(torch.optim.Optimizer):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def update(direction, work):
-    """One step for each (geometry, p, g, state, h) of `work`: the three lines of the first page. Eager and compiled
-    runs both go through here. Low-precision parameters are moved in float32 and rounded once, at the end."""
-    for geometry, p, g, state, h in work:
+def update(work):
+    """One step for each (direction, geometry, p, g, state, h) of `work`: the three lines of the first page. Eager and
+    compiled runs both go through here. Low-precision parameters are moved in float32 and rounded once, at the end."""
+    for direction, geometry, p, g, state, h in work:
         w = working_copy(p)
         g = g.to(w.dtype)
         decay = geometry.decay(direction, w, h)
@@ -1626,39 +1733,39 @@ def block_size(geometry, device, compiled):
     return 2**23
 
 
-def blocks(direction, work, compiled=False):
+def blocks(work, compiled=False):
     """`work` with its large tensors cut into blocks of rows, wherever the update of a row depends on that row alone."""
-    for geometry, p, g, state, h in work:
+    for direction, geometry, p, g, state, h in work:
         most = block_size(geometry, p.device, compiled)
         if p.numel() <= most or not is_ordinary(p) or not (direction.by_entry and geometry.by_row(h)):
-            yield geometry, p, g, state, h
+            yield direction, geometry, p, g, state, h
             continue
         rows = max(1, most * len(p) // p.numel())
         for i in range(0, len(p), rows):
             cut = {key: s[i:i + rows] if s.dim() else s for key, s in state.items()}       # 0-d: a user's own
-            yield geometry, p[i:i + rows], g[i:i + rows], cut, h
+            yield direction, geometry, p[i:i + rows], g[i:i + rows], cut, h
 
 
-def update_compiled(direction, work):
+def update_compiled(work):
     """`update` through torch.compile: all small tensors in one piece of code, and each block of a large one."""
     small, large = [], []
-    for geometry, p, g, state, h in work:
+    for direction, geometry, p, g, state, h in work:
         if p.dim() == 0:                            # a CPU's compiled code loses what it writes to 0-d float64
             p, g, state = p.view(1), g.view(1), {key: s.view(1) if s.dim() == 0 else s for key, s in state.items()}
-        job = geometry, p, g, state, h
+        job = direction, geometry, p, g, state, h
         (small if p.numel() <= block_size(geometry, p.device, compiled=True) else large).append(job)
-    for batch in filter(None, [small, *([job] for job in blocks(direction, large, compiled=True))]):
-        compiled_update(direction, tuple((geometry, p.shape) for geometry, p, _, _, _ in batch))(direction, batch)
+    for batch in filter(None, [small, *([job] for job in blocks(large, compiled=True))]):
+        compiled_update(tuple((direction, geometry, p.shape) for direction, geometry, p, *_ in batch))(batch)
 
 
 @functools.cache
-def compiled_update(direction, kinds):
-    """torch.compile of `update` for parameters of these kinds: geometries and shapes. Each gets a code object of its
-    own: torch.compile keeps its versions of a function, and counts them against a limit, per code object."""
-    own = types.FunctionType(update.__code__.replace(co_name=f"update_{direction.name}"), globals())
+def compiled_update(kinds):
+    """torch.compile of `update` for parameters of these kinds: direction, geometry, shape. Each gets a code object of
+    its own: torch.compile keeps its versions of a function, and counts them against a limit, per code object."""
+    own = types.FunctionType(update.__code__.replace(co_name=f"update_{kinds[0][0].name}"), globals())
     # On a CPU torch's compiler (2.11 to 2.13) fails (KeyError 'buf1') on the loops of an embedding under `modular`
     # if it may fuse loops that stand side by side. GPUs do not know the option.
-    options = {"cpp.max_horizontal_fusion_size": 1} if any(geometry is MODULAR for geometry, _ in kinds) else {}
+    options = {"cpp.max_horizontal_fusion_size": 1} if any(kind[1] is MODULAR for kind in kinds) else {}
     return torch.compile(own, dynamic=False, options=options)
 
 
@@ -1724,6 +1831,17 @@ class RMSProp(Optimizer):
     direction = DIRECTIONS["rmsprop"]
 
 
+class Muon(Optimizer):
+    """Class muon, plain, for all parameters of a model: matrices by muon, the others by adamw (use_muon, by group).
+    Equal to torch.optim.Muon, with dtype=torch.bfloat16, for what is a matrix.
+
+    Units    lr: the norm of a row's step ("original"), or five times the RMS size of a weight's ("match_rms_adamw")
+    Settles  "original": ||w||^2 ~ lr / (2 wd S), turning by ~ sqrt(2 lr wd S) a step, with S of `muon.power`. Both feel
+             the shape of the matrix (`muon.on_noise`), neither feels the gradient's size
+    """
+    direction = DIRECTIONS["muon"]
+
+
 class RotationalSGD(Optimizer):
     """Class sgd on the rotational geometry: neurons turn by sqrt(2 lr wd / (1+mu)) radians a step.
 
@@ -1763,6 +1881,14 @@ class RotationalLion(Optimizer):
     overrides = {"weight_decay": 1.0}
 
 
+class RotationalMuon(Optimizer):
+    """Class muon on the rotational geometry: neurons of matrices turn by sqrt(2 lr wd S) radians a step, with S of
+    `muon.power`, those of embeddings as under RotationalAdamW, at adamw_lr_scale * lr. `adjust` is not felt: the angle
+    says how far. Shapes, options and errors as in RotationalSGD."""
+    direction, geometry = DIRECTIONS["muon"], ROTATIONAL
+    overrides = {"weight_decay": 0.1}
+
+
 class ModularSGD(Optimizer):
     """Class warm_sgd under the modular norm: one learning rate for every width and depth.
 
@@ -1780,6 +1906,14 @@ class ModularSGD(Optimizer):
 class ModularAdam(Optimizer):
     """Class warm_adam under the modular norm. Everything else as in ModularSGD."""
     direction, geometry = warm_adam(), MODULAR
+
+
+class ModularMuon(Optimizer):
+    """Class muon under the modular norm. d has a spectral norm of about 1 already, so for a Linear the geometry does
+    little more than to share the update out among the layers. (For a Conv it measures each kernel position, where muon
+    took all of them for one matrix.) Everything else as in ModularSGD."""
+    direction, geometry = DIRECTIONS["muon"], MODULAR
+    overrides = {"adamw_lr_scale": 1.0}             # rows are rescaled, and `build` sees to the vectors
 
 
 class RootFreeRMSProp(Optimizer):
@@ -1823,9 +1957,10 @@ class InverseFreeShampoo(Optimizer):
 
 
 NAMED = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "lion": Lion, "rmsprop": RMSProp, "rf_rmsprop": RootFreeRMSProp,
-         "rf_adamw": RootFreeAdamW, "shampoo": Shampoo, "if_shampoo": InverseFreeShampoo,
+         "rf_adamw": RootFreeAdamW, "muon": Muon, "shampoo": Shampoo, "if_shampoo": InverseFreeShampoo,
          "rotational_sgd": RotationalSGD, "rotational_adam": RotationalAdam, "rotational_adamw": RotationalAdamW,
-         "rotational_lion": RotationalLion, "modular_sgd": ModularSGD, "modular_adam": ModularAdam}
+         "rotational_lion": RotationalLion, "rotational_muon": RotationalMuon,
+         "modular_sgd": ModularSGD, "modular_adam": ModularAdam, "modular_muon": ModularMuon}
 
 
 def compose(direction, geometry):
@@ -1867,7 +2002,8 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
                                                      neurons there is no equilibrium
 
     Embeddings count as matrices: the row of a token is a neuron, decayed and turned like any other. The paper's
-    GPT2-124M runs on OpenWebText did the same, its Wikitext runs left them out. Tied weights are one parameter.
+    GPT2-124M runs on OpenWebText did the same, its Wikitext runs left them out. Tied weights are one parameter. Under
+    muon embeddings, and a head tied to one, get use_muon=False: a step feels few of their rows, which are no matrix.
     (In a ConvTranspose dim 0 is the input: a filter of it is not a neuron. Exempt it if that matters.)
 
     Under a modular geometry the model says more. model.modular_tree(), or `tree`, is a Tree with every weight of 2 dims
@@ -1909,6 +2045,7 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
         raise ValueError(f"build: {name} turns neurons by an angle of kappa sqrt(2 lr weight_decay), so weight_decay=0 "
                          f"cannot rotate anything. Set weight_decay > 0, or take {kind.direction.name!r}")
     shares = modular_rules(model, tree, dict(named)) if kind.geometry is MODULAR else {}
+    looked_up = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     groups = {}
     for n, p in sorted(named, key=lambda item: item[1].dim() < 2):             # matrices first
         rule = {}
@@ -1927,6 +2064,8 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
             rule = {"rotational": False, "reason": reason} if reason else {"rotational": True}
         elif kind.geometry is MODULAR:
             rule = shares[n]
+        if p in looked_up and "use_muon" in h:
+            rule = rule | {"use_muon": False}
         groups.setdefault(tuple(map(str, rule.items())), {"params": [], **rule})["params"].append((n, p))
     return kind(list(groups.values()), **hyper)
 
@@ -1974,6 +2113,8 @@ def table(optimizer):
     for index, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
             rule = optimizer.geometry_of(p, group).name if isinstance(optimizer, Optimizer) else "plain"
+            if isinstance(optimizer, Optimizer) and optimizer.direction_of(p, group) is not optimizer.direction:
+                rule += f" {optimizer.direction.instead.name}"
             if rule == "modular":
                 rule += f" {group['norm']}, share {group['share']:.4g}"
             if "reason" in group:
@@ -2048,7 +2189,9 @@ class RotationProbe:
     def _predict(self, p, group, C):
         """(norm, angle) in equilibrium; C weights to a neuron."""
         if isinstance(self.optimizer, Optimizer):
-            direction, geometry = self.optimizer.direction, self.optimizer.geometry_of(p, group)
+            direction, geometry = self.optimizer.direction_of(p, group), self.optimizer.geometry_of(p, group)
+            if direction is not self.optimizer.direction:
+                group = self.optimizer.direction.for_others(group)
             if geometry is MODULAR:                 # normalised updates have no equilibrium of this kind
                 return math.nan, math.nan
             if geometry is ROTATIONAL:
@@ -2065,7 +2208,7 @@ class RotationProbe:
             direction = DIRECTIONS[twin]
         sigma = p.grad.to_dense().double().square().mean().sqrt().item()   # RMS entry of this step's gradient
         h = group | {"lr": float(group["lr"])}
-        norm, angle = equilibrium(direction, h, C, sigma)
+        norm, angle = equilibrium(direction, h, C, sigma, p.shape)
         if math.isfinite(angle) and angle:
             self._settling.append(settling_steps(direction, h, sigma))
         return norm, angle
@@ -2123,6 +2266,7 @@ WALKS = [
     ("adamw", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}, THREE),
     ("adam", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.2}, THREE),
     ("lion", {"lr": 0.001, "betas": (0.9, 0.99), "weight_decay": 0.5}, THREE),
+    ("muon", {"lr": 0.01, "weight_decay": 0.05, "momentum": 0.95, "nesterov": True}, (1.0,)),
     ("rmsprop", {"lr": 0.01, "alpha": 0.999, "eps": 1e-8, "weight_decay": 0.2, "momentum": 0.0}, (1.0,)),
     ("rf_rmsprop", {"lr": 0.01, "alpha": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.01,
                     "batch_size": 100}, (0.1,)),
@@ -2140,7 +2284,8 @@ def short_weight(norm):
 def walk(name, hyper, sigmas, steps):
     """Print a random walk for each size of the gradient beside its predictions. -> {sigma: (trace, (norm, angle))}"""
     direction = DIRECTIONS[name]
-    targets = [equilibrium(direction, hyper, C, sigma) for sigma in sigmas]
+    hyper = OPTIMIZERS[name].takes() | hyper
+    targets = [equilibrium(direction, hyper, C, sigma, (NEURONS, C)) for sigma in sigmas]
     weights = [short_weight(norm) for norm, _ in targets]
     traces = random_walk(OPTIMIZERS[name](weights, **hyper), weights, steps, sigmas)
     for trace, target, sigma in zip(traces, targets, sigmas):
