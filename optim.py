@@ -2112,14 +2112,16 @@ def table(optimizer):
     rows = [("parameter", "shape", "rule", "lr", "weight_decay")]
     for index, group in enumerate(optimizer.param_groups):
         for i, p in enumerate(group["params"]):
-            rule = optimizer.geometry_of(p, group).name if isinstance(optimizer, Optimizer) else "plain"
-            if isinstance(optimizer, Optimizer) and optimizer.direction_of(p, group) is not optimizer.direction:
-                rule += f" {optimizer.direction.instead.name}"
-            if rule == "modular":
-                rule += f" {group['norm']}, share {group['share']:.4g}"
+            rule, h = "plain", group
+            if isinstance(optimizer, Optimizer):
+                rule, direction = optimizer.geometry_of(p, group).name, optimizer.direction_of(p, group)
+                if rule == "modular":
+                    rule += f" {group['norm']}, share {group['share']:.4g}"
+                if direction is not optimizer.direction:
+                    rule, h = f"{rule}, by {direction.name}", optimizer.direction.for_others(group)
             if "reason" in group:
                 rule += f": {group['reason']}"
-            lr, decay = (f"{float(group[key]):g}" if key in group else "-" for key in ("lr", "weight_decay"))
+            lr, decay = (f"{float(h[key]):g}" if key in h else "-" for key in ("lr", "weight_decay"))
             rows.append((name_of(group, i, index), "x".join(map(str, p.shape)) or "scalar", rule, lr, decay))
     return columns(rows)
 
@@ -2323,6 +2325,9 @@ def lesson(plot=None):
         print(f"{name:21s} {state_bytes(kind):5.1f}   {formula}")
     print("(state: bytes per weight of a 1000 x 1000 matrix, with momentum where there is\n"
           "any. ball [x]: m <- mu m + x, d = m)")
+    print("\nThree of them are one idea, steepest descent, in three norms. Without memory sgd is\n"
+          "that of the Euclidean norm, lion of the largest entry (a sign for each weight),\n"
+          "muon of the spectral norm (a sign for each singular value).")
 
     name, hyper, _ = WALKS[1]
     target = equilibrium(DIRECTIONS[name], hyper, C, 1.0)

@@ -93,11 +93,12 @@ SETTINGS = {
     "shampoo": {"lr": 0.02, "momentum": 0.8, "damping": 0.01, "lr_cov": 0.1, "weight_decay": 0.1, "update_every": 2},
     "if_shampoo": {"lr": 0.05, "momentum": 0.8, "damping": 0.01, "lr_cov": 0.2, "riemannian_momentum": 0.5,
                    "weight_decay": 0.1, "update_every": 2, "batch_size": 4},
+    "muon": {"lr": 0.02, "momentum": 0.8, "betas": (0.9, 0.97), "weight_decay": 0.2, "adamw_lr_scale": 0.5},
     "modular_sgd": {"lr": 0.2, "momentum": 0.8, "weight_decay": 0.1},
     "modular_adam": {"lr": 0.2, "betas": (0.9, 0.97), "weight_decay": 0.1},
 }
 ORDINARY = {"lr": 0.02, "momentum": 0.8, "betas": (0.9, 0.97), "weight_decay": 0.1, "batch_size": 4}
-DIRECTIONS = ("sgd", "adam", "adamw", "lion", "rmsprop", "rf_rmsprop", "rf_adamw", "shampoo", "if_shampoo")
+DIRECTIONS = ("sgd", "adam", "adamw", "lion", "rmsprop", "rf_rmsprop", "rf_adamw", "muon", "shampoo", "if_shampoo")
 ROTATIONAL = tuple(f"rotational_{name}" for name in DIRECTIONS)
 MODULAR = ("modular_sgd", *(f"modular_{name}" for name in DIRECTIONS[1:] if name != "adamw"))
 TORCH_TWINS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW,
@@ -297,6 +298,30 @@ def times(x, i, F):
     return np.moveaxis((F.T @ unfold(x, i)).reshape([F.shape[1], *others]), 0, i)
 
 
+class MuonByHand:
+    """Muon, one matrix at a time: every singular value goes through five quintics, the singular vectors stay."""
+
+    def __init__(self, name, h, shape):
+        self.h, self.m = h, np.zeros((shape[0], math.prod(shape[1:])))
+
+    def __call__(self, g):
+        mu, x = self.h["momentum"], g.reshape(self.m.shape)
+        self.m = mu * self.m + (1 - mu) * x
+        if self.h.get("nesterov", True):
+            x = (1 - mu) * x + mu * self.m
+        else:
+            x = self.m
+        out, rest = x.shape
+        if self.h.get("adjust", "original") == "original":
+            factor = math.sqrt(max(1, out / rest))
+        else:
+            factor = 0.2 * math.sqrt(max(out, rest))
+        x = x / (np.sqrt((x**2).sum()) or 1)
+        for _ in range(5):
+            x = 3.4445 * x - 4.7750 * x @ x.T @ x + 2.0315 * x @ x.T @ x @ x.T @ x
+        return (factor * x).reshape(g.shape)
+
+
 class ShampooByHand:
     """Root-based Shampoo, mode by mode. A diagonal is kept as a full matrix whose other entries are set to 0."""
 
@@ -364,11 +389,11 @@ class InverseFreeShampooByHand:
 def direction_by_hand(name, h, shape):
     """-> a function (g, l2) -> d. modular_sgd and modular_adam have directions of their own."""
     name = name if name in ("modular_sgd", "modular_adam") else base(name)
-    kinds = {"shampoo": ShampooByHand, "if_shampoo": InverseFreeShampooByHand}
+    kinds = {"muon": MuonByHand, "shampoo": ShampooByHand, "if_shampoo": InverseFreeShampooByHand}
     return kinds.get(name, DirectionByHand)(name, h, shape)
 
 
-DECOUPLED = ("adamw", "lion", "rf_adamw", "modular_sgd", "modular_adam")
+DECOUPLED = ("adamw", "lion", "rf_adamw", "muon", "modular_sgd", "modular_adam")
 
 
 def plain_by_hand(name, w, gradients, lrs, h):
@@ -387,6 +412,11 @@ def angle_by_hand(name, h):
     product = h["lr"] * h["weight_decay"]
     if base(name) in ("sgd", "rmsprop", "rf_rmsprop", "shampoo", "if_shampoo"):     # heavy ball comes last
         return math.sqrt(2 * product / (1 + h["momentum"]))
+    if base(name) == "muon":                                # c_j of x = (1-mu) g + mu m, or of m; they add up to 1
+        c = (1 - h["momentum"]) * h["momentum"] ** np.arange(3000)
+        if h.get("nesterov", True):
+            c = h["momentum"] * c + (1 - h["momentum"]) * (np.arange(3000) == 0)
+        return math.sqrt(2 * product * (c**2).sum())
     b1, b2 = h["betas"]
     if base(name) == "lion":
         return math.sqrt(math.pi * product * ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)))
@@ -443,6 +473,9 @@ def modular_by_hand(name, w, gradients, lrs, h):
 
 def by_hand(name, w, gradients, lrs, h):
     """h: the optimizer's settings and the group's own. Yields w after every step."""
+    if base(name) == "muon" and (w.ndim < 2 or h.get("use_muon") is False):     # adamw's, at a learning rate of its own
+        scale = h.get("adamw_lr_scale", 1.0 if rescales(name) else 0.1)
+        name, lrs, h = name.replace("muon", "adamw"), [lr * scale for lr in lrs], {"betas": (0.9, 0.999)} | h
     rule, alone = plain_by_hand, w.ndim < 2 or not w.size   # a bias, a gain
     if name.startswith("rotational_") and not alone and h["weight_decay"] and h.get("rotational") is not False:
         rule = rotational_by_hand
@@ -533,6 +566,8 @@ def test_defaults_are_the_papers():
     turning = {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True, "rotational_eps": 1e-8,
                "rotational": None}
     adam = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
+    muon = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "adjust": "original", "dtype": None,
+            "betas": (0.9, 0.999), "eps": 1e-8, "adamw_lr_scale": 0.1, "use_muon": True}
     modular = {"lr": 0.25, "weight_decay": 0.0, "share": 1.0, "norm": "spectral", "scale": None, "seed": 0}
     expected = {
         "lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
@@ -545,6 +580,7 @@ def test_defaults_are_the_papers():
         "rotational_sgd": turning | {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
         "rotational_adam": turning | adam, "rotational_adamw": turning | adam,
         "rotational_lion": turning | {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 1.0},
+        "muon": muon, "rotational_muon": turning | muon, "modular_muon": muon | modular | {"adamw_lr_scale": 1.0},
         "modular_sgd": modular | {"momentum": 0.9}, "modular_adam": modular | {"betas": (0.9, 0.99)}}
     for name, kind in optim.OPTIMIZERS.items():
         takes = kind.takes()
@@ -558,11 +594,11 @@ def test_defaults_are_the_papers():
         assert shown == takes, f"{name}: {shown}"
         assert kind.__doc__ and kind.__name__ == type(kind([weight(3, 4)], **required(name))).__name__
     # bytes a weight of a 1000 x 1000 matrix: 4 for each average, 8 for each matrix of a mode
-    averages = {"sgd": 4, "adam": 8, "adamw": 8, "lion": 4, "rmsprop": 8, "rf_rmsprop": 8, "rf_adamw": 8,
+    averages = {"sgd": 4, "adam": 8, "adamw": 8, "lion": 4, "rmsprop": 8, "rf_rmsprop": 8, "rf_adamw": 8, "muon": 4,
                 "shampoo": 20, "if_shampoo": 20}
     for name, count in averages.items():
         close(optim.state_bytes(optim.OPTIMIZERS[name]), count, 0, f"state of {name}")
-        if "momentum" in SETTINGS[name]:
+        if "momentum" in SETTINGS[name] and name != "muon":
             [p] = parameters([(3, 4)])
             optimizer = make(name, [p], momentum=0.0)
             run(optimizer, noise([(3, 4)], 1))
@@ -628,7 +664,8 @@ def walk(name, h, sigma, start, seed=0):
     w = nn.Parameter(torch.randn(64, 256, generator=rng) * (start / math.sqrt(256)))
     optimizer = optim.OPTIMIZERS[name]([w], **h)
     # How fast ||w||^2 forgets: 2 lr wd per step, over 1-mu for momentum, and over sigma where that divides the decay.
-    rate = 2 * h["lr"] * h["weight_decay"] / (1 - h.get("momentum", 0)) / (sigma if name == "adam" else 1)
+    rate = 2 * h["lr"] * h["weight_decay"] / (sigma if name == "adam" else 1)
+    rate /= 1 if name == "muon" else 1 - h.get("momentum", 0)
     squares, turned = [], []
     for t in range(round(7 / rate)):
         w.grad = torch.randn(64, 256, generator=rng) * sigma
@@ -643,6 +680,13 @@ def walk(name, h, sigma, start, seed=0):
 
 def settled_by_hand(name, h, C, sigma):
     """(norm, angle per step) of a neuron of C weights, from growth = decay, written out for each optimizer."""
+    if name == "muon":                                      # what the quintics make of the singular values of noise
+        singular = np.linalg.svd(np.random.default_rng(0).normal(size=(64, C)), compute_uv=False)
+        d = singular / np.linalg.norm(singular)
+        for _ in range(5):
+            d = 3.4445 * d - 4.7750 * d**3 + 2.0315 * d**5
+        cosine, angle = d @ singular / np.linalg.norm(d) / np.linalg.norm(singular), angle_by_hand(name, h)
+        return math.sqrt((d**2).mean()) * cosine * h["lr"] / angle, angle / cosine
     total = h["lr"] / (1 - h.get("momentum", 0))            # one gradient's whole effect, with momentum
     angle, size = angle_by_hand(name, h), math.sqrt(total * C / (2 * h["weight_decay"]))
     if name in ("adam", "rmsprop"):                         # L2: the decay is divided by the gradient's RMS as well
@@ -669,7 +713,7 @@ def lion_power_by_arcsine(h, lags=2000):
 
 
 def test_random_walks_settle_where_theory_says():
-    """Random walks settle at the closed-form norm and angle: within 1.5 %, the root-free 2 %, Lion 4 % and 1 % with the
+    """Random walks settle at the closed-form norm and angle: within 1.5 %, Muon and the root-free 2 %, Lion 4 % and 1 % with the
     arcsine law. So AdamW's angle depends on lr * wd alone, and four times larger gradients halve that of Adam+L2."""
     # Two things limit the root-free, 1 % each: g takes part in the s that divides it, with weight 1-a; and what is left
     # of the long early steps, before s (or K) has forgotten its start, which was 1 where B sigma^2 + damping is 2.5.
@@ -677,19 +721,23 @@ def test_random_walks_settle_where_theory_says():
     cases = [("sgd", 0.7, {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.008}), ("adam", 0.5, adam), ("adam", 2, adam),
              ("adamw", 0.7, adam), ("lion", 0.7, {"lr": 0.005, "betas": (0.9, 0.95), "weight_decay": 0.2}),
              ("rf_rmsprop", 0.7, ball | {"lr": 0.05, "alpha": 0.99, "eps": 0.5, "weight_decay": 0.01}),
+             ("muon", 0.7, {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.05}),
              ("rf_adamw", 0.7, {"lr": 0.02, "betas": (0.8, 0.99), "eps": 0.5, "weight_decay": 0.1, "batch_size": 4}),
              ("if_shampoo", 0.7, ball | {"lr": 0.05, "damping": 0.5, "lr_cov": 0.2, "riemannian_momentum": 0.5,
                                          "weight_decay": 0.02, "update_every": 10})]
     for name, sigma, h in cases:
         norm, angle = settled_by_hand(name, h, 256, sigma)
         measured_norm, measured_angle = walk(name, h, sigma, start=0.7 * norm)
-        tolerance = 0.04 if name == "lion" else 0.02 if "batch_size" in h else 0.015
+        tolerance = 0.04 if name == "lion" else 0.02 if "batch_size" in h or name == "muon" else 0.015
         close(measured_norm, norm, tolerance, f"norm of {name}")
         close(measured_angle, angle, tolerance, f"angle of {name}")
         if name == "lion":
             exact = math.sqrt(h["lr"] * 256 / (2 * h["weight_decay"]) * lion_power_by_arcsine(h))
             close(measured_norm, exact, 0.01, "norm of lion, arcsine law")
             close(optim.lion_walk_norm(h, 256), exact, 1e-9, "lion_walk_norm")
+        if name == "muon":
+            h = optim.Muon.takes() | h
+            close(optim.equilibrium(optim.DIRECTIONS[name], h, 256, 1.0, (64, 256)), (norm, angle), 0.015, "equilibrium")
 
 
 # ======================================================================================================================
@@ -1161,6 +1209,52 @@ def test_modular_bound():
 # ======================================================================================================================
 
 MODES = [(), (1, 1), (4,), (1, 4), (3, 4), (3, 1, 2), (2, 3, 4), (2, 2, 3, 2)]
+
+
+def test_muon_equals_transcription():
+    """Muon equals its transcription to 1e-9 over 20 steps: tall, wide, square matrices, convolutions, vectors and a
+    weight exempted by its group, with a schedule, Nesterov or not, either size, under all three geometries."""
+    shapes, lrs = [(3, 8), (8, 3), (5, 5), (4, 3, 2, 2), (7,), (), (6, 4)], [0.02 * (1 - t / 20) for t in range(20)]
+    own = {1: {"weight_decay": 0.5}, 6: {"use_muon": False}}
+    for nesterov, adjust in itertools.product((True, False), ("original", "match_rms_adamw")):
+        for name in ("muon", "rotational_muon", "modular_muon"):
+            follows(name, shapes, settings(name, nesterov=nesterov, adjust=adjust), lrs, own, tolerance=1e-9)
+
+
+def test_muon_equals_torch():
+    """With iterations in bfloat16 Muon equals torch.optim.Muon within 1 % of the distance moved (bfloat16 has 8 bits),
+    defaults included; vectors equal torch.optim.AdamW at a tenth of the learning rate."""
+    shapes = [(6, 16), (16, 6), (12, 12)]
+    for hyper in ({}, {"lr": 0.02, "momentum": 0.9, "nesterov": False, "weight_decay": 0.5}):
+        for adjust in ("original", "match_rms_adamw"):
+            ours, theirs = (parameters([*shapes, (9,)], torch.float32) for _ in range(2))
+            decay = hyper.get("weight_decay", 0.1)
+            run(optim.Muon(ours, dtype=torch.bfloat16, adjust=adjust, **hyper), noise([*shapes, (9,)], 20, torch.float32))
+            run(torch.optim.Muon(theirs[:-1], adjust_lr_fn=adjust, **hyper), noise(shapes, 20, torch.float32))
+            vector = [step[-1:] for step in noise([*shapes, (9,)], 20, torch.float32)]
+            run(torch.optim.AdamW(theirs[-1:], lr=hyper.get("lr", 1e-3) / 10, weight_decay=decay), vector)
+            for p, q, start in zip(ours, theirs, parameters([*shapes, (9,)], torch.float32)):
+                close(p, q, 0.01 if p.dim() > 1 else 1e-5, f"{hyper} {adjust} {tuple(p.shape)}",
+                      scale=(q - start).abs().max().item())
+
+
+def test_muon_singular_values():
+    """Muon's d has the singular vectors of the gradient, and singular values in [0.6, 1.3] from 0.0015 of its norm
+    upwards, none above 1.3: noise, a condition of 1e6, rank one, 1e-20 in size; zero gives zero. So in bfloat16."""
+    one = normal(3, 24, 1) @ normal(4, 1, 10)
+    spread = orthogonal(1, 24)[:, :10] @ torch.diag(torch.logspace(0, -6, 10, dtype=torch.float64)) @ orthogonal(2, 10)
+    for what, g in (("noise", normal(0, 24, 10)), ("wide", normal(0, 10, 24)), ("square", normal(1, 16, 16)),
+                    ("condition 1e6", spread), ("rank one", one), ("tiny", 1e-20 * normal(0, 24, 10))):
+        for dtype, slack in ((torch.float64, 0), (torch.float32, 0), (torch.bfloat16, 0.02)):
+            d = optim.orthogonalise(g.to(dtype)).double()
+            U, S, Vh = torch.linalg.svd(g.to(dtype).double(), full_matrices=False)
+            on_modes = U.T @ d @ Vh.T
+            values, felt = on_modes.diagonal(), S / S.norm() > 0.0015
+            assert values[felt].min() > 0.6 - slack and values.max() < 1.3 + slack, f"{what} {dtype}: {values}"
+            close(on_modes, torch.diag(values), 0.2 if dtype == torch.bfloat16 else 1e-4, f"{what} {dtype}", scale=1)
+    assert optim.orthogonalise(torch.zeros(4, 3)).abs().max() == 0
+    for x, y in ((0.447214, 1.114), (0.894427, 0.689)):     # the figures beside the 2 x 2 example
+        close(optim.orthogonalise(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).diagonal()[int(x > 0.5)], y, 1e-3, "example")
 
 
 def test_shampoos_equal_transcriptions():
@@ -1927,7 +2021,7 @@ def test_compiled_equals_eager():
     train(twin, make("rotational_sgd", twin.parameters()), x)
     for p, q in zip(model.parameters(), twin.parameters()):
         close(p, q, 1e-12, "a compiled training step")
-    h = make("shampoo", [p], compile=True)._hyper(optim.PLAIN, settings("shampoo") | {
+    h = make("shampoo", [p], compile=True)._hyper(optim.DIRECTIONS["shampoo"], optim.PLAIN, settings("shampoo") | {
         "compile": True, "max_dim": 9, "graft": None, "dtype": None}, 2, torch.device("cpu"))
     assert h["refresh"] is True and torch.is_tensor(h["lr"]), f"a flag, so that nothing waits for the device: {h}"
 
@@ -2169,7 +2263,11 @@ def test_build_rules():
                 expected = f"modular {'rows' if label == 'embedding.weight' else 'spectral'}, share {share}"
             assert rule.startswith(expected), f"{name} {label}: {rule}"
             assert not turns(name) or stuck.get(label, "") in rule, f"{name} {label}: {rule}"
-            assert float(lr) == h["lr"] * (0.01 if rescales(name) and label in vectors else 1), f"{name} {label}: {lr}"
+            factor = 0.01 if rescales(name) and label in vectors else 1
+            if base(name) == "muon" and label in vectors | {"embedding.weight"}:
+                factor *= h["adamw_lr_scale"]
+                assert ", by adamw" in rule, f"{name} {label}: {rule}"
+            close(float(lr), h["lr"] * factor, 1e-5, f"{name} {label}: lr")
             assert float(wd) == (0 if label in vectors | some else h["weight_decay"]), f"{name} {label}: decay {wd}"
         # Now the deeds: with gradients of zero only decay under the plain rule moves a weight.
         starts = {label: p.detach().double().clone() for label, p in model.named_parameters()}
