@@ -157,19 +157,10 @@ def row(direction):
 class Direction:
     """One row of the table. Classes of rows are named as on the command line.
 
-    To add a row, write one class with `@row` above it, anywhere before section 11. (In a file of your own, also call
-    compose(DIRECTIONS["signum"], PLAIN) and the like.) The defaults are safe. A row without a kappa refuses to rotate,
-    a row without a contribution predicts no norm, and no tensor is cut into blocks of rows. For example:
-
-        @row
-        class signum(Direction):
-            # Signum, the sign of a running average:  m <- mu m + (1-mu) g;  d = sign(m)
-            formula = "d = sign(mean(g))"
-            defaults = {"lr": 1e-4, "momentum": 0.9, "weight_decay": 0.0}
-            averages, decoupled, by_entry = ("exp_avg",), True, True
-
-            def update(self, g, state, h, decay=0):
-                return state["exp_avg"].lerp_(g, 1 - h["momentum"]).sign()
+    To add a row, write one class with `@row` above it, anywhere before section 10. `lion` below is a good model, and its
+    first ten lines are enough. (In a file of your own, also call compose(DIRECTIONS["mine"], PLAIN) and the like.) The
+    defaults are safe. A row without a kappa refuses to rotate, a row without a contribution predicts no norm, and no
+    tensor is cut into blocks of rows.
     """
     formula = ""            # d in one line, for the printed table
     defaults = {}           # hyperparameters, lr first: those of torch.optim where it has the method
