@@ -754,7 +754,8 @@ def load_checkpoint(path):
         config = ckpt["config"]
         good = [ckpt["script"] == SCRIPT, 0 <= ckpt["step"] == int(ckpt["step"]), ckpt["seconds"] >= 0,
                 math.isfinite(sum(ckpt["losses"])), config["opt"] in optim.OPTIMIZERS, config["hyper"]["lr"] >= 0,
-                config["lr_from"], not zipfile.ZipFile(path).testzip()]         # torch.load compares no checksums
+                config["lr_from"],
+                not zipfile.ZipFile(path).testzip()]            # torch.load compares no checksums
         for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
             good.append(config[key] == getattr(Settings, key) or config[key] == convert(key, config[key]))
         if not all(good):
@@ -773,7 +774,7 @@ def restore(ckpt, s, model, optimizer):
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{s.out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): start again without --resume")
+        fail(f"{s.out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): start without --resume")
     return ckpt["step"], ckpt["seconds"], ckpt["losses"]
 
 
@@ -1030,8 +1031,8 @@ def bench(model, network, optimizer, train, s, autocast):
         times.append([now() - began, passed - drawn, stepped - clipped])
     step, passes, update = np.median(times[8:], axis=0)        # the first ones warm up
     print(f"{sequences * s.block_size / step:,.0f} tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
-          f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward and "
-          f"backward {100 * (1 - passes / step):.1f} %")
+          f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward "
+          f"and backward {100 * (1 - passes / step):.1f} %")
 
 
 if __name__ == "__main__":

@@ -2979,16 +2979,16 @@ def test_scripts_replace_and_go_on():
             assert checkpoint(copy_)["step"] == 0, "an older run's would be taken for this one's"
             shutil.rmtree(copy_)
             before = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            done, first = before[-1]["final"], [record for record in before if record["step"] < 24]
             torch.save(checkpoint(run) | {"seconds": 1000.0}, run / "ckpt.pt")
             with open(run / "log.jsonl", "a") as file:
                 file.write('{"step": 99, "val_loss": 1}\n{"step": 100, "val')     # later than the checkpoint; cut short
             succeed(script, "--resume", "--steps", 48, "--out_dir", run)
             after = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-            last = before.pop() if script is translate_train else {"final": before[-1].pop("final")}
-            assert last["final"] and after[:len(before)] == before
+            assert done and after[:len(first)] == first         # the last evaluation comes again
             assert [r["step"] for r in after if "bleu" not in r] == list(range(0, 49, 8))
             assert [r.get("final", False) for r in after] == [False] * (len(after) - 1) + [True]
-            seconds = [record["seconds"] for record in after[len(before):]] + [checkpoint(run)["seconds"]]
+            seconds = [record["seconds"] for record in after[len(first):]] + [checkpoint(run)["seconds"]]
             assert 1000 < min(seconds) and max(seconds) < 1300, seconds
             shutil.rmtree(run)
 
@@ -4049,8 +4049,7 @@ def test_translate_batches():
 def misbehaving_server(body):
     """-> its address. What it answers stands in the path: good, slow, wrong, short, ..."""
     raw = {"garbage": b"this is no HTTP\r\n" * 9,          # the second chunk breaks off
-           "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nff\r\nabc",
-           "length": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + body}
+           "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nff\r\nabc"}
     moved = {"loop": "/loop", "moved": "/good", "announced": "/good", "announced wrongly": "/wrong", "login": "/page"}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -4134,8 +4133,8 @@ def torchs_layer(heads, norm1, qkv, out, norm2, up, down):
 
 
 def test_scripts_sizes():
-    """Models have as many parameters as published, or as a formula counts. The formula behind MFU gives what torch
-    counts in a forward and backward pass. Under bfloat16 a CPU computes attention in float32."""
+    """Models have as many parameters as published, or as a formula counts. Under bfloat16 a CPU computes attention in
+    float32."""
     C, D, s = 768, 192, settled(translate_train, "--preset iwslt")
     resnet20 = (3 * 16 + 6 * 16 * 16 + 16 * 32 + 5 * 32 * 32 + 32 * 64 + 5 * 64 * 64) * 9          # 3x3 filters
     resnet20 += 16 * 32 + 32 * 64 + 2 * (7 * 16 + 7 * 32 + 7 * 64) + 64 * 10 + 10       # projections, norms, head
@@ -4152,12 +4151,6 @@ def test_scripts_sizes():
         found = sum(p.numel() for p in model.parameters())
         assert abs(found - size) <= (0.01e6 if isinstance(size, float) else 0), f"{type(model)}: {found}, not {size}"
 
-    from torch.utils.flop_counter import FlopCounterMode
-    for arch in (nanogpt_train.GPT(11, 3, 2, 8, 16, 0.0, True, True), nanogpt_train.ModularGPT(11, 3, 2, 8, 16, 0.0)):
-        x, math_only = torch.zeros(5, 16, dtype=torch.long), torch.nn.attention.SDPBackend.MATH
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(math_only):
-            arch(x, x).backward()
-        assert nanogpt_train.flops_per_token(arch, 3, 8, 16) * x.numel() == counter.get_total_flops(), type(arch)
     q, k, v = (normal(i, 2, 3, 20, 8, dtype=torch.bfloat16) for i in range(3))
     Q, K, V = (x.double() for x in (q, k, v))
     exact = (Q @ K.mT / math.sqrt(8)).masked_fill(torch.ones(20, 20).triu(1).bool(), -math.inf).softmax(-1) @ V
