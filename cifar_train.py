@@ -438,17 +438,15 @@ def load_cifar(name, data_dir):
     arrays, length = [], label_bytes + 3 * SIZE * SIZE
     for part in parts:
         for file in part:
-            if file not in files:
-                fail(f"--data {folder}: {file} is missing. The folder must hold the .bin files of CIFAR-10 or of "
-                     f"CIFAR-100 in the binary version, with images of {SIZE} x {SIZE} pixels")
-            if not files[file] or len(files[file]) % length:
-                fail(f"{folder}: {file} has {len(files[file])} bytes, which is no whole number of records of {length} "
-                     f"bytes (a label, {SIZE} x {SIZE} pixels). Is it damaged, or are the images of another size?")
-        records = np.frombuffer(b"".join(files[file] for file in part), np.uint8).reshape(-1, length)
+            if not files.get(file):
+                fail(f"--data {folder}: {file} is missing or empty. The folder must hold the .bin files of CIFAR-10 or "
+                     f"of CIFAR-100 in the binary version, with images of {SIZE} x {SIZE} pixels")
+        blob = b"".join(files[file] for file in part)
+        if len(blob) % length or max(blob[label_bytes - 1::length]) >= n_classes:
+            fail(f"--data {folder}: {', '.join(part)} must hold records of {length} bytes, each with a label below "
+                 f"{n_classes} and {SIZE} x {SIZE} pixels. Is a file damaged, or are the images of another size?")
+        records = np.frombuffer(blob, np.uint8).reshape(-1, length)
         labels = records[:, label_bytes - 1].astype(np.int64)
-        if labels.max() >= n_classes:
-            fail(f"{folder}: a label is {labels.max()}, but there are {n_classes} classes. Is a file damaged, or are "
-                 f"the images not {SIZE} x {SIZE}?")
         arrays += [records[:, label_bytes:].reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1), labels]
     names = files.get(names, b"").decode(errors="replace").split()
     return arrays, names if len(names) == n_classes else [str(k) for k in range(n_classes)]
@@ -535,9 +533,9 @@ def load_shapes(data_dir, n_train=20_000, n_test=4_000):
 
 
 def show(images, path):
-    """Draw a sheet of training images: a class a row, behind its name. A pixel of an image is 2 x 2 of the sheet's."""
+    """Write a sheet of training images, a class a row. A pixel of an image is 2 x 2 of the sheet's."""
     try:
-        from matplotlib.figure import Figure        # needs no display, unlike pyplot
+        import matplotlib.image
     except ImportError:
         fail("--show needs matplotlib: pip install matplotlib")
     side, rows = SIZE + 2, len(images.names)        # side: of an image with its margin
@@ -545,15 +543,10 @@ def show(images, path):
     for row in range(rows):
         for column, image in enumerate(images.train[images.train_labels == row][:16]):
             sheet[row * side:, column * side:][:SIZE, :SIZE] = image
-    figure = Figure((12.5, 0.02 * len(sheet)), dpi=100)
-    axes = figure.add_axes((0.1296, 0, 0.8704, 1), frame_on=False, xticks=[])       # 2 * 544 of 1250 pixels
-    axes.imshow(sheet, aspect="auto", interpolation="nearest")
-    axes.set_yticks(side * np.arange(rows) + SIZE / 2, images.names)
-    axes.tick_params(length=0)
     try:
-        figure.savefig(path, format=pathlib.Path(path).suffix[1:] or "png")
-    except (OSError, ValueError) as error:          # no such folder; an ending that is no picture's
-        fail(f"--show {path}: {getattr(error, 'strerror', None) or error}")
+        matplotlib.image.imsave(path, sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
+    except (OSError, ValueError, KeyError) as error:            # no such folder; an ending that is no picture's
+        fail(f"--show {path}: cannot write it ({error}): name a .png in a folder that exists")
     print(f"{path}: a class a row, {', '.join(images.names)}")
 
 
@@ -1208,27 +1201,21 @@ def main():
 
 
 def bench(model, network, optimizer, batches, s, autocast):
-    """Print the median times of a step, of its forward and backward passes, and of its optimizer."""
-    times = []
-
-    def now():
-        if s.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    for step in range(68):
-        began = now()
-        x, y = batches(step % batches.an_epoch)
-        drawn = now()
-        gradients(network, x, y, s, autocast)
-        passed = now()
-        nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        clipped = now()
-        optimizer.step()
-        stepped = now()
-        optimizer.zero_grad()
-        times.append([now() - began, passed - drawn, stepped - clipped])
-    step, passes, update = np.median(times[8:], axis=0)        # the first ones warm up
+    """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
+    (x, y), times = batches(0), []
+    phases = (lambda: batches(0), lambda: gradients(network, x, y, s, autocast),
+              lambda: nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf),
+              optimizer.step, optimizer.zero_grad)
+    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
+    for _ in range(68):
+        marks = [time.perf_counter()]
+        for phase in phases:
+            phase()
+            wait()
+            marks.append(time.perf_counter())
+        times.append(np.diff(marks))
+    times = np.median(times[8:], axis=0)            # the first ones warm up
+    step, passes, update = times.sum(), times[1], times[3]
     print(f"{s.batch_size / step:,.0f} images/s, {1e3 * step:.2f} ms a step: forward and backward {1e3 * passes:.2f}, "
           f"optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward and backward "
           f"{100 * (1 - passes / step):.1f} %")

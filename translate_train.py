@@ -580,14 +580,12 @@ def read_pairs(prefix):
                 sides.append(sentences(file.read(), path))
         except (OSError, EOFError, zlib.error) as error:        # no permission; not a gzip file, or half of one
             fail(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
-        if not sides[-1]:
-            fail(f"{path} is empty: it must hold a sentence a line")
-        empty = [i for i, line in enumerate(sides[-1], 1) if not line]
-        if empty:
-            fail(f"{path}, line {empty[0]}: empty, as {len(empty) - 1} more: take these pairs out of both files")
-    if len(sides[0]) != len(sides[1]):
+    if not len(sides[0]) == len(sides[1]) > 0:
         fail(f"{prefix}.de has {len(sides[0])} lines, {prefix}.en has {len(sides[1])}: line n of one must translate "
              "line n of the other")
+    empty = [n for n, pair in enumerate(zip(*sides), start=1) if not all(pair)]
+    if empty:
+        fail(f"{prefix}, line {empty[0]}: empty, as {len(empty) - 1} more: take these pairs out of both files")
     return list(zip(*sides))
 
 
@@ -666,10 +664,17 @@ def learn_byte_pairs(lines, count):
     frequency = collections.Counter(word for line in lines for word in re.findall(WORD, " " + line))
     words, weights = [list(word.encode().decode("latin-1")) for word in frequency], list(frequency.values())
     pairs, where, tokens = collections.Counter(), collections.defaultdict(set), []
+
+    def count_pairs(i, word, weight):
+        for pair in map(str.__add__, word, word[1:]):
+            pairs[pair] += weight
+            if pairs[pair]:
+                where[pair].add(i)
+            else:
+                del pairs[pair]                     # a third of all; the search for the best looks at every pair
+
     for i, word in enumerate(words):
-        for a, b in zip(word, word[1:]):
-            pairs[a + b] += weights[i]
-            where[a + b].add(i)
+        count_pairs(i, word, weights[i])
     for _ in tqdm(range(count), desc="learning byte pairs", delay=2):
         most = max(pairs.values(), default=0)
         if most < 2:
@@ -678,14 +683,8 @@ def learn_byte_pairs(lines, count):
         tokens.append(best)
         for i in where.pop(best):
             old, words[i] = words[i], join(words[i], best)
-            for a, b in zip(old, old[1:]):
-                pairs[a + b] -= weights[i]
-            for a, b in zip(words[i], words[i][1:]):
-                pairs[a + b] += weights[i]
-                where[a + b].add(i)
-            for a, b in zip(old, old[1:]):
-                if pairs[a + b] == 0:
-                    del pairs[a + b]                # a third of all; the search for the best looks at every pair
+            count_pairs(i, words[i], weights[i])
+            count_pairs(i, old, -weights[i])
     return tokens
 
 
@@ -1455,27 +1454,22 @@ def result(model, bpe, pairs, s, autocast, record):
 
 
 def bench(network, optimizer, train, s, autocast):
-    """Print the median times of a step, of its forward and backward passes, and of its optimizer."""
+    """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
     batches, times = itertools.cycle(train.epoch([s.seed, 0])[:4]), []
-
-    def now():
-        if s.device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
+    batch = train.get(next(batches), s.device)
+    phases = (lambda: train.get(next(batches), s.device), lambda: gradients(network, batch, s, autocast),
+              lambda: nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip or math.inf),
+              optimizer.step, optimizer.zero_grad)
+    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
     for _ in range(68):
-        began = now()
-        batch = train.get(next(batches), s.device)
-        drawn = now()
-        gradients(network, batch, s, autocast)
-        passed = now()
-        nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip or math.inf)
-        clipped = now()
-        optimizer.step()
-        stepped = now()
-        optimizer.zero_grad()
-        times.append([now() - began, passed - drawn, stepped - clipped])
-    step, passes, update = np.median(times[8:], axis=0)        # the first ones warm up
+        marks = [time.perf_counter()]
+        for phase in phases:
+            phase()
+            wait()
+            marks.append(time.perf_counter())
+        times.append(np.diff(marks))
+    times = np.median(times[8:], axis=0)            # the first ones warm up
+    step, passes, update = times.sum(), times[1], times[3]
     print(f"{train.tokens_per_batch / step:,.0f} English tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
           f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward "
           f"and backward {100 * (1 - passes / step):.1f} %")
