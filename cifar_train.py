@@ -267,9 +267,10 @@ def settle(given):
     if model not in MODELS:
         fail(f"--model {model}: invalid choice, there are {', '.join(MODELS)}")
     _, width, depth, normed = MODELS[model]
-    other = set().union(*(pair for pair in SAID_TWICE if pair & given.keys()))
-    other |= set() if model == preset["model"] else {"width", "width_mult", "depth"}        # those of its own model
-    preset = {key: value for key, value in preset.items() if key not in other}
+    replaced = set().union(*(pair for pair in SAID_TWICE if pair & given.keys()))
+    if model != preset["model"]:                    # a preset's sizes are its model's
+        replaced |= {"width", "width_mult", "depth"}
+    preset = {key: value for key, value in preset.items() if key not in replaced}
     chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
     s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
     kind = optim.OPTIMIZERS.get(s.opt) or fail(
@@ -951,7 +952,7 @@ def save(path, s, model, optimizer, bar, **progress):
 
 def load_checkpoint(path):
     if not path.exists():
-        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first, without --resume")
+        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
             ckpt = torch.load(path, map_location="cpu", weights_only=True)

@@ -747,7 +747,7 @@ def save(path, s, model, optimizer, bar, **progress):
 
 def load_checkpoint(path):
     if not path.exists():
-        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first, without --resume")
+        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
             ckpt = torch.load(path, map_location="cpu", weights_only=True)

@@ -11,23 +11,22 @@ data, byte pairs, BLEU, model, beam search, training.
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
     python translate_train.py --bench                         tokens per second, and where the time of a step goes
 
-A run writes config.json, log.jsonl, ckpt.pt, bpe.json (the vocabulary) and hypotheses.en (its translation of the test
-set) under --out_dir. log.jsonl holds one JSON object a line, of three kinds:
+A run writes config.json, ckpt.pt, log.jsonl, bpe.json (the vocabulary) and hypotheses.en (its translation of the test
+set) under --out_dir. log.jsonl has one JSON object a line, of three kinds:
 
     {"step": 250, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}       an evaluation
-    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}       every --track steps
-    {"step": 1000, "val_loss": ..., "bleu": ..., "beam": 5, "length_penalty": 1.0, ..., "final": true}  the result
+    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}         every --track steps
+    {"step": 1000, "val_loss": ..., "bleu": ..., "beam": 5, "length_penalty": 1.0, ..., "final": true}        the result
 
-The second kind says how far the neurons of each weight turned in that step, on average and in radians, beside theory's
-predicted_angle and predicted_norm. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
+The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
+predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
 stopped by Ctrl-C or SIGTERM after saving.
 
-The default data, `numbers`, comes out of a grammar in this file: German numbers, ordinals, dates, clock times, prices
-and sentences about them, with their English translation. German turns numbers round (einundzwanzig: one-and-twenty),
-counts half hours up to the next hour (halb acht: half past seven) and puts verbs last. A number, date or time of the
-test set is never one of the training set; only minutes and cents may repeat. Text of your own needs corpus/train.de and
-corpus/train.en, or their .gz, where line n of one translates line n of the other, and beside them valid, val or dev,
-and test, named the same way.
+The default data, `numbers`, comes out of a grammar in this file: numbers, ordinals, dates, times, prices and sentences
+about them. German turns numbers round (einundzwanzig: one-and-twenty), counts half hours up to the next hour (halb
+acht: half past seven) and puts verbs last. A number, date or time of the test set is never one of the training set;
+only minutes and cents may repeat. Text of your own is corpus/train.de and corpus/train.en, or their .gz. Line n of one
+translates line n of the other. Beside them are valid, val or dev, and test, named the same way.
 
 References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
 Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
