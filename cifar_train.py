@@ -125,8 +125,7 @@ def parse(argv=None):
             kind, default = Settings.__annotations__[name], getattr(Settings, name)
             how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
             words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
-            group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words,
-                               **how)
+            group.add_argument(f"--{name}", type=functools.partial(convert, name), help=words, **how)
         else:
             group = p.add_argument_group(words)
     given, unknown = p.parse_known_args(argv)
@@ -138,8 +137,7 @@ def parse(argv=None):
 
 
 def convert(name, value):
-    """Text from the command line, or a value of a checkpoint -> the value of a setting, if its comment allows it. auto
-    is None."""
+    """Text, or a value of a checkpoint -> the value of a setting, if its comment allows it; None for auto."""
     kind, limits = Settings.__annotations__[name], LIMITS[name]
     text = str(int(value) if isinstance(value, bool) else value)
     if limits[:1] == "{" and text not in limits[1:-1].split(", "):
@@ -340,9 +338,10 @@ def resumed(given):
     """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
-    longer = dict.fromkeys(("steps", "epochs")) if given.keys() & {"steps", "epochs"} else {}       # one is None
-    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND} | longer
-                              | {key: given[key] for key in given.keys() & (ASIDE | {"steps", "epochs", "dtype"})})
+    length = {"steps", "epochs"}                    # where one is given, the other no longer counts
+    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
+                              | dict.fromkeys(length if given.keys() & length else ())
+                              | {key: given[key] for key in given.keys() & (ASIDE | length | {"dtype"})})
     s.out_dir, s.device = out_dir, pick_device(s.device)
     other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
     for key in other + [key for key in said if s.hyper.get(key) != said[key]]:

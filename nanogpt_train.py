@@ -123,8 +123,7 @@ def parse(argv=None):
             kind, default = Settings.__annotations__[name], getattr(Settings, name)
             how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
             words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
-            group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words,
-                               **how)
+            group.add_argument(f"--{name}", type=functools.partial(convert, name), help=words, **how)
         else:
             group = p.add_argument_group(words)
     given, unknown = p.parse_known_args(argv)
@@ -136,8 +135,7 @@ def parse(argv=None):
 
 
 def convert(name, value):
-    """Text from the command line, or a value of a checkpoint -> the value of a setting, if its comment allows it. auto
-    is None."""
+    """Text, or a value of a checkpoint -> the value of a setting, if its comment allows it; None for auto."""
     kind, limits = Settings.__annotations__[name], LIMITS[name]
     text = str(int(value) if isinstance(value, bool) else value)
     if limits[:1] == "{" and text not in limits[1:-1].split(", "):

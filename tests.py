@@ -3023,7 +3023,7 @@ def test_scripts_repeat_themselves():
 # flags come after those of a small run; with --resume, --eval_only or --translate they stand alone.
 BAD = {
     "NCT": (
-        ("--opt rotational_lyon", "did you mean 'rotational_lion'"), ("--optt adam", "did you mean --opt?"),
+        ("--opt Adamw", "did you mean 'adamw'?"), ("--optt adam", "did you mean --opt?"),
         ("--learning_rate 1", "did you mean --lr?"), ("--lr -1", "[0, inf)"), ("--lr nan", "[0, inf)"),
         ("--eps inf", "[0, inf)"), ("--eps=-1e-8", "[0, inf)"), ("--weight_decay -0.1", "[0, inf)"),
         ("--grad_clip -1", "[0, inf)"), ("--beta1 1", "[0, 1)"), ("--beta2 nan", "[0, 1)"), ("--track -1", "[0, "),
@@ -3080,6 +3080,7 @@ BAD = {
         ("--data @/latin", "line 2: not UTF-8"), ("--data @/alone", "alone.en"), ("--data @/lonely", "valid.de"),
         ("--data @/zip", "cannot read"), ("--test @/tset", "tset.de"),
         ("--translate x --out_dir @/none", "train one first"), ("--translate \udcff --out_dir @/run", "UTF-8"),
+        ("--translate x --eval_only --out_dir @/run", "without --translate"),
         ("--resume --out_dir @/run --steps 30 --epochs 2", "give one")),
 }
 FILES = {
