@@ -1155,7 +1155,7 @@ def start_files(out_dir, s, ckpt):
         for line in lines:
             with contextlib.suppress(ValueError):   # a line that a kill cut short
                 record = json.loads(line)
-                if record["step"] < ckpt["step"] + ("rotation" in record):
+                if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
                     kept += line + "\n"
     else:
         if lines and '"final"' in lines[-1]:
