@@ -98,20 +98,21 @@ class Settings:
     dtype: str = None               # {auto, float32, bfloat16} of autocast; auto: bfloat16 on GPUs that compute in it
     compile: bool = None            # {auto, 0, 1} torch.compile the model and the optimizer; auto: with CUDA
     track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
-    show_table: bool = False        # {0, 1} print the rule, lr and decay of every parameter
     bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
     show: str = None                # draw a sheet of training images into this file, then leave (needs matplotlib)
     eval_only: bool = False         # {0, 1} with resume: evaluate, do not train
 
 
-LIMITS = dict(re.findall(r"^    (\w+): .*?# (\[.+?[])]|\(.+?[])]|\{.+?\})?", inspect.getsource(Settings), re.M))
+# (name, comment, the range or choices that it begins with) of every line of Settings; a heading has no name
+FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect.getsource(Settings), re.M)
+LIMITS = {name: limits for name, _, limits in FLAGS if name}
 # HYPER goes to the optimizer. COMMAND concerns one command, not the run. ASIDE does not change what is learned.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
-COMMAND = {"resume", "show_table", "bench", "show", "eval_only"}
+COMMAND = {"resume", "bench", "show", "eval_only"}
 ASIDE = COMMAND | {"data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track"}
 SAID_TWICE = {"steps", "epochs"}, {"width", "width_mult"}               # two ways to say one thing
-NANOGPT_FLAGS = {"learning_rate": "lr", "max_iters": "steps", "eval_interval": "eval_every", "init_from": "resume",
-                 "warmup_iters": "warmup", "dataset": "data"}
+ALIASES = {"learning_rate": "lr", "max_iters": "steps", "eval_interval": "eval_every", "warmup_iters": "warmup",
+           "dataset": "data"}                       # nanoGPT's
 
 
 def parse(argv=None):
@@ -119,25 +120,26 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False, argument_default=argparse.SUPPRESS)
     p.error, group = fail, p                        # an error is one line, without the usage
-    for name, words in re.findall(r"^    (?:(\w+): .*?)?# (.+)", inspect.getsource(Settings), re.M):
-        if not name:
+    for name, words, _ in FLAGS:
+        if name:
+            kind, default = Settings.__annotations__[name], getattr(Settings, name)
+            how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
+            words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
+            group.add_argument(f"--{name}", type=functools.partial(convert, name), help=words, **how)
+        else:
             group = p.add_argument_group(words)
-            continue
-        kind, default = Settings.__annotations__[name], getattr(Settings, name)
-        how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
-        words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
-        group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words, **how)
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        near = NANOGPT_FLAGS.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
-        fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
+        fail(f"unknown argument {unknown[0]}: did you mean --{ALIASES.get(name) or nearest(name, LIMITS)}? (--help "
+             "lists them all)")
     return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
 
 
-def convert(name, text):
-    """Text from the command line -> the value of a setting, if its comment allows it; None for auto."""
+def convert(name, value):
+    """Text, or a value of a checkpoint -> the value of a setting, if its comment allows it; None for auto."""
     kind, limits = Settings.__annotations__[name], LIMITS[name]
+    text = str(int(value) if isinstance(value, bool) else value)
     if limits[:1] == "{" and text not in limits[1:-1].split(", "):
         raise argparse.ArgumentTypeError(f"invalid choice {text!r}: it must be one of {limits}")
     if text == "":
@@ -152,6 +154,10 @@ def convert(name, text):
     if not (low < x < high or x == low and limits[0] == "[" or x == high and limits[-1] == "]"):
         raise argparse.ArgumentTypeError(f"{text} is out of range: it must be in {limits}")
     return x
+
+
+def nearest(word, known):
+    return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
 
 
 # What the presets of a paper have in common.
@@ -172,7 +178,7 @@ def paper(setup, opt, **hyper):
 
 PRESETS = {
     # The default without CUDA: about a minute on two cores.
-    "cpu": dict(model="resnet18", width_mult=0.125, epochs=3, batch_size=64, warmup=60),
+    "cpu": dict(model="resnet18", width_mult=0.125, epochs=3),
     # The default with CUDA, then on shapes: a sound set-up of no paper.
     "resnet18": dict(data="cifar10", model="resnet18", epochs=30, batch_size=256, warmup=400, label_smoothing=0.1),
 
@@ -229,72 +235,56 @@ PRESETS = {
 # by a few images in a thousand):
 #     python sweep.py --script cifar_train.py --grid opt=NAME lr=2e-3,4e-3 --fixed "epochs=3 split=0.9"
 # The other numbers are by hand; for the rotational ones lr * weight_decay was chosen for an angle of 0.02 to 0.06.
-TUNED = {
-    "sgd": dict(lr=0.4, momentum=0.9, weight_decay=5e-4),
-    "adam": dict(lr=0.01, beta1=0.9, beta2=0.99, weight_decay=0.0),
-    "adamw": dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.05),
-    "lion": dict(lr=3e-3, beta1=0.9, beta2=0.99, weight_decay=0.5),
-    "rmsprop": dict(lr=6e-3, alpha=0.99, weight_decay=0.0),
-    "rf_rmsprop": dict(lr=0.02, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "rf_adamw": dict(lr=0.1, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.05),
-    "shampoo": dict(lr=3e-3, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10),
-    "if_shampoo": dict(lr=0.02, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
-    "rotational_sgd": dict(lr=0.5, momentum=0.9, weight_decay=2.5e-3),
-    "rotational_adam": dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=1.0),
-    "rotational_adamw": dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=1.0),
-    "rotational_lion": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=20.0),
-    "rotational_rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=1.0),
-    "rotational_rf_rmsprop": dict(lr=4e-3, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.25),
-    "rotational_rf_adamw": dict(lr=2e-2, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.5),
-    "rotational_shampoo": dict(lr=1e-3, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.5, graft="adam",
-                               update_every=10),
-    "rotational_if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.25),
-    "modular_sgd": dict(lr=2.0, momentum=0.9, weight_decay=0.0),
-    "modular_adam": dict(lr=2.0, beta1=0.9, beta2=0.99, weight_decay=0.0),
-    "modular_lion": dict(lr=1.0, beta1=0.9, beta2=0.99, weight_decay=0.0),
-    "modular_rmsprop": dict(lr=1.0, alpha=0.99, momentum=0.9, weight_decay=0.0),
-    "modular_rf_rmsprop": dict(lr=2.0, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "modular_rf_adamw": dict(lr=2.0, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.0),
-    "modular_shampoo": dict(lr=1.0, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, update_every=10),
-    "modular_if_shampoo": dict(lr=2.0, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
-}
+TUNED = {}
+for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
+        ("sgd", (0.4, 5e-4), (0.5, 2.5e-3), (2.0, 0.0), dict(momentum=0.9)),
+        ("adam", (1e-2, 0.0), (1e-2, 1.0), (2.0, 0.0), dict(beta1=0.9, beta2=0.99)),
+        ("adamw", (1e-2, 0.05), (1e-2, 1.0), None, dict(beta1=0.9, beta2=0.99)),
+        ("lion", (3e-3, 0.5), (2e-3, 20.0), (1.0, 0.0), dict(beta1=0.9, beta2=0.99)),
+        ("rmsprop", (6e-3, 0.0), (2e-3, 1.0), (1.0, 0.0), dict(alpha=0.99)),
+        ("rf_rmsprop", (2e-2, 0.0), (4e-3, 0.25), (2.0, 0.0), dict(alpha=0.97, momentum=0.9, eps=1e-3)),
+        ("rf_adamw", (0.1, 0.05), (2e-2, 0.5), (2.0, 0.0), dict(beta1=0.9, beta2=0.97, eps=1e-3)),
+        ("shampoo", (3e-3, 0.0), (1e-3, 0.5), (1.0, 0.0),
+         dict(momentum=0.9, lr_cov=0.05, damping=1e-6, update_every=10)),
+        ("if_shampoo", (2e-2, 0.0), (2e-3, 0.25), (2.0, 0.0), dict(momentum=0.9, lr_cov=0.1, damping=3e-4))):
+    for geometry, pair in (("", plain), ("rotational_", rotational), ("modular_", modular)):
+        if pair:
+            TUNED[geometry + direction] = dict(lr=pair[0], weight_decay=pair[1], **shared)
+TUNED["modular_rmsprop"]["momentum"] = 0.9
+TUNED["shampoo"]["graft"] = TUNED["rotational_shampoo"]["graft"] = "adam"
 
 
 def settle(given):
-    """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper."""
+    """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper.
+    What depends on the training set is left to settle_by_data."""
     device = pick_device(given.get("device"))
     name = given.get("preset", "resnet18" if device == "cuda" else "cpu")
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
+    preset = preset | ({} if "preset" in given else {"data": Settings.data})       # nobody asked for a download
     model = given.get("model", preset["model"])
     if model not in MODELS:
         fail(f"--model {model}: invalid choice, there are {', '.join(MODELS)}")
     _, width, depth, normed = MODELS[model]
-    for pair in SAID_TWICE:
-        if pair & given.keys():
-            preset = {key: value for key, value in preset.items() if key not in pair}
+    replaced = set().union(*(pair for pair in SAID_TWICE if pair & given.keys()))
     if model != preset["model"]:                    # a preset's sizes are its model's
-        preset = {key: value for key, value in preset.items() if key not in {"width", "width_mult", "depth"}}
-    s = types.SimpleNamespace(**{key: getattr(Settings, key) for key in LIMITS} | {"tuned": {}} | preset | given
-                              | {"preset": name, "device": device})
-    if not given.keys() & {"preset", "data"}:
-        s.data = "shapes"                           # nobody asked for a download
-    try:
-        kind = optim.find_optimizer(s.opt)
-    except ValueError as error:
-        fail(f"--opt: {error}")
+        replaced |= {"width", "width_mult", "depth"}
+    preset = {key: value for key, value in preset.items() if key not in replaced}
+    chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
+    s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
+    kind = optim.OPTIMIZERS.get(s.opt) or fail(
+        f"--opt {s.opt}: did you mean {nearest(s.opt, optim.OPTIMIZERS)!r}? (README.md lists them all)")
 
-    said, takes = said_by_hand(given), kind.takes()
-    known = [key for key in takes if key not in optim.PER_GROUP | {"compile", "betas"}]
-    known += ["beta1", "beta2"] * ("betas" in takes)
-    for key in said.keys() - set(known):
-        fail(f"{s.opt} takes no {key}; it takes {', '.join(known)}")
-    s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in s.tuned else
+    said, tuned = said_by_hand(given), preset.get("tuned", {})
+    takes = {key: x for key, x in kind.takes().items() if key not in optim.PER_GROUP | {"compile"}}
+    takes |= zip(("beta1", "beta2"), takes.pop("betas", ()))
+    for key in said.keys() - takes.keys():
+        fail(f"{s.opt} takes no {key}; it takes {', '.join(takes)}")
+    s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in tuned else
                  "tuned for preset cpu" if s.opt in TUNED else "default of its class, tuned by nobody")
-    s.hyper = {"lr": takes["lr"]} | s.tuned.get(s.opt, TUNED.get(s.opt, {})) | said
+    s.hyper = {key: takes[key] for key in ("lr", "beta1", "beta2") if key in takes}
+    s.hyper |= tuned.get(s.opt, TUNED.get(s.opt, {})) | said
     if "batch_size" in takes:                       # over how many images the loss is a mean
         s.hyper.setdefault("batch_size", s.batch_size)
-    for key in HYPER | {"tuned"}:
-        delattr(s, key)
 
     s.width, s.depth = s.width or max(1, int(width * (s.width_mult or 1))), depth and (s.depth or depth)
     if "depth" in given and not depth:
@@ -310,15 +300,15 @@ def settle(given):
     if s.dtype is None:                             # older GPUs have bfloat16, but only emulate it
         native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         s.dtype = "bfloat16" if native else "float32"
-    words = ["cifar", s.opt, model, pathlib.Path(s.data).stem, *given.get("opt_kwargs", [])]
-    named = {"opt", "model", "data", "opt_kwargs"}
+    words, named = ["cifar", s.opt, model, pathlib.Path(s.data).stem], {"opt", "model", "data", "opt_kwargs"}
+    words += given.get("opt_kwargs", [])
     words += [f"{key}={value}" for key, value in given.items() if key not in ASIDE | named]
     s.out_dir = s.out_dir or "out/" + re.sub(r"[^\w.=+-]", "_", "-".join(words))
     return s
 
 
-def settle_steps(s, given, n_train, ckpt):
-    """Settle what depends on the number of training images: steps, how often to evaluate and save, the warmup."""
+def settle_by_data(s, given, n_train):
+    """What depends on the number of training images: steps, how often to evaluate and save, the warmup."""
     an_epoch = n_train // s.batch_size
     if an_epoch == 0:
         fail(f"--batch_size {s.batch_size} is more than the {n_train} training images: make it smaller")
@@ -328,8 +318,6 @@ def settle_steps(s, given, n_train, ckpt):
     if s.warmup >= s.steps and "warmup" in given:
         fail(f"--warmup {s.warmup} leaves nothing of {s.steps} steps: make it smaller")
     s.warmup = s.warmup if s.warmup < s.steps else s.steps // 10        # a preset's warmup, in a much shorter run
-    if ckpt and s.steps < ckpt["step"]:
-        fail(f"--steps {s.steps}: {s.out_dir} has done {ckpt['step']} steps already, give at least as many")
 
 
 def said_by_hand(given):
@@ -341,7 +329,7 @@ def said_by_hand(given):
             fail(f"--opt_kwargs {pair}: " + (f"{key} is given twice, leave one out" if equals else "write KEY=VALUE"))
         try:
             said[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError):
             said[key] = text                        # a word, as in graft=adam
     return said
 
@@ -350,11 +338,10 @@ def resumed(given):
     """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
-    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND})
-    if given.keys() & {"steps", "epochs"}:          # the one that is not given no longer counts
-        s.steps = s.epochs = None
-    for key in given.keys() & (ASIDE | {"steps", "epochs", "dtype"}):
-        setattr(s, key, given[key])
+    length = {"steps", "epochs"}                    # where one is given, the other no longer counts
+    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
+                              | dict.fromkeys(length if given.keys() & length else ())
+                              | {key: given[key] for key in given.keys() & (ASIDE | length | {"dtype"})})
     s.out_dir, s.device = out_dir, pick_device(s.device)
     other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
     for key in other + [key for key in said if s.hyper.get(key) != said[key]]:
@@ -364,10 +351,10 @@ def resumed(given):
 
 
 def pick_device(name):
-    mps = torch.backends.mps.is_available()
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not mps:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in (None, "cpu", best):
         fail(f"--device {name}: this machine (or this build of torch) has none; use --device cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    return name or best
 
 
 # ---- Data: all images as bytes, (N, 32, 32, 3), the three colours of a pixel side by side ----------------------------
@@ -397,15 +384,14 @@ def download(url, sha256, path):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": SCRIPT})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0) or None
-            with tqdm.wrapattr(reply, "read", total=size, desc=path.name) as body:
-                shutil.copyfileobj(body, file)
+        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file, \
+                tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name) as body:
+            shutil.copyfileobj(body, file)
         if file_sha256(part) != sha256:
             fail(f"{url} did not give the expected file (sha256 {sha256}). {by_hand}")
         os.replace(part, path)
         return path
-    except (OSError, ValueError, http.client.HTTPException) as error:          # no network, no such file, no HTTP, ...
+    except (OSError, http.client.HTTPException) as error:           # no network, no such file, no HTTP, ...
         fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
     finally:                                        # also after Ctrl-C
         with contextlib.suppress(OSError):
@@ -447,24 +433,20 @@ def load_cifar(name, data_dir):
         *_, train, test, names = CIFAR[name]
         files = {file: (folder / file).read_bytes() for file in (*train, *test, names) if (folder / file).exists()}
     else:
-        near = difflib.get_close_matches(name, ("shapes", *CIFAR), n=1)
-        fail(f"--data {name}: no such folder; " + (f"did you mean {near[0]}?" if near else
-                                                  f"the data sets are shapes, {', '.join(CIFAR)}"))
+        fail(f"--data {name}: no such folder; the data sets are shapes, {', '.join(CIFAR)}")
     _, _, n_classes, label_bytes, *parts, names = CIFAR[name]
     arrays, length = [], label_bytes + 3 * SIZE * SIZE
     for part in parts:
         for file in part:
-            if file not in files:
-                fail(f"--data {folder}: {file} is missing. The folder must hold the .bin files of CIFAR-10 or of "
-                     f"CIFAR-100 in the binary version, with images of {SIZE} x {SIZE} pixels")
-            if not files[file] or len(files[file]) % length:
-                fail(f"{folder}: {file} has {len(files[file])} bytes, which is no whole number of records of {length} "
-                     f"bytes (a label, {SIZE} x {SIZE} pixels). Is it damaged, or are the images of another size?")
-        records = np.frombuffer(b"".join(files[file] for file in part), np.uint8).reshape(-1, length)
+            if not files.get(file):
+                fail(f"--data {folder}: {file} is missing or empty. The folder must hold the .bin files of CIFAR-10 or "
+                     f"of CIFAR-100 in the binary version, with images of {SIZE} x {SIZE} pixels")
+        blob = b"".join(files[file] for file in part)
+        if len(blob) % length or max(blob[label_bytes - 1::length]) >= n_classes:
+            fail(f"--data {folder}: {', '.join(part)} must hold records of {length} bytes, each with a label below "
+                 f"{n_classes} and {SIZE} x {SIZE} pixels. Is a file damaged, or are the images of another size?")
+        records = np.frombuffer(blob, np.uint8).reshape(-1, length)
         labels = records[:, label_bytes - 1].astype(np.int64)
-        if labels.max() >= n_classes:
-            fail(f"{folder}: a label is {labels.max()}, but there are {n_classes} classes. Is a file damaged, or are "
-                 f"the images not {SIZE} x {SIZE}?")
         arrays += [records[:, label_bytes:].reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1), labels]
     names = files.get(names, b"").decode(errors="replace").split()
     return arrays, names if len(names) == n_classes else [str(k) for k in range(n_classes)]
@@ -551,9 +533,9 @@ def load_shapes(data_dir, n_train=20_000, n_test=4_000):
 
 
 def show(images, path):
-    """Draw a sheet of training images: a class a row, behind its name. A pixel of an image is 2 x 2 of the sheet's."""
+    """Write a sheet of training images, a class a row. A pixel of an image is 2 x 2 of the sheet's."""
     try:
-        from matplotlib.figure import Figure        # needs no display, unlike pyplot
+        import matplotlib.image
     except ImportError:
         fail("--show needs matplotlib: pip install matplotlib")
     side, rows = SIZE + 2, len(images.names)        # side: of an image with its margin
@@ -561,15 +543,10 @@ def show(images, path):
     for row in range(rows):
         for column, image in enumerate(images.train[images.train_labels == row][:16]):
             sheet[row * side:, column * side:][:SIZE, :SIZE] = image
-    figure = Figure((12.5, 0.02 * len(sheet)), dpi=100)
-    axes = figure.add_axes((0.1296, 0, 0.8704, 1), frame_on=False, xticks=[])       # 2 * 544 of 1250 pixels
-    axes.imshow(sheet, aspect="auto", interpolation="nearest")
-    axes.set_yticks(side * np.arange(rows) + SIZE / 2, images.names)
-    axes.tick_params(length=0)
     try:
-        figure.savefig(path, format=pathlib.Path(path).suffix[1:] or "png")
-    except (OSError, ValueError) as error:          # no such folder; an ending that is no picture's
-        fail(f"--show {path}: {getattr(error, 'strerror', None) or error}")
+        matplotlib.image.imsave(path, sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
+    except (OSError, ValueError, KeyError) as error:            # no such folder; an ending that is no picture's
+        fail(f"--show {path}: cannot write it ({error}): name a .png in a folder that exists")
     print(f"{path}: a class a row, {', '.join(images.names)}")
 
 
@@ -911,9 +888,8 @@ def write(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:                        # a full disk, say
+    finally:                                        # a full disk, say
         part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def append(path, record):
@@ -939,32 +915,27 @@ def lock(folder, flag, wait=False):
 
 
 def start_files(out_dir, s, ckpt):
-    """Write config.json, and log.jsonl as it was at the checkpoint. -> the steps whose evaluation is in the log."""
-    log, path = [], out_dir / "log.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):      # a line that a kill cut short
-            record = json.loads(line)
-            if not ckpt or record["step"] <= ckpt["step"]:              # the later ones come again
-                log.append(record)
-    if ckpt:                                        # a run may go on after its end, or end where it was stopped
-        for record in log:
-            record.pop("final", None)
-            record |= {"final": True} if record["step"] == s.steps and "rotation" not in record else {}
+    """Write config.json, and log.jsonl as it was before the evaluation at the checkpoint, which comes again. A new run
+    replaces an old one, unless that is finished and has other settings."""
+    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", ""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    if ckpt:
+        for line in lines:
+            with contextlib.suppress(ValueError):   # a line that a kill cut short
+                record = json.loads(line)
+                if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
+                    kept += line + "\n"
     else:
-        if log and "final" in log[-1]:
-            old, new = {}, vars(s) | s.hyper
-            with contextlib.suppress(OSError, ValueError):              # without it nobody knows what the run was
-                old = json.loads((out_dir / "config.json").read_text())
-            old |= old.get("hyper", {})
+        if lines and '"final"' in lines[-1]:
+            old = json.loads(config.read_text()) if config.exists() else {}
+            old, new = old | old.get("hyper", {}), vars(s) | s.hyper
             other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
             if other:
                 fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
                      "delete that folder")
-        log = []
         (out_dir / "ckpt.pt").unlink(missing_ok=True)           # an older run's must not be taken for this one's
-    write(out_dir / "config.json", json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
-    write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
-    return {record["step"] for record in log if "rotation" not in record}
+    write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
+    write(log, kept.encode())
 
 
 def save(path, s, model, optimizer, bar, **progress):
@@ -980,20 +951,18 @@ def save(path, s, model, optimizer, bar, **progress):
 
 def load_checkpoint(path):
     if not path.exists():
-        fail(f"--resume: there is no {path}: name the run's folder with --out_dir, or start it without --resume")
+        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
         config = ckpt["config"]
-        good = ckpt["script"] == SCRIPT and 0 <= ckpt["step"] == int(ckpt["step"]) and ckpt["seconds"] >= 0
-        good = good and all(isinstance(x, float) for pair in ckpt["losses"] for x in pair)
-        good = good and isinstance(config["hyper"], dict) and isinstance(config["lr_from"], str)
-        good = good and config["opt"] in optim.OPTIMIZERS
-        good = good and config["model"] in MODELS
+        good = [ckpt["script"] == SCRIPT, 0 <= ckpt["step"] == int(ckpt["step"]), ckpt["seconds"] >= 0,
+                math.isfinite(sum(map(sum, ckpt["losses"]))), config["opt"] in optim.OPTIMIZERS,
+                config["model"] in MODELS, config["hyper"]["lr"] >= 0, config["lr_from"],
+                not zipfile.ZipFile(path).testzip()]            # torch.load compares no checksums
         for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
-            text = str(int(config[key]) if isinstance(config[key], bool) else config[key])
-            good = good and (config[key] == getattr(Settings, key) or config[key] == convert(key, text))
-        if not good or zipfile.ZipFile(path).testzip():         # torch.load does not compare the file's checksums
+            good.append(config[key] == getattr(Settings, key) or config[key] == convert(key, config[key]))
+        if not all(good):
             raise ValueError
         return ckpt
     except Exception:                               # torch.load raises half a dozen kinds, by what is broken
@@ -1001,14 +970,15 @@ def load_checkpoint(path):
              "start again")
 
 
-def restore(ckpt, model, optimizer):
+def restore(ckpt, s, model, optimizer):
     """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
+    if s.steps < ckpt["step"]:
+        fail(f"--steps {s.steps}: {s.out_dir} has done {ckpt['step']} steps already, give at least as many")
     try:
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"--resume: ckpt.pt does not fit its own settings ({type(error).__name__}): was it changed by hand? Start "
-             "again without --resume")
+        fail(f"{s.out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): start without --resume")
     return ckpt["step"], ckpt["seconds"], ckpt["losses"]
 
 
@@ -1026,13 +996,8 @@ def lr_at(step, peak, s):
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
-    if s.schedule == "linear":
-        return peak * (1 - done)
-    if s.schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * done)) / 2
-    if s.schedule == "step":
-        return peak * 0.1 ** math.floor(3 * done)
-    return peak                                     # constant
+    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2,
+                   "step": 0.1 ** math.floor(3 * done)}[s.schedule]
 
 
 def loss_of(logits, y, kind, smoothing=0.0):
@@ -1061,13 +1026,12 @@ def make_model(s, n_classes):
 
 
 def make_optimizer(s, model):
+    hyper = dict(s.hyper)
+    if "beta1" in hyper:
+        hyper["betas"] = hyper.pop("beta1"), hyper.pop("beta2")
+    if "dtype" in hyper:                            # a word, as in --opt_kwargs dtype=bfloat16
+        hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
     try:
-        hyper = dict(s.hyper)
-        if hyper.keys() & {"beta1", "beta2"}:
-            default = optim.find_optimizer(s.opt).takes().get("betas", (0, 0))
-            hyper["betas"] = hyper.pop("beta1", default[0]), hyper.pop("beta2", default[1])
-        if "dtype" in hyper:                        # a word, as in --opt_kwargs dtype=bfloat16
-            hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
         return optim.build(s.opt, model, compile=s.compile, **hyper)
     except (ValueError, TypeError) as error:        # a value out of its range
         fail(error)
@@ -1140,6 +1104,9 @@ def main():
     if s.eval_only and not ckpt:
         fail("--eval_only needs --resume: there is nothing trained to evaluate")
     out_dir, held_out = pathlib.Path(s.out_dir), "val" if s.split < 1 else "test"
+    if s.device == "cuda":
+        set_up_gpu(s)
+    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
 
     # ---- data
     images = load_data(s.data, s.data_dir)
@@ -1148,46 +1115,37 @@ def main():
     if ckpt and images.fingerprint != ckpt["fingerprint"]:
         fail(f"--data {s.data} is not the data that this run began with: bring it back, or start without --resume")
     train, train_labels, test, test_labels = split(images, s.split, s.seed)
-    settle_steps(s, given, len(train), ckpt)
+    settle_by_data(s, given, len(train))
     batches, test, test_labels = Batches(train, train_labels, s), test.to(s.device), test_labels.to(s.device)
 
     # ---- model and optimizer
-    if s.device == "cuda":
-        set_up_gpu(s)
     torch.manual_seed(s.seed)
     model = make_model(s, len(images.names)).to(s.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    # losses: (loss, accuracy) of the steps since the last evaluation
-    step, spent, losses = restore(ckpt, model, optimizer) if ckpt else (0, 0.0, [])
+    step, spent, losses = restore(ckpt, s, model, optimizer) if ckpt else (0, 0.0, [])
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model) if s.compile else model
-    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
     hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
     print(f"{s.opt} ({hyper}; lr: {s.lr_from}) on {s.data}: {len(train):,} + {len(test):,} images, {len(images.names)} "
           f"classes; {s.model} with {sum(p.numel() for p in model.parameters()):,} parameters"
           f"{', gains' if s.gains else ''}; {s.device}, {s.dtype}{', compiled' if s.compile else ''}; {s.steps} steps "
           f"-> {out_dir}")
-    if s.show_table:
-        print(optim.table(optimizer))
     if s.bench:
         return bench(model, network, optimizer, batches, s, autocast)
 
     # ---- files, signals
-    logged, stopped_by = set(), []
     if not s.eval_only:
         only_one = lock(out_dir, "--out_dir")       # as long as the process lives
-        logged = start_files(out_dir, s, ckpt)
-        stopped_by = catch_signals()
-    losses, pending = [] if step in logged else losses, []          # pending: losses that are still on the device
-    began = time.time() - spent
-    bar = tqdm(total=s.steps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+        start_files(out_dir, s, ckpt)
+    stopped_by = catch_signals() if not s.eval_only else []
 
-    # ---- the loop: evaluate and save where it is time to, then take a step
-    with bar:
+    # ---- the loop: evaluate and save where it is time to, then take a step. pending: losses still on the device
+    began, pending = time.time() - spent, []
+    with tqdm(total=s.steps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while True:
             last, leave = step == s.steps, bool(stopped_by)
-            evaluate_now = last or s.eval_only or step % s.eval_every == 0 and step not in logged
+            evaluate_now = last or s.eval_only or step % s.eval_every == 0
             save_now = last or step % s.save_every == 0
             if pending and (evaluate_now or save_now or leave or step % 10 == 0):
                 losses, pending = losses + read_losses(pending, step, bar, s), []
@@ -1198,7 +1156,10 @@ def main():
                     diverged(f"the {held_out} loss is {loss}", step, bar, s)
             if s.eval_only:
                 break
-            if evaluate_now and not leave and step not in logged:
+            if save_now or leave:
+                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses,
+                     fingerprint=images.fingerprint, seconds=time.time() - began)
+            if evaluate_now and not leave:
                 record = {"step": step, f"{held_out}_loss": loss, f"{held_out}_acc": accuracy,
                           "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
@@ -1206,14 +1167,10 @@ def main():
                     train_loss, train_acc = (sum(column) / len(losses) for column in zip(*losses))
                     record |= {"train_loss": train_loss, "train_acc": train_acc,
                                "epoch": step * s.batch_size / len(train)}
-                append(out_dir / "log.jsonl", record | ({"final": True} if last else {}))
-                if losses:
                     bar.write(f"step {step:6d}   train_loss {train_loss:.4f}   {held_out}_loss {loss:.4f}   "
                               f"{held_out}_acc {100 * accuracy:5.2f} %   {record['seconds']:6.1f} s", file=sys.stdout)
+                append(out_dir / "log.jsonl", record | ({"final": True} if last else {}))
                 losses = []
-            if save_now or leave:
-                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses,
-                     fingerprint=images.fingerprint, seconds=time.time() - began)
             if last or leave:
                 break
 
@@ -1244,34 +1201,28 @@ def main():
 
 
 def bench(model, network, optimizer, batches, s, autocast):
-    """Print the median times of a step, of its forward and backward passes, and of its optimizer."""
-    x, y = batches(0)
-
-    def train_step():
-        gradients(network, *batches(0), s, autocast)
-        nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def seconds(run):
-        wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
-        wait()
-        began = time.perf_counter()
-        for _ in range(4):
-            run()
-        wait()
-        return (time.perf_counter() - began) / 4
-
-    kinds = train_step, lambda: gradients(network, x, y, s, autocast), optimizer.step
-    rounds = [[seconds(run) for run in kinds] for _ in range(17)]           # in turn: the same machine for all
-    step, passes, update = np.median(rounds[2:], axis=0)                    # two rounds warm up
+    """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
+    (x, y), times = batches(0), []
+    phases = (lambda: batches(0), lambda: gradients(network, x, y, s, autocast),
+              lambda: nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf),
+              optimizer.step, optimizer.zero_grad)
+    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
+    for _ in range(68):
+        marks = [time.perf_counter()]
+        for phase in phases:
+            phase()
+            wait()
+            marks.append(time.perf_counter())
+        times.append(np.diff(marks))
+    times = np.median(times[8:], axis=0)            # the first ones warm up
+    step, passes, update = times.sum(), times[1], times[3]
     print(f"{s.batch_size / step:,.0f} images/s, {1e3 * step:.2f} ms a step: forward and backward {1e3 * passes:.2f}, "
           f"optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward and backward "
           f"{100 * (1 - passes / step):.1f} %")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # an odd name of a folder must not cost the result line
+    sys.stdout.reconfigure(errors="backslashreplace")           # a sampled character must not cost the result line
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught
@@ -1281,11 +1232,10 @@ if __name__ == "__main__":
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's own flush at the end fails again
-        if error.errno == errno.EPIPE:
-            sys.exit(1)                             # `| head` has seen enough; ckpt.pt is there to go on from
-        fail(f"cannot write {error.filename or 'output'}: {error.strerror}. The last one is whole: make room, --resume")
+        fail(f"cannot write: {error.strerror}. The last checkpoint is whole: --resume goes on from it",
+             status=1 if error.errno == errno.EPIPE else 2)     # 1: `| head` has seen enough
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
             fail("out of memory: make the model or the batch smaller")
         if re.search(r"C(\+\+)? compiler|triton installation", str(error)):
             fail("torch.compile needs a C++ compiler, and Triton on a GPU: --compile 0 does without")

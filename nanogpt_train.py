@@ -94,7 +94,6 @@ class Settings:
     dtype: str = None               # {auto, float32, bfloat16} of autocast; auto: bfloat16 on GPUs that compute in it
     compile: bool = None            # {auto, 0, 1} torch.compile the model and the optimizer; auto: with CUDA
     track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
-    show_table: bool = False        # {0, 1} print the rule, lr and decay of every parameter
     bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
     # text
     sample: int = 0                 # [0, 1e9] print this many tokens of text at the end
@@ -103,14 +102,15 @@ class Settings:
     eval_only: bool = False         # {0, 1} with resume: evaluate and sample, do not train
 
 
-LIMITS = dict(re.findall(r"^    (\w+): .*?# (\[.+?[])]|\(.+?[])]|\{.+?\})?", inspect.getsource(Settings), re.M))
+# (name, comment, the range or choices that it begins with) of every line of Settings; a heading has no name
+FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect.getsource(Settings), re.M)
+LIMITS = {name: limits for name, _, limits in FLAGS if name}
 # HYPER goes to the optimizer. COMMAND concerns one command, not the run. ASIDE does not change what is learned.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
-COMMAND = {"resume", "show_table", "bench", "sample", "prompt", "temperature", "eval_only"}
+COMMAND = {"resume", "bench", "sample", "prompt", "temperature", "eval_only"}
 ASIDE = COMMAND | {"data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track"}
-NANOGPT_FLAGS = {"learning_rate": "lr", "max_iters": "steps", "eval_interval": "eval_every", "init_from": "resume",
-                 "eval_iters": "eval_batches", "warmup_iters": "warmup", "dataset": "data",
-                 "gradient_accumulation_steps": "grad_accum"}
+ALIASES = {"learning_rate": "lr", "max_iters": "steps", "eval_interval": "eval_every", "eval_iters": "eval_batches",
+           "warmup_iters": "warmup", "dataset": "data", "gradient_accumulation_steps": "grad_accum"}    # nanoGPT's
 
 
 def parse(argv=None):
@@ -118,25 +118,26 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False, argument_default=argparse.SUPPRESS)
     p.error, group = fail, p                        # an error is one line, without the usage
-    for name, words in re.findall(r"^    (?:(\w+): .*?)?# (.+)", inspect.getsource(Settings), re.M):
-        if not name:
+    for name, words, _ in FLAGS:
+        if name:
+            kind, default = Settings.__annotations__[name], getattr(Settings, name)
+            how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
+            words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
+            group.add_argument(f"--{name}", type=functools.partial(convert, name), help=words, **how)
+        else:
             group = p.add_argument_group(words)
-            continue
-        kind, default = Settings.__annotations__[name], getattr(Settings, name)
-        how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
-        words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
-        group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words, **how)
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        near = NANOGPT_FLAGS.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
-        fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
+        fail(f"unknown argument {unknown[0]}: did you mean --{ALIASES.get(name) or nearest(name, LIMITS)}? (--help "
+             "lists them all)")
     return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
 
 
-def convert(name, text):
-    """Text from the command line -> the value of a setting, if its comment allows it; None for auto."""
+def convert(name, value):
+    """Text, or a value of a checkpoint -> the value of a setting, if its comment allows it; None for auto."""
     kind, limits = Settings.__annotations__[name], LIMITS[name]
+    text = str(int(value) if isinstance(value, bool) else value)
     if limits[:1] == "{" and text not in limits[1:-1].split(", "):
         raise argparse.ArgumentTypeError(f"invalid choice {text!r}: it must be one of {limits}")
     if text == "":
@@ -153,11 +154,14 @@ def convert(name, text):
     return x
 
 
+def nearest(word, known):
+    return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
+
+
 # `tuned` comes before the table TUNED, whose values nobody has tried at other sizes.
 PRESETS = {
     # The default without CUDA: the size of nanoGPT's CPU example, a little over a minute on two cores.
-    "cpu": dict(data="python_docs", n_layer=4, n_head=4, n_embd=128, block_size=64, dropout=0.0, batch_size=12,
-                steps=2000, warmup=100, eval_every=500, eval_batches=60, compile=False),
+    "cpu": dict(compile=False),
     # The default with CUDA, then on python_docs: nanoGPT's config/train_shakespeare_char.py.
     "shakespeare": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
                         steps=5000, warmup=100, eval_every=250, eval_batches=40,
@@ -182,42 +186,29 @@ PRESETS = {
                         tuned={"modular_adam": dict(lr=0.25, beta1=0.9, beta2=0.99, weight_decay=0.0),
                                "modular_sgd": dict(lr=0.25, momentum=0.9, weight_decay=0.0)}),
 }
-
 # Tuned for the main job (the cpu preset on python_docs), one seed. The lr of each NAME was swept in octaves, with a
 # quarter of the steps. Short runs like larger lrs than long ones, so the best two were compared in full where the sweep
 # disagreed with an earlier search by hand, and for all modular ones:
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3,4e-3,8e-3 --fixed "steps=500 warmup=50 eval_every=500"
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3 --fixed steps=2000
 # The other numbers are by hand. For the rotational ones they give angles of 0.01 to 0.024.
-TUNED = {
-    "sgd": dict(lr=0.3, momentum=0.9, weight_decay=1e-4),
-    "adam": dict(lr=4e-3, beta1=0.9, beta2=0.99, weight_decay=0.0),
-    "adamw": dict(lr=4e-3, beta1=0.9, beta2=0.99, weight_decay=0.1),
-    "lion": dict(lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=1.0),
-    "rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=0.0),
-    "rf_rmsprop": dict(lr=1e-3, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "rf_adamw": dict(lr=1e-2, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.1),
-    "shampoo": dict(lr=3e-4, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10),
-    "if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
-    "modular_sgd": dict(lr=0.25, momentum=0.9, weight_decay=0.0),
-    "modular_adam": dict(lr=0.35, beta1=0.9, beta2=0.99, weight_decay=0.0),
-    "modular_lion": dict(lr=0.25, beta1=0.9, beta2=0.99, weight_decay=0.0),
-    "modular_rmsprop": dict(lr=0.25, alpha=0.99, momentum=0.9, weight_decay=0.0),
-    "modular_rf_rmsprop": dict(lr=0.25, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "modular_rf_adamw": dict(lr=0.25, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.0),
-    "modular_shampoo": dict(lr=0.25, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, update_every=10),
-    "modular_if_shampoo": dict(lr=0.25, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0),
-    "rotational_sgd": dict(lr=1.0, momentum=0.9, weight_decay=1.2e-4),
-    "rotational_adam": dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.14),
-    "rotational_adamw": dict(lr=1e-2, beta1=0.9, beta2=0.99, weight_decay=0.14),
-    "rotational_lion": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=2.5),
-    "rotational_rmsprop": dict(lr=4e-2, alpha=0.99, weight_decay=7e-3),
-    "rotational_rf_rmsprop": dict(lr=5e-4, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.28),
-    "rotational_rf_adamw": dict(lr=3e-3, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.46),
-    "rotational_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.07, graft="adam",
-                               update_every=10),
-    "rotational_if_shampoo": dict(lr=4e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.05),
-}
+TUNED = {}
+for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
+        ("sgd", (0.3, 1e-4), (1.0, 1.2e-4), (0.25, 0.0), dict(momentum=0.9)),
+        ("adam", (4e-3, 0.0), (1e-2, 0.14), (0.35, 0.0), dict(beta1=0.9, beta2=0.99)),
+        ("adamw", (4e-3, 0.1), (1e-2, 0.14), None, dict(beta1=0.9, beta2=0.99)),
+        ("lion", (1e-3, 1.0), (2e-3, 2.5), (0.25, 0.0), dict(beta1=0.9, beta2=0.99)),
+        ("rmsprop", (2e-3, 0.0), (4e-2, 7e-3), (0.25, 0.0), dict(alpha=0.99)),
+        ("rf_rmsprop", (1e-3, 0.0), (5e-4, 0.28), (0.25, 0.0), dict(alpha=0.97, momentum=0.9, eps=1e-3)),
+        ("rf_adamw", (1e-2, 0.1), (3e-3, 0.46), (0.25, 0.0), dict(beta1=0.9, beta2=0.97, eps=1e-3)),
+        ("shampoo", (3e-4, 0.0), (2e-3, 0.07), (0.25, 0.0),
+         dict(momentum=0.9, lr_cov=0.05, damping=1e-6, update_every=10)),
+        ("if_shampoo", (2e-3, 0.0), (4e-3, 0.05), (0.25, 0.0), dict(momentum=0.9, lr_cov=0.1, damping=3e-4))):
+    for geometry, pair in (("", plain), ("rotational_", rotational), ("modular_", modular)):
+        if pair:
+            TUNED[geometry + direction] = dict(lr=pair[0], weight_decay=pair[1], **shared)
+TUNED["modular_rmsprop"]["momentum"] = 0.9
+TUNED["shampoo"]["graft"] = TUNED["rotational_shampoo"]["graft"] = "adam"
 
 
 def settle(given):
@@ -225,27 +216,23 @@ def settle(given):
     device = pick_device(given.get("device"))
     name = given.get("preset", "shakespeare" if device == "cuda" else "cpu")
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
-    s = types.SimpleNamespace(**{key: getattr(Settings, key) for key in LIMITS} | {"tuned": {}} | preset | given
-                              | {"preset": name, "device": device})
-    if not given.keys() & {"preset", "data"}:
-        s.data = "python_docs"                      # nobody asked for a download
-    try:
-        kind = optim.find_optimizer(s.opt)
-    except ValueError as error:
-        fail(f"--opt: {error}")
+    preset = preset | ({} if "preset" in given else {"data": Settings.data})       # nobody asked for a download
+    chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
+    s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
+    kind = optim.OPTIMIZERS.get(s.opt) or fail(
+        f"--opt {s.opt}: did you mean {nearest(s.opt, optim.OPTIMIZERS)!r}? (README.md lists them all)")
 
-    said, takes = said_by_hand(given), kind.takes()
-    known = [key for key in takes if key not in optim.PER_GROUP | {"compile", "betas"}]
-    known += ["beta1", "beta2"] * ("betas" in takes)
-    for key in said.keys() - set(known):
-        fail(f"{s.opt} takes no {key}; it takes {', '.join(known)}")
-    s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in s.tuned else
+    said, tuned = said_by_hand(given), preset.get("tuned", {})
+    takes = {key: x for key, x in kind.takes().items() if key not in optim.PER_GROUP | {"compile"}}
+    takes |= zip(("beta1", "beta2"), takes.pop("betas", ()))
+    for key in said.keys() - takes.keys():
+        fail(f"{s.opt} takes no {key}; it takes {', '.join(takes)}")
+    s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in tuned else
                  "tuned for preset cpu" if s.opt in TUNED else "default of its class, tuned by nobody")
-    s.hyper = {"lr": takes["lr"]} | s.tuned.get(s.opt, TUNED.get(s.opt, {})) | said
+    s.hyper = {key: takes[key] for key in ("lr", "beta1", "beta2") if key in takes}
+    s.hyper |= tuned.get(s.opt, TUNED.get(s.opt, {})) | said
     if "batch_size" in takes:                       # over how many tokens the loss is a mean
         s.hyper.setdefault("batch_size", s.batch_size * s.grad_accum * s.block_size)
-    for key in HYPER | {"tuned"}:
-        delattr(s, key)
 
     s.arch = s.arch or ("modular" if kind.geometry is optim.MODULAR else "gpt2")
     if s.gains is None:
@@ -277,7 +264,7 @@ def said_by_hand(given):
             fail(f"--opt_kwargs {pair}: " + (f"{key} is given twice, leave one out" if equals else "write KEY=VALUE"))
         try:
             said[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError):
             said[key] = text                        # a word, as in graft=adam
     return said
 
@@ -286,24 +273,21 @@ def resumed(given):
     """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
-    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND})
-    for key in given.keys() & (ASIDE | {"steps", "dtype"}):
-        setattr(s, key, given[key])
+    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
+                              | {key: given[key] for key in given.keys() & (ASIDE | {"steps", "dtype"})})
     s.out_dir, s.device = out_dir, pick_device(s.device)
     other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
     for key in other + [key for key in said if s.hyper.get(key) != said[key]]:
         fail(f"--{key} {(given | said)[key]} is not what {out_dir}/ckpt.pt was made with: leave it out to go on, or "
              "start a new run in another --out_dir")
-    if s.steps < ckpt["step"]:
-        fail(f"--steps {s.steps}: {out_dir} has done {ckpt['step']} steps already, give at least as many")
     return s, ckpt
 
 
 def pick_device(name):
-    mps = torch.backends.mps.is_available()
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not mps:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in (None, "cpu", best):
         fail(f"--device {name}: this machine (or this build of torch) has none; use --device cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    return name or best
 
 
 # ---- Data: text -> token files (uint16, memory-mapped), made once and kept under --data_dir --------------------------
@@ -339,15 +323,14 @@ def download(url, sha256, path):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": SCRIPT})
-        with urllib.request.build_opener(redirects).open(request, timeout=60) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0) or None
-            with tqdm.wrapattr(reply, "read", total=size, desc=path.name) as body:
-                shutil.copyfileobj(body, file)
+        with urllib.request.build_opener(redirects).open(request, timeout=60) as reply, open(part, "wb") as file, \
+                tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name) as body:
+            shutil.copyfileobj(body, file)
         if file_sha256(part) != (sha256 or redirects.sha256):
             fail(f"{url} did not give the expected file (sha256 {sha256 or redirects.sha256 or 'unknown'}). {by_hand}")
         os.replace(part, path)
         return path
-    except (OSError, ValueError, http.client.HTTPException) as error:          # no network, no such file, no HTTP, ...
+    except (OSError, http.client.HTTPException) as error:           # no network, no such file, no HTTP, ...
         fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
     finally:                                        # also after Ctrl-C
         with contextlib.suppress(OSError):
@@ -377,9 +360,7 @@ def openwebtext_documents(folder, validation):
     count = 0
     for i in range(21):
         with tarfile.open(download(OPENWEBTEXT.format(i), None, folder / f"urlsf_subset{i:02d}.tar")) as outer:
-            for member in outer:
-                if not member.name.endswith(".xz"):
-                    continue
+            for member in (member for member in outer if member.name.endswith(".xz")):
                 with tarfile.open(fileobj=io.BytesIO(lzma.decompress(outer.extractfile(member).read()))) as inner:
                     for text in filter(tarfile.TarInfo.isfile, inner):
                         count += 1
@@ -395,10 +376,8 @@ def open_text(name, data_dir):
     try:
         return open(download(*SHAKESPEARE, data_dir / "shakespeare.txt") if name == "shakespeare" else name, "rb")
     except OSError as error:
-        known = ("python_docs", "shakespeare", *LARGE)
-        near = difflib.get_close_matches(name, known, n=1)
-        fail(f"--data {name}: no such text file ({error.strerror}); "
-             + (f"did you mean {near[0]}?" if near else f"the data sets are {', '.join(known)}"))
+        fail(f"--data {name}: no such text file ({error.strerror}); the data sets are python_docs, shakespeare, "
+             f"{', '.join(LARGE)}")
 
 
 def read_part(name, part, data_dir):
@@ -463,11 +442,11 @@ def load_data(name, data_dir, tokenizer):
     data_dir = pathlib.Path(data_dir)
     text = LARGE.get(name) or hashlib.file_digest(open_text(name, data_dir), "sha256").hexdigest()
     key = hashlib.sha256(f"{text} {tokenizer}".encode()).hexdigest()[:12]
-    folder = data_dir / f"{pathlib.Path(name).stem}-{tokenizer}-{key}"
+    folder, arrays = data_dir / f"{pathlib.Path(name).stem}-{tokenizer}-{key}", []
+    if not folder.exists():
+        make_token_files(folder, name, tokenizer)
     try:
-        if not folder.exists():
-            make_token_files(folder, name, tokenizer)
-        meta, arrays = json.loads((folder / "meta.json").read_text()), []
+        meta = json.loads((folder / "meta.json").read_text())
         for part in ("train", "valid"):
             path, size = folder / f"{part}.bin", 2 * meta["tokens"][part]
             # Above a GB the size has to do: OpenWebText's 18 GB are not read through at every start.
@@ -485,16 +464,13 @@ def make_token_files(folder, name, tokenizer):
     only_one = lock(folder.parent, "--data_dir", wait=True)         # until we return or die
     if folder.exists():
         return
-    own, chars = folder.with_name(f"{folder.name}.part"), None
+    own, chars, meta = folder.with_name(f"{folder.name}.part"), None, {"tokens": {}, "sha256": {}}
     try:
         own.mkdir(exist_ok=True)
         if tokenizer == "char":
             pieces = (piece for part in ("train", "valid") for piece in read_part(name, part, folder.parent))
             chars = "".join(sorted(set().union(*pieces)))
-            if len(chars) > 2**16:
-                fail(f"--data {name} has {len(chars)} different characters, more than 65,536: use --tokenizer gpt2")
         codec = GPT2Tokens() if chars is None else Characters(chars)
-        meta = {"data": name, "tokenizer": tokenizer, "chars": chars, "tokens": {}, "sha256": {}}
         for part in ("train", "valid"):
             pieces = read_part(name, part, folder.parent)
             with open(own / f"{part}.bin", "wb") as file, tqdm(desc=f"tokens, {part}", unit_scale=True, delay=2) as bar:
@@ -503,7 +479,7 @@ def make_token_files(folder, name, tokenizer):
                     file.write(ids.tobytes())
                     bar.update(len(ids))
             meta["tokens"][part], meta["sha256"][part] = bar.n, file_sha256(own / f"{part}.bin")
-        (own / "meta.json").write_text(json.dumps(meta))
+        (own / "meta.json").write_text(json.dumps(meta | {"chars": chars}))
         os.rename(own, folder)
     except UnicodeDecodeError:
         fail(f"--data {name}: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
@@ -620,13 +596,6 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
-def modular_blocks(attention, mlp, n_layer):
-    """The tree of 2 n_layer half-blocks, each the average  (1 - s) x + s f(x)  with s = 1 / (2 n_layer), of mass 5."""
-    s = 1 / (2 * n_layer)
-    first, then = ((1 - s) * optim.bond("x") + s * f for f in (attention, mlp))
-    return ((then @ first) ** n_layer).tare(5)
-
-
 class ModularBlock(nn.Module):
     """Two half-blocks  x <- (1 - s) x + s f(x): attention, then MLP. Norms have no gain, and nothing has a bias."""
 
@@ -678,15 +647,16 @@ class ModularGPT(nn.Module):
         return F.cross_entropy(self.head(parameter_free_norm(h)).flatten(0, 1), y.flatten())
 
     def modular_tree(self):
-        """The expression of this network; print it for the share of every weight."""
+        """The expression of this network; print it for the share of every weight. A half-block is the average
+        (1 - s) x + s f(x)  with s = 1 / (2 n_layer), and all of them together have mass 5."""
         def each(name):
             return optim.weight(*(getattr(block, name) for block in self.blocks))
-        norm, third = optim.bond("layernorm"), 1 / 3
+        norm, third, s = optim.bond("layernorm"), 1 / 3, self.blocks[0].s
         attention = each("out") @ optim.bond("attention") @ (third * each("q"), third * each("k"), third * each("v"))
         mlp = each("down") @ optim.bond("sqrt(2) gelu") @ each("up")
-        embedding = 0.5 * optim.weight(self.tokens) + 0.5 * optim.weight(self.positions)
-        return optim.weight(self.head) @ norm @ modular_blocks(attention @ norm, mlp @ norm, len(self.blocks)) \
-            @ embedding.tare(1)
+        first, then = ((1 - s) * optim.bond("x") + s * (f @ norm) for f in (attention, mlp))
+        embedding = (0.5 * optim.weight(self.tokens) + 0.5 * optim.weight(self.positions)).tare(1)
+        return optim.weight(self.head) @ norm @ ((then @ first) ** len(self.blocks)).tare(5) @ embedding
 
 
 @torch.no_grad()
@@ -699,8 +669,6 @@ def generate(model, ids, count, temperature, seed):
         p = F.softmax((logits - logits.max()) / temperature, dim=-1)
         new.append(torch.multinomial(p, 1, generator=generator).item())
     return new
-
-
 # ---- Files that survive a kill at any moment -------------------------------------------------------------------------
 
 
@@ -713,9 +681,8 @@ def write(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:                        # a full disk, say
+    finally:                                        # a full disk, say
         part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def append(path, record):
@@ -741,32 +708,27 @@ def lock(folder, flag, wait=False):
 
 
 def start_files(out_dir, s, ckpt):
-    """Write config.json, and log.jsonl as it was at the checkpoint. -> the steps whose evaluation is in the log."""
-    log, path = [], out_dir / "log.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):      # a line that a kill cut short
-            record = json.loads(line)
-            if not ckpt or record["step"] <= ckpt["step"]:              # the later ones come again
-                log.append(record)
-    if ckpt:                                        # a run may go on after its end, or end where it was stopped
-        for record in log:
-            record.pop("final", None)
-            record |= {"final": True} if record["step"] == s.steps and "val_loss" in record else {}
+    """Write config.json, and log.jsonl as it was before the evaluation at the checkpoint, which comes again. A new run
+    replaces an old one, unless that is finished and has other settings."""
+    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", ""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    if ckpt:
+        for line in lines:
+            with contextlib.suppress(ValueError):   # a line that a kill cut short
+                record = json.loads(line)
+                if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
+                    kept += line + "\n"
     else:
-        if log and "final" in log[-1]:
-            old, new = {}, vars(s) | s.hyper
-            with contextlib.suppress(OSError, ValueError):              # without it nobody knows what the run was
-                old = json.loads((out_dir / "config.json").read_text())
-            old |= old.get("hyper", {})
+        if lines and '"final"' in lines[-1]:
+            old = json.loads(config.read_text()) if config.exists() else {}
+            old, new = old | old.get("hyper", {}), vars(s) | s.hyper
             other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
             if other:
                 fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
                      "delete that folder")
-        log = []
         (out_dir / "ckpt.pt").unlink(missing_ok=True)           # an older run's must not be taken for this one's
-    write(out_dir / "config.json", json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
-    write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
-    return {record["step"] for record in log if "val_loss" in record}
+    write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
+    write(log, kept.encode())
 
 
 def save(path, s, model, optimizer, bar, **progress):
@@ -783,19 +745,18 @@ def save(path, s, model, optimizer, bar, **progress):
 
 def load_checkpoint(path):
     if not path.exists():
-        fail(f"--resume: there is no {path}: name the run's folder with --out_dir, or start it without --resume")
+        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
         config = ckpt["config"]
-        good = ckpt["script"] == SCRIPT and 0 <= ckpt["step"] == int(ckpt["step"]) and ckpt["seconds"] >= 0
-        good = good and all(isinstance(loss, float) for loss in ckpt["losses"])
-        good = good and isinstance(config["hyper"], dict) and isinstance(config["lr_from"], str)
-        good = good and config["opt"] in optim.OPTIMIZERS
+        good = [ckpt["script"] == SCRIPT, 0 <= ckpt["step"] == int(ckpt["step"]), ckpt["seconds"] >= 0,
+                math.isfinite(sum(ckpt["losses"])), config["opt"] in optim.OPTIMIZERS, config["hyper"]["lr"] >= 0,
+                config["lr_from"],
+                not zipfile.ZipFile(path).testzip()]            # torch.load compares no checksums
         for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
-            text = str(int(config[key]) if isinstance(config[key], bool) else config[key])
-            good = good and config[key] == convert(key, text)
-        if not good or zipfile.ZipFile(path).testzip():         # torch.load does not compare the file's checksums
+            good.append(config[key] == getattr(Settings, key) or config[key] == convert(key, config[key]))
+        if not all(good):
             raise ValueError
         return ckpt
     except Exception:                               # torch.load raises half a dozen kinds, by what is broken
@@ -803,14 +764,15 @@ def load_checkpoint(path):
              "start again")
 
 
-def restore(ckpt, model, optimizer):
+def restore(ckpt, s, model, optimizer):
     """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
+    if s.steps < ckpt["step"]:
+        fail(f"--steps {s.steps}: {s.out_dir} has done {ckpt['step']} steps already, give at least as many")
     try:
         model.load_state_dict(ckpt["model"])
         optimizer.load_state_dict(ckpt["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"--resume: ckpt.pt does not fit its own settings ({type(error).__name__}): was it changed by hand? Start "
-             "again without --resume")
+        fail(f"{s.out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): start without --resume")
     return ckpt["step"], ckpt["seconds"], ckpt["losses"]
 
 
@@ -828,11 +790,7 @@ def lr_at(step, peak, s):
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
-    if s.schedule == "linear":
-        return peak * (1 - done)
-    if s.schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * done)) / 2
-    return peak                                     # constant
+    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s.schedule]
 
 
 def make_model(s, n_vocab):
@@ -844,13 +802,12 @@ def make_model(s, n_vocab):
 
 
 def make_optimizer(s, model):
+    hyper = dict(s.hyper)
+    if "beta1" in hyper:
+        hyper["betas"] = hyper.pop("beta1"), hyper.pop("beta2")
+    if "dtype" in hyper:                            # a word, as in --opt_kwargs dtype=bfloat16
+        hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
     try:
-        hyper = dict(s.hyper)
-        if hyper.keys() & {"beta1", "beta2"}:
-            default = optim.find_optimizer(s.opt).takes().get("betas", (0, 0))
-            hyper["betas"] = hyper.pop("beta1", default[0]), hyper.pop("beta2", default[1])
-        if "dtype" in hyper:                        # a word, as in --opt_kwargs dtype=bfloat16
-            hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
         return optim.build(s.opt, model, compile=s.compile, **hyper)
     except (ValueError, TypeError) as error:        # a value out of its range
         fail(error)
@@ -927,10 +884,9 @@ def main():
     if s.eval_only and not ckpt:
         fail("--eval_only needs --resume: there is nothing trained to evaluate")
     out_dir, say = pathlib.Path(s.out_dir), print if RANK == 0 else lambda *words: None
-    sequences = s.batch_size * s.grad_accum         # of a step. N processes share what one would draw
-    if sequences % WORLD:
-        fail(f"batch_size * grad_accum = {sequences} sequences cannot be shared by {WORLD} processes: use a multiple")
-    mine = slice(RANK * sequences // WORLD, (RANK + 1) * sequences // WORLD)
+    if s.device == "cuda":
+        set_up_gpu(s)
+    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
 
     # ---- data
     train, val, tokenizer, fingerprint = load_data(s.data, s.data_dir, s.tokenizer)
@@ -939,29 +895,27 @@ def main():
              f"{s.block_size}: use more text or a smaller block")
     if ckpt and fingerprint != ckpt["fingerprint"]:
         fail(f"--data {s.data} is not the text that this run began with: bring it back, or start without --resume")
+    sequences = s.batch_size * s.grad_accum         # of a step. N processes share what one would draw
+    if sequences % WORLD:
+        fail(f"batch_size * grad_accum = {sequences} sequences cannot be shared by {WORLD} processes: use a multiple")
+    mine = slice(RANK * sequences // WORLD, (RANK + 1) * sequences // WORLD)
     try:
         prompt = tokenizer.encode(s.prompt) if s.prompt else train[:1].tolist()
     except KeyError as error:
         fail(f"--prompt: the character {error.args[0]!r} does not occur in the text")
 
     # ---- model and optimizer
-    if s.device == "cuda":
-        set_up_gpu(s)
     torch.manual_seed(s.seed)
     model = make_model(s, tokenizer.n_vocab).to(s.device)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    # losses: of the steps since the last evaluation
-    step, spent, losses = restore(ckpt, model, optimizer) if ckpt else (0, 0.0, [])
+    step, spent, losses = restore(ckpt, s, model, optimizer) if ckpt else (0, 0.0, [])
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model) if s.compile else model
-    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
     hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
     say(f"{s.opt} ({hyper}; lr: {s.lr_from}) on {s.data}: {len(train):,} + {len(val):,} tokens, vocabulary "
         f"{tokenizer.n_vocab}; {type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
         f"{', gains' if s.gains else ''}; {s.device}, {s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
-    if s.show_table:
-        say(optim.table(optimizer))
     if s.bench:
         return bench(model, network, optimizer, train, s, autocast)
 
@@ -972,22 +926,19 @@ def main():
         except ValueError as error:
             fail(f"WORLD_SIZE is {WORLD}, but: {error}. Start the script with torchrun, or unset WORLD_SIZE")
         network = nn.parallel.DistributedDataParallel(network)
-    logged, stopped_by = set(), []
     if RANK == 0 and not s.eval_only:
         only_one = lock(out_dir, "--out_dir")       # as long as the process lives
-        logged = start_files(out_dir, s, ckpt)
-    if WORLD == 1 and not s.eval_only:              # of many processes each would stop at another step
-        stopped_by = catch_signals()
-    losses, pending = [] if step in logged else losses, []          # pending: losses that are still on the device
-    began, val_loss = time.time() - spent, math.nan
-    bar = tqdm(total=s.steps, initial=step, disable=RANK > 0, unit="step",
-               mininterval=0.5 if sys.stderr.isatty() else 30)
+        start_files(out_dir, s, ckpt)
+    # of many processes each would stop at another step
+    stopped_by = catch_signals() if WORLD == 1 and not s.eval_only else []
 
-    # ---- the loop: evaluate and save where it is time to, then take a step
-    with bar:
+    # ---- the loop: evaluate and save where it is time to, then take a step. pending: losses still on the device
+    began, pending = time.time() - spent, []
+    with tqdm(total=s.steps, initial=step, disable=RANK > 0, unit="step",
+              mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while True:
             last, leave = step == s.steps, bool(stopped_by)
-            evaluate_now = last or s.eval_only or step % s.eval_every == 0 and step not in logged
+            evaluate_now = last or s.eval_only or step % s.eval_every == 0
             save_now = last or step % s.save_every == 0
             if pending and (evaluate_now or save_now or leave or step % 10 == 0):
                 losses, pending = losses + read_losses(pending, step, bar, s), []
@@ -998,20 +949,20 @@ def main():
                     diverged(f"the validation loss is {val_loss}", step, bar, s)
             if s.eval_only:
                 break
-            if evaluate_now and not leave and step not in logged:
+            if save_now or leave:
+                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses, fingerprint=fingerprint,
+                     seconds=time.time() - began)
+            if evaluate_now and not leave:
                 record = {"step": step, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
                 if losses:
                     record |= {"train_loss": sum(losses) / len(losses), "tokens": step * sequences * s.block_size}
+                    if RANK == 0:
+                        bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
+                                  f"{record['seconds']:6.1f} s", file=sys.stdout)
                 if RANK == 0:
                     append(out_dir / "log.jsonl", record | ({"final": True} if last else {}))
-                if RANK == 0 and losses:
-                    bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
-                              f"{record['seconds']:6.1f} s", file=sys.stdout)
                 losses = []
-            if save_now or leave:
-                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses, fingerprint=fingerprint,
-                     seconds=time.time() - began)
             if last or leave:
                 break
 
@@ -1053,46 +1004,29 @@ def main():
         os._exit(0)                                 # freeing DDP can deadlock with gloo's threads
 
 
-def flops_per_token(model, n_layer, n_embd, block_size):
-    """Floating-point operations of a training step for one token: 6 for every weight of a Linear (2 forward, 4
-    backward), and 12 n_layer n_embd block_size for attention without a mask (Chowdhery et al. 2022, appendix B)."""
-    weights = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
-    return 6 * weights + 12 * n_layer * n_embd * block_size
-
-
 def bench(model, network, optimizer, train, s, autocast):
-    """Print the median times of a step, of its forward and backward passes, and of its optimizer. MFU ("model FLOPs
-    utilization") is the operations per second of a step, as a share of those of a large matrix product."""
+    """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
     if WORLD > 1:
         fail("--bench times one process: leave out torchrun")
-    rng, count, size = np.random.default_rng(0), s.batch_size * s.grad_accum, 8192 if s.device == "cuda" else 1024
-    windows = get_windows(train, rng, count, s.block_size)
-    a = torch.randn(size, size, device=s.device, dtype=getattr(torch, s.dtype))         # equal numbers would be faster
-
-    def train_step():
-        gradients(network, get_windows(train, rng, count, s.block_size), s, autocast)
-        nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def seconds(run):
-        wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
-        wait()
-        began = time.perf_counter()
-        for _ in range(4):
-            run()
-        wait()
-        return (time.perf_counter() - began) / 4
-
-    kinds = train_step, lambda: gradients(network, windows, s, autocast), optimizer.step, lambda: a @ a
-    rounds = [[seconds(run) for run in kinds] for _ in range(17)]           # in turn: the same machine for all
-    step, passes, update, product = np.median(rounds[2:], axis=0)           # two rounds warm up
-    tokens, peak = count * s.block_size, 2 * size**3 / product
-    flops = tokens * flops_per_token(model, s.n_layer, s.n_embd, s.block_size)
-    print(f"{tokens / step:,.0f} tokens/s, {1e3 * step:.2f} ms a step: forward and backward {1e3 * passes:.2f}, "
-          f"optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward and backward "
-          f"{100 * (1 - passes / step):.1f} %; MFU {100 * flops / step / peak:.1f} % of the {peak / 1e12:.3g} TFLOP/s "
-          f"of a {s.dtype} product of {size} x {size} matrices")
+    rng, sequences, times = np.random.default_rng(0), s.batch_size * s.grad_accum, []
+    windows = get_windows(train, rng, sequences, s.block_size)
+    phases = (lambda: get_windows(train, rng, sequences, s.block_size),
+              lambda: gradients(network, windows, s, autocast),
+              lambda: nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf),
+              optimizer.step, optimizer.zero_grad)
+    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
+    for _ in range(68):
+        marks = [time.perf_counter()]
+        for phase in phases:
+            phase()
+            wait()
+            marks.append(time.perf_counter())
+        times.append(np.diff(marks))
+    times = np.median(times[8:], axis=0)            # the first ones warm up
+    step, passes, update = times.sum(), times[1], times[3]
+    print(f"{sequences * s.block_size / step:,.0f} tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
+          f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward "
+          f"and backward {100 * (1 - passes / step):.1f} %")
 
 
 if __name__ == "__main__":
@@ -1106,11 +1040,10 @@ if __name__ == "__main__":
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's own flush at the end fails again
-        if error.errno == errno.EPIPE:
-            sys.exit(1)                             # `| head` has seen enough; ckpt.pt is there to go on from
-        fail(f"cannot write {error.filename or 'output'}: {error.strerror}. The last one is whole: make room, --resume")
+        fail(f"cannot write: {error.strerror}. The last checkpoint is whole: --resume goes on from it",
+             status=1 if error.errno == errno.EPIPE else 2)     # 1: `| head` has seen enough
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
             fail("out of memory: make the model or the batch smaller")
         if re.search(r"C(\+\+)? compiler|triton installation", str(error)):
             fail("torch.compile needs a C++ compiler, and Triton on a GPU: --compile 0 does without")

@@ -3077,16 +3077,16 @@ def test_scripts_replace_and_go_on():
             assert checkpoint(copy_)["step"] == 0, "an older run's would be taken for this one's"
             shutil.rmtree(copy_)
             before = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+            done, first = before[-1]["final"], [record for record in before if record["step"] < 24]
             torch.save(checkpoint(run) | {"seconds": 1000.0}, run / "ckpt.pt")
             with open(run / "log.jsonl", "a") as file:
                 file.write('{"step": 99, "val_loss": 1}\n{"step": 100, "val')     # later than the checkpoint; cut short
             succeed(script, "--resume", "--steps", 48, "--out_dir", run)
             after = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-            last = before.pop() if script is translate_train else {"final": before[-1].pop("final")}
-            assert last["final"] and after[:len(before)] == before
+            assert done and after[:len(first)] == first         # the last evaluation comes again
             assert [r["step"] for r in after if "bleu" not in r] == list(range(0, 49, 8))
             assert [r.get("final", False) for r in after] == [False] * (len(after) - 1) + [True]
-            seconds = [record["seconds"] for record in after[len(before):]] + [checkpoint(run)["seconds"]]
+            seconds = [record["seconds"] for record in after[len(first):]] + [checkpoint(run)["seconds"]]
             assert 1000 < min(seconds) and max(seconds) < 1300, seconds
             shutil.rmtree(run)
 
@@ -3121,7 +3121,7 @@ def test_scripts_repeat_themselves():
 # flags come after those of a small run; with --resume, --eval_only or --translate they stand alone.
 BAD = {
     "NCT": (
-        ("--opt rotational_lyon", "did you mean 'rotational_lion'"), ("--optt adam", "did you mean --opt?"),
+        ("--opt Adamw", "did you mean 'adamw'?"), ("--optt adam", "did you mean --opt?"),
         ("--learning_rate 1", "did you mean --lr?"), ("--lr -1", "[0, inf)"), ("--lr nan", "[0, inf)"),
         ("--eps inf", "[0, inf)"), ("--eps=-1e-8", "[0, inf)"), ("--weight_decay -0.1", "[0, inf)"),
         ("--grad_clip -1", "[0, inf)"), ("--beta1 1", "[0, 1)"), ("--beta2 nan", "[0, 1)"), ("--track -1", "[0, "),
@@ -3147,7 +3147,7 @@ BAD = {
         ("--data_dir @/file", "--data_dir"), ("--data_dir /dev/null/data", "--data_dir"),
         ("--resume --out_dir @/run --n_layer 2", "is not what")),
     "N": (
-        ("--prompt ''", "empty"), ("--data shakespear", "did you mean shakespeare"), ("--data @", "no such text file"),
+        ("--prompt ''", "empty"), ("--data shakespear", "shakespeare, tinystories"), ("--data @", "no such text file"),
         ("--data @/none.txt", "no such text file"), ("--data @/short.txt", "too few"),
         ("--data @/empty.txt", "too few"), ("--data @/line.txt", "too few"), ("--data @/latin1.txt", "UTF-8"),
         ("--data @/binary.txt", "UTF-8"), ("--data @/damaged.txt", "is damaged: delete it"),
@@ -3157,10 +3157,10 @@ BAD = {
     "C": (
         ("--modle vit", "did you mean --model?"), ("--epochs 0", "[1, "), ("--split 0", "(0, 1]"),
         ("--model resnet21", "invalid choice"), ("--show ''", "empty"), ("--show @/none/sheet.png", "--show"),
-        ("--show @/sheet.foo", "--show"), ("--data shape", "did you mean shapes"),
-        ("--data cifar-10", "did you mean cifar10"), ("--data @/file", "no such folder"),
+        ("--show @/sheet.foo", "--show"), ("--data shape", "are shapes, cifar10"),
+        ("--data cifar-10", "are shapes, cifar10"), ("--data @/file", "no such folder"),
         ("--data @", "data_batch_1.bin"), ("--data @/cut", "damaged"), ("--data @/larger", "32 x 32"),
-        ("--data @/labels", "label is 10"), ("--data @/empty", "0 bytes"),
+        ("--data @/labels", "label below 10"), ("--data @/empty", "is missing"),
         ("--data @/lacking", "data_batch_3.bin is missing"), ("--data cifar10 --data_dir @/stale", "delete it"),
         ("--data cifar100 --data_dir @/file", "cannot download"), ("--data shapes --data_dir @/file", "--data_dir"),
         ("--data shapes --data_dir /dev/null/data", "--data_dir"), ("--steps 9 --epochs 1", "give one"),
@@ -3172,12 +3172,13 @@ BAD = {
     "T": (
         ("--warmup-updates 1", "did you mean --warmup?"), ("--vocab 200", "[260, "), ("--beam 0", "[1, "),
         ("--label_smoothing 2", "[0, 1]"), ("--length_penalty 1000", "[0, 10]"), ("--epochs 2", "give one"),
-        ("--max_tokens 2", "make it larger"), ("--data number", "did you mean numbers"),
+        ("--max_tokens 2", "make it larger"), ("--data number", "are numbers, multi30k"),
         ("--data multi30k", "delete it"), ("--data iwslt14 --data_dir @/file", "cannot download"),
-        ("--data @/unequal", "has 2 lines"), ("--data @/hollow", "line 2: empty"), ("--data @/void", "is empty"),
+        ("--data @/unequal", "has 2 lines"), ("--data @/hollow", "line 2: empty"), ("--data @/void", "has 0 lines"),
         ("--data @/latin", "line 2: not UTF-8"), ("--data @/alone", "alone.en"), ("--data @/lonely", "valid.de"),
         ("--data @/zip", "cannot read"), ("--test @/tset", "tset.de"),
         ("--translate x --out_dir @/none", "train one first"), ("--translate \udcff --out_dir @/run", "UTF-8"),
+        ("--translate x --eval_only --out_dir @/run", "without --translate"),
         ("--resume --out_dir @/run --steps 30 --epochs 2", "give one")),
 }
 FILES = {
@@ -3390,7 +3391,7 @@ def test_nanogpt_equals_a_loop_by_hand():
         assert log[-1]["tokens"] == 24 * 8 * 16
         assert f"val_loss {log[-1]['val_loss']:.4f} (perplexity {math.exp(log[-1]['val_loss']):.2f})" in out, out
 
-        out = succeed(nanogpt_train, "--resume", "--eval_only", "--show_table", *flags_of(
+        out = succeed(nanogpt_train, "--resume", "--eval_only", *flags_of(
             sample=30, temperature=0.3, prompt="bad", out_dir=run))
         model.load_state_dict(checkpoint(run)["model"])
         model.eval()
@@ -3400,7 +3401,6 @@ def test_nanogpt_equals_a_loop_by_hand():
             p = model(x[None])[0].double().exp() ** (1 / 0.3)
             written += sorted(set(text))[torch.multinomial(p / p.sum(), 1, generator=generator)]
         assert f"---\n{written}\n---" in out, f"{written} should be in {out}"
-        assert out.count("blocks.0.up.weight") == 1, "the table has a line for each parameter"
 
 
 def test_cifar_equals_a_loop_by_hand():
@@ -4148,8 +4148,7 @@ def test_translate_batches():
 def misbehaving_server(body):
     """-> its address. What it answers stands in the path: good, slow, wrong, short, ..."""
     raw = {"garbage": b"this is no HTTP\r\n" * 9,          # the second chunk breaks off
-           "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nff\r\nabc",
-           "length": b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n" + body}
+           "chunked": b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\nabcd\r\nff\r\nabc"}
     moved = {"loop": "/loop", "moved": "/good", "announced": "/good", "announced wrongly": "/wrong", "login": "/page"}
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -4198,7 +4197,7 @@ def test_scripts_downloads():
                 assert path.read_bytes() == body
                 path.unlink()
             for kind, words in (("wrong page login", "did not give"), ("short", "did not give|broke off"),
-                                ("chunked garbage length loop", "cannot download"), ("missing", "Not Found")):
+                                ("chunked garbage loop", "cannot download"), ("missing", "Not Found")):
                 for kind in kind.split():
                     line = fetch(script, address + kind, checksum, folder / "deep/er/file")
                     assert re.search(f"({words}).*Fetch it by hand and put it at {folder}/deep/er/file", line), line
@@ -4233,8 +4232,8 @@ def torchs_layer(heads, norm1, qkv, out, norm2, up, down):
 
 
 def test_scripts_sizes():
-    """Models have as many parameters as published, or as a formula counts. The formula behind MFU gives what torch
-    counts in a forward and backward pass. Under bfloat16 a CPU computes attention in float32."""
+    """Models have as many parameters as published, or as a formula counts. Under bfloat16 a CPU computes attention in
+    float32."""
     C, D, s = 768, 192, settled(translate_train, "--preset iwslt")
     resnet20 = (3 * 16 + 6 * 16 * 16 + 16 * 32 + 5 * 32 * 32 + 32 * 64 + 5 * 64 * 64) * 9          # 3x3 filters
     resnet20 += 16 * 32 + 32 * 64 + 2 * (7 * 16 + 7 * 32 + 7 * 64) + 64 * 10 + 10       # projections, norms, head
@@ -4251,12 +4250,6 @@ def test_scripts_sizes():
         found = sum(p.numel() for p in model.parameters())
         assert abs(found - size) <= (0.01e6 if isinstance(size, float) else 0), f"{type(model)}: {found}, not {size}"
 
-    from torch.utils.flop_counter import FlopCounterMode
-    for arch in (nanogpt_train.GPT(11, 3, 2, 8, 16, 0.0, True, True), nanogpt_train.ModularGPT(11, 3, 2, 8, 16, 0.0)):
-        x, math_only = torch.zeros(5, 16, dtype=torch.long), torch.nn.attention.SDPBackend.MATH
-        with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(math_only):
-            arch(x, x).backward()
-        assert nanogpt_train.flops_per_token(arch, 3, 8, 16) * x.numel() == counter.get_total_flops(), type(arch)
     q, k, v = (normal(i, 2, 3, 20, 8, dtype=torch.bfloat16) for i in range(3))
     Q, K, V = (x.double() for x in (q, k, v))
     exact = (Q @ K.mT / math.sqrt(8)).masked_fill(torch.ones(20, 20).triu(1).bool(), -math.inf).softmax(-1) @ V

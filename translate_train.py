@@ -11,23 +11,22 @@ data, byte pairs, BLEU, model, beam search, training.
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
     python translate_train.py --bench                         tokens per second, and where the time of a step goes
 
-A run writes config.json, log.jsonl, ckpt.pt, bpe.json (the vocabulary) and hypotheses.en (its translation of the test
-set) under --out_dir. log.jsonl holds one JSON object a line, of three kinds:
+A run writes config.json, ckpt.pt, log.jsonl, bpe.json (the vocabulary) and hypotheses.en (its translation of the test
+set) under --out_dir. log.jsonl has one JSON object a line, of three kinds:
 
     {"step": 250, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}       an evaluation
-    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}       every --track steps
-    {"step": 1000, "val_loss": ..., "bleu": ..., "beam": 5, "length_penalty": 1.0, ..., "final": true}  the result
+    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}         every --track steps
+    {"step": 1000, "val_loss": ..., "bleu": ..., "beam": 5, "length_penalty": 1.0, ..., "final": true}        the result
 
-The second kind says how far the neurons of each weight turned in that step, on average and in radians, beside theory's
-predicted_angle and predicted_norm. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
+The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
+predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
 stopped by Ctrl-C or SIGTERM after saving.
 
-The default data, `numbers`, comes out of a grammar in this file: German numbers, ordinals, dates, clock times, prices
-and sentences about them, with their English translation. German turns numbers round (einundzwanzig: one-and-twenty),
-counts half hours up to the next hour (halb acht: half past seven) and puts verbs last. A number, date or time of the
-test set is never one of the training set; only minutes and cents may repeat. Text of your own needs corpus/train.de and
-corpus/train.en, or their .gz, where line n of one translates line n of the other, and beside them valid, val or dev,
-and test, named the same way.
+The default data, `numbers`, comes out of a grammar in this file: numbers, ordinals, dates, times, prices and sentences
+about them. German turns numbers round (einundzwanzig: one-and-twenty), counts half hours up to the next hour (halb
+acht: half past seven) and puts verbs last. A number, date or time of the test set is never one of the training set;
+only minutes and cents may repeat. Text of your own is corpus/train.de and corpus/train.en, or their .gz. Line n of one
+translates line n of the other. Beside them are valid, val or dev, and test, named the same way.
 
 References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
 Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
@@ -105,7 +104,6 @@ class Settings:
     dtype: str = None               # {auto, float32, bfloat16} of autocast; auto: bfloat16 on GPUs that compute in it
     compile: bool = None            # {auto, 0, 1} torch.compile the model and the optimizer; auto: with CUDA
     track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
-    show_table: bool = False        # {0, 1} print the rule, lr and decay of every parameter
     bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
     # translation
     beam: int = 5                   # [1, 1000] hypotheses kept for every sentence; 1: greedy
@@ -114,15 +112,17 @@ class Settings:
     eval_only: bool = False         # {0, 1} with resume: translate the test set, do not train
 
 
-LIMITS = dict(re.findall(r"^    (\w+): .*?# (\[.+?[])]|\(.+?[])]|\{.+?\})?", inspect.getsource(Settings), re.M))
+# (name, comment, the range or choices that it begins with) of every line of Settings; a heading has no name
+FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect.getsource(Settings), re.M)
+LIMITS = {name: limits for name, _, limits in FLAGS if name}
 # HYPER goes to the optimizer. COMMAND concerns one command, not the run. ASIDE does not change what is learned.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
-COMMAND = {"resume", "show_table", "bench", "translate", "eval_only"}
+COMMAND = {"resume", "bench", "translate", "eval_only"}
 ASIDE = COMMAND | {"test", "data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track", "beam",
                    "length_penalty"}
-FAIRSEQ_FLAGS = {"learning_rate": "lr", "max_update": "steps", "max_epoch": "epochs", "warmup_updates": "warmup",
-                 "lenpen": "length_penalty", "clip_norm": "grad_clip", "optimizer": "opt", "save_dir": "out_dir",
-                 "arch": "preset"}
+SAID_TWICE = ({"steps", "epochs"},)                     # two ways to say one thing
+ALIASES = {"learning_rate": "lr", "max_update": "steps", "max_epoch": "epochs", "warmup_updates": "warmup",
+           "lenpen": "length_penalty", "clip_norm": "grad_clip", "save_dir": "out_dir"}      # fairseq's
 
 
 def parse(argv=None):
@@ -130,25 +130,26 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False, argument_default=argparse.SUPPRESS)
     p.error, group = fail, p                        # an error is one line, without the usage
-    for name, words in re.findall(r"^    (?:(\w+): .*?)?# (.+)", inspect.getsource(Settings), re.M):
-        if not name:
+    for name, words, _ in FLAGS:
+        if name:
+            kind, default = Settings.__annotations__[name], getattr(Settings, name)
+            how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
+            words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
+            group.add_argument(f"--{name}", type=functools.partial(convert, name), help=words, **how)
+        else:
             group = p.add_argument_group(words)
-            continue
-        kind, default = Settings.__annotations__[name], getattr(Settings, name)
-        how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
-        words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
-        group.add_argument(f"--{name}", type=functools.partial(convert, name), metavar=name.upper(), help=words, **how)
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        near = FAIRSEQ_FLAGS.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
-        fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
+        fail(f"unknown argument {unknown[0]}: did you mean --{ALIASES.get(name) or nearest(name, LIMITS)}? (--help "
+             "lists them all)")
     return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
 
 
-def convert(name, text):
-    """Text from the command line -> the value of a setting, if its comment allows it; None for auto."""
+def convert(name, value):
+    """Text, or a value of a checkpoint -> the value of a setting, if its comment allows it; None for auto."""
     kind, limits = Settings.__annotations__[name], LIMITS[name]
+    text = str(int(value) if isinstance(value, bool) else value)
     if limits[:1] == "{" and text not in limits[1:-1].split(", "):
         raise argparse.ArgumentTypeError(f"invalid choice {text!r}: it must be one of {limits}")
     if text == "":
@@ -165,11 +166,14 @@ def convert(name, text):
     return x
 
 
+def nearest(word, known):
+    return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
+
+
 # `tuned` comes before the table TUNED, whose values nobody has tried at other sizes.
 PRESETS = {
     # The default: about a minute on two cores.
-    "cpu": dict(data="numbers", vocab=1000, n_layer=2, n_head=4, n_embd=128, n_ffn=256, norm="post", dropout=0.0,
-                max_tokens=1024, steps=1000, warmup=100, eval_every=250, compile=False),
+    "cpu": dict(compile=False),
     # Captions of images, for a CPU: nine epochs of a small model.
     "multi30k": dict(data="multi30k", vocab=4000, n_layer=3, n_head=4, n_embd=128, n_ffn=256, norm="post", dropout=0.1,
                      max_tokens=1024, steps=4851, warmup=400, eval_every=539, compile=False),
@@ -189,37 +193,25 @@ PRESETS = {
 # (The best lr of rotational_sgd and of rotational_rf_rmsprop is still the smallest tried, by less than 0.001.)
 # max_dim: the Shampoos keep a diagonal for the vocabulary, whose matrix would take most of their time. modular_lion
 # wants a shorter memory than lion: with betas (0.9, 0.99) it reached BLEU 36 (with a long warmup 86), with these 99.
-TUNED = {
-    "sgd": dict(lr=0.2, momentum=0.9, weight_decay=1e-4),
-    "adam": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.0),
-    "adamw": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.1),
-    "lion": dict(lr=4e-4, beta1=0.9, beta2=0.99, weight_decay=1.0),
-    "rmsprop": dict(lr=2e-3, alpha=0.99, weight_decay=0.0),
-    "rf_rmsprop": dict(lr=1.2e-3, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "rf_adamw": dict(lr=1e-2, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.1),
-    "shampoo": dict(lr=1.5e-4, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, graft="adam", update_every=10,
-                    max_dim=512),
-    "if_shampoo": dict(lr=1e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0, max_dim=512),
-    "modular_sgd": dict(lr=0.08, momentum=0.9, weight_decay=0.0),
-    "modular_adam": dict(lr=0.08, beta1=0.9, beta2=0.99, weight_decay=0.0),
-    "modular_lion": dict(lr=0.08, beta1=0.9, beta2=0.9, weight_decay=0.0),
-    "modular_rmsprop": dict(lr=0.08, alpha=0.99, momentum=0.9, weight_decay=0.0),
-    "modular_rf_rmsprop": dict(lr=0.08, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.0),
-    "modular_rf_adamw": dict(lr=0.08, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.0),
-    "modular_shampoo": dict(lr=0.08, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.0, update_every=10,
-                            max_dim=512),
-    "modular_if_shampoo": dict(lr=0.08, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.0, max_dim=512),
-    "rotational_sgd": dict(lr=0.25, momentum=0.9, weight_decay=1.2e-4),
-    "rotational_adam": dict(lr=2.5e-3, beta1=0.9, beta2=0.99, weight_decay=0.14),
-    "rotational_adamw": dict(lr=5e-3, beta1=0.9, beta2=0.99, weight_decay=0.14),
-    "rotational_lion": dict(lr=1e-3, beta1=0.9, beta2=0.99, weight_decay=2.5),
-    "rotational_rmsprop": dict(lr=1e-2, alpha=0.99, weight_decay=7e-3),
-    "rotational_rf_rmsprop": dict(lr=1.25e-4, alpha=0.97, momentum=0.9, eps=1e-3, weight_decay=0.28),
-    "rotational_rf_adamw": dict(lr=1.5e-3, beta1=0.9, beta2=0.97, eps=1e-3, weight_decay=0.46),
-    "rotational_shampoo": dict(lr=1e-3, momentum=0.9, lr_cov=0.05, damping=1e-6, weight_decay=0.07, graft="adam",
-                               update_every=10, max_dim=512),
-    "rotational_if_shampoo": dict(lr=2e-3, momentum=0.9, lr_cov=0.1, damping=3e-4, weight_decay=0.05, max_dim=512),
-}
+TUNED = {}
+for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
+        ("sgd", (0.2, 1e-4), (0.25, 1.2e-4), (0.08, 0.0), dict(momentum=0.9)),
+        ("adam", (2e-3, 0.0), (2.5e-3, 0.14), (0.08, 0.0), dict(beta1=0.9, beta2=0.99)),
+        ("adamw", (2e-3, 0.1), (5e-3, 0.14), None, dict(beta1=0.9, beta2=0.99)),
+        ("lion", (4e-4, 1.0), (1e-3, 2.5), (0.08, 0.0), dict(beta1=0.9, beta2=0.99)),
+        ("rmsprop", (2e-3, 0.0), (1e-2, 7e-3), (0.08, 0.0), dict(alpha=0.99)),
+        ("rf_rmsprop", (1.2e-3, 0.0), (1.25e-4, 0.28), (0.08, 0.0), dict(alpha=0.97, momentum=0.9, eps=1e-3)),
+        ("rf_adamw", (1e-2, 0.1), (1.5e-3, 0.46), (0.08, 0.0), dict(beta1=0.9, beta2=0.97, eps=1e-3)),
+        ("shampoo", (1.5e-4, 0.0), (1e-3, 0.07), (0.08, 0.0),
+         dict(momentum=0.9, lr_cov=0.05, damping=1e-6, update_every=10, max_dim=512)),
+        ("if_shampoo", (1e-3, 0.0), (2e-3, 0.05), (0.08, 0.0),
+         dict(momentum=0.9, lr_cov=0.1, damping=3e-4, max_dim=512))):
+    for geometry, pair in (("", plain), ("rotational_", rotational), ("modular_", modular)):
+        if pair:
+            TUNED[geometry + direction] = dict(lr=pair[0], weight_decay=pair[1], **shared)
+TUNED["modular_rmsprop"]["momentum"] = 0.9
+TUNED["shampoo"]["graft"] = TUNED["rotational_shampoo"]["graft"] = "adam"
+TUNED["modular_lion"]["beta2"] = 0.9
 
 
 def settle(given):
@@ -228,23 +220,20 @@ def settle(given):
     device = pick_device(given.get("device"))
     name = given.get("preset", "cpu")
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
-    s = types.SimpleNamespace(**{key: getattr(Settings, key) for key in LIMITS} | {"tuned": {}} | preset | given
-                              | {"preset": name, "device": device})
-    try:
-        kind = optim.find_optimizer(s.opt)
-    except ValueError as error:
-        fail(f"--opt: {error}")
+    chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
+    s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
+    kind = optim.OPTIMIZERS.get(s.opt) or fail(
+        f"--opt {s.opt}: did you mean {nearest(s.opt, optim.OPTIMIZERS)!r}? (README.md lists them all)")
 
-    said, takes = said_by_hand(given), kind.takes()
-    known = [key for key in takes if key not in optim.PER_GROUP | {"compile", "betas"}]
-    known += ["beta1", "beta2"] * ("betas" in takes)
-    for key in said.keys() - set(known):
-        fail(f"{s.opt} takes no {key}; it takes {', '.join(known)}")
-    s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in s.tuned else
+    said, tuned = said_by_hand(given), preset.get("tuned", {})
+    takes = {key: x for key, x in kind.takes().items() if key not in optim.PER_GROUP | {"compile"}}
+    takes |= zip(("beta1", "beta2"), takes.pop("betas", ()))
+    for key in said.keys() - takes.keys():
+        fail(f"{s.opt} takes no {key}; it takes {', '.join(takes)}")
+    s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in tuned else
                  "tuned for preset cpu" if s.opt in TUNED else "default of its class, tuned by nobody")
-    s.hyper = {"lr": takes["lr"]} | s.tuned.get(s.opt, TUNED.get(s.opt, {})) | said
-    for key in HYPER | {"tuned"}:
-        delattr(s, key)
+    s.hyper = {key: takes[key] for key in ("lr", "beta1", "beta2") if key in takes}
+    s.hyper |= tuned.get(s.opt, TUNED.get(s.opt, {})) | said
 
     if s.gains is None:
         s.gains = kind.geometry is optim.ROTATIONAL
@@ -261,7 +250,7 @@ def settle(given):
 
 
 def settle_by_data(s, given, train):
-    """What depends on the training set: the steps of --epochs, the warmup of a short run, a root-free batch_size."""
+    """What depends on the training set: the steps of --epochs, the warmup, a root-free batch_size."""
     if s.epochs:
         s.steps = s.epochs * len(train.sizes)
     if s.warmup >= s.steps and "warmup" in given:
@@ -286,7 +275,7 @@ def said_by_hand(given):
             fail(f"--opt_kwargs {pair}: " + (f"{key} is given twice, leave one out" if equals else "write KEY=VALUE"))
         try:
             said[key] = ast.literal_eval(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+        except (ValueError, SyntaxError):
             said[key] = text                        # a word, as in graft=adam
     return said
 
@@ -295,12 +284,11 @@ def resumed(given):
     """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
-    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND})
-    for key in given.keys() & (ASIDE | {"steps", "epochs", "dtype"}):
-        setattr(s, key, given[key])
+    length = {"steps", "epochs"}                    # where one is given, the other no longer counts
+    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
+                              | dict.fromkeys(length if given.keys() & length else ())
+                              | {key: given[key] for key in given.keys() & (ASIDE | length | {"dtype"})})
     s.out_dir, s.device = out_dir, pick_device(s.device)
-    if "steps" in given:                            # from now on: a later --resume must not go back to the epochs
-        s.epochs = None
     other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
     for key in other + [key for key in said if s.hyper.get(key) != said[key]]:
         fail(f"--{key} {(given | said)[key]} is not what {out_dir}/ckpt.pt was made with: leave it out to go on, or "
@@ -309,10 +297,10 @@ def resumed(given):
 
 
 def pick_device(name):
-    mps = torch.backends.mps.is_available()
-    if name == "cuda" and not torch.cuda.is_available() or name == "mps" and not mps:
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name not in (None, "cpu", best):
         fail(f"--device {name}: this machine (or this build of torch) has none; use --device cpu")
-    return name or ("cuda" if torch.cuda.is_available() else "mps" if mps else "cpu")
+    return name or best
 
 
 # ---- Data, 1: numbers, from a grammar of German and English ----------------------------------------------------------
@@ -526,8 +514,8 @@ IWSLT14 = ("https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz", "md5
 
 def download(url, checksum, path):
     """Fetch url to path, unless it is there: beside it, checked, then renamed. checksum: "sha256:..." or so."""
-    by_hand = f"Fetch it by hand and put it at {path} (--data_dir), or use --data numbers, which is made here"
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")    # two runs may fetch it at once
+    by_hand = f"Fetch it by hand and put it at {path} (--data_dir), or use --data numbers, which needs none"
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")       # two may fetch it at once
     try:
         if path.exists():
             if file_checksum(path, checksum) != checksum:
@@ -535,15 +523,14 @@ def download(url, checksum, path):
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         request = urllib.request.Request(url, headers={"User-Agent": SCRIPT})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file:
-            size = int(reply.headers.get("Content-Length") or 0) or None
-            with tqdm.wrapattr(reply, "read", total=size, desc=path.name) as body:
-                shutil.copyfileobj(body, file)
+        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file, \
+                tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name) as body:
+            shutil.copyfileobj(body, file)
         if file_checksum(part, checksum) != checksum:
             fail(f"{url} did not give the expected file ({checksum}). {by_hand}")
         os.replace(part, path)
         return path
-    except (OSError, ValueError, http.client.HTTPException) as error:          # no network, no such file, no HTTP, ...
+    except (OSError, http.client.HTTPException) as error:           # no network, no such file, no HTTP, ...
         fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
     finally:                                        # also after Ctrl-C
         with contextlib.suppress(OSError):
@@ -591,14 +578,12 @@ def read_pairs(prefix):
                 sides.append(sentences(file.read(), path))
         except (OSError, EOFError, zlib.error) as error:        # no permission; not a gzip file, or half of one
             fail(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
-        if not sides[-1]:
-            fail(f"{path} is empty: it must hold a sentence a line")
-        empty = [i for i, line in enumerate(sides[-1], 1) if not line]
-        if empty:
-            fail(f"{path}, line {empty[0]}: empty, as {len(empty) - 1} more: take these pairs out of both files")
-    if len(sides[0]) != len(sides[1]):
+    if not len(sides[0]) == len(sides[1]) > 0:
         fail(f"{prefix}.de has {len(sides[0])} lines, {prefix}.en has {len(sides[1])}: line n of one must translate "
              "line n of the other")
+    empty = [n for n, pair in enumerate(zip(*sides), start=1) if not all(pair)]
+    if empty:
+        fail(f"{prefix}, line {empty[0]}: empty, as {len(empty) - 1} more: take these pairs out of both files")
     return list(zip(*sides))
 
 
@@ -654,9 +639,7 @@ def load_corpus(name, data_dir, test):
         if not test:
             pairs["test"] = read_pairs(beside(name, ("test", "test_2016_flickr")))
     else:
-        near = difflib.get_close_matches(name, ("numbers", "multi30k", "iwslt14"), n=1)
-        fail(f"--data {name}: there is no {name}.de; " + (f"did you mean {near[0]}?" if near else
-                                                         "the data sets are numbers, multi30k, iwslt14"))
+        fail(f"--data {name}: there is no {name}.de; the data sets are numbers, multi30k, iwslt14")
     return pairs | ({"test": read_pairs(test)} if test else {})
 
 
@@ -679,10 +662,17 @@ def learn_byte_pairs(lines, count):
     frequency = collections.Counter(word for line in lines for word in re.findall(WORD, " " + line))
     words, weights = [list(word.encode().decode("latin-1")) for word in frequency], list(frequency.values())
     pairs, where, tokens = collections.Counter(), collections.defaultdict(set), []
+
+    def count_pairs(i, word, weight):
+        for pair in map(str.__add__, word, word[1:]):
+            pairs[pair] += weight
+            if pairs[pair]:
+                where[pair].add(i)
+            else:
+                del pairs[pair]                     # a third of all; the search for the best looks at every pair
+
     for i, word in enumerate(words):
-        for a, b in zip(word, word[1:]):
-            pairs[a + b] += weights[i]
-            where[a + b].add(i)
+        count_pairs(i, word, weights[i])
     for _ in tqdm(range(count), desc="learning byte pairs", delay=2):
         most = max(pairs.values(), default=0)
         if most < 2:
@@ -691,14 +681,8 @@ def learn_byte_pairs(lines, count):
         tokens.append(best)
         for i in where.pop(best):
             old, words[i] = words[i], join(words[i], best)
-            for a, b in zip(old, old[1:]):
-                pairs[a + b] -= weights[i]
-            for a, b in zip(words[i], words[i][1:]):
-                pairs[a + b] += weights[i]
-                where[a + b].add(i)
-            for a, b in zip(old, old[1:]):
-                if pairs[a + b] == 0:
-                    del pairs[a + b]                # a third of all; the search for the best looks at every pair
+            count_pairs(i, words[i], weights[i])
+            count_pairs(i, old, -weights[i])
     return tokens
 
 
@@ -998,13 +982,12 @@ class Translator(nn.Module):
         def layers(stack, *names):                  # all of them together of mass 5, as in the paper's GPT
             s, tree, norm = 1 / (len(names) * len(stack)), optim.bond("x"), optim.bond("layernorm")
             for name in names:
-                parts = [getattr(layer, name) for layer in stack]
+                w = {x: optim.weight(*(getattr(getattr(layer, name), x) for layer in stack))
+                     for x in (("up", "down") if name == "ffn" else ("q", "k", "v", "out"))}
                 if name == "ffn":
-                    up, down = (optim.weight(*(getattr(part, x) for part in parts)) for x in ("up", "down"))
-                    f = down @ optim.bond("relu", 0.5**0.5) @ up
+                    f = w["down"] @ optim.bond("relu", 0.5**0.5) @ w["up"]
                 else:                               # the paper's three factors 1/3 are in the bond
-                    q, k, v, out = (optim.weight(*(getattr(part, x) for part in parts)) for x in ("q", "k", "v", "out"))
-                    f = out @ optim.bond("attention", 1 / 3) @ (q, k, v)
+                    f = w["out"] @ optim.bond("attention", 1 / 3) @ (w["q"], w["k"], w["v"])
                 tree = ((1 - s) * optim.bond("x") + s * (f @ norm)) @ tree
             return (tree ** len(stack)).tare(5)
 
@@ -1137,9 +1120,8 @@ def write(path, data):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-    except OSError as error:                        # a full disk, say
+    finally:                                        # a full disk, say
         part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def append(path, record):
@@ -1165,31 +1147,28 @@ def lock(folder, flag, wait=False):
 
 
 def start_files(out_dir, s, ckpt):
-    """Write config.json, and log.jsonl as it was at the checkpoint. -> the steps whose evaluation is in the log."""
-    log, path = [], out_dir / "log.jsonl"
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError, TypeError, KeyError):      # a line that a kill cut short
-            record = json.loads(line)
-            if not ckpt or record["step"] <= ckpt["step"]:              # the later ones come again
-                log.append(record)
-    if ckpt:                                        # the result comes again, too
-        log = [record for record in log if "final" not in record]
+    """Write config.json, and log.jsonl as it was before the evaluation at the checkpoint, which comes again. A new run
+    replaces an old one, unless that is finished and has other settings."""
+    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", ""
+    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    if ckpt:
+        for line in lines:
+            with contextlib.suppress(ValueError):   # a line that a kill cut short
+                record = json.loads(line)
+                if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
+                    kept += line + "\n"
     else:
-        if log and "final" in log[-1]:
-            old, new = {}, vars(s) | s.hyper
-            with contextlib.suppress(OSError, ValueError):              # without it nobody knows what the run was
-                old = json.loads((out_dir / "config.json").read_text())
-            old |= old.get("hyper", {})
+        if lines and '"final"' in lines[-1]:
+            old = json.loads(config.read_text()) if config.exists() else {}
+            old, new = old | old.get("hyper", {}), vars(s) | s.hyper
             other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
             if other:
                 fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
                      "delete that folder")
-        log = []
         for name in ("ckpt.pt", "hypotheses.en"):   # an older run's must not be taken for this one's
             (out_dir / name).unlink(missing_ok=True)
-    write(out_dir / "config.json", json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
-    write(path, "".join(json.dumps(record) + "\n" for record in log).encode())
-    return {record["step"] for record in log if "val_loss" in record}
+    write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
+    write(log, kept.encode())
 
 
 def save(path, s, model, optimizer, bar, **progress):
@@ -1210,14 +1189,13 @@ def load_checkpoint(path):
         with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
             ckpt = torch.load(path, map_location="cpu", weights_only=True)
         config = ckpt["config"]
-        good = ckpt["script"] == SCRIPT and 0 <= ckpt["step"] == int(ckpt["step"]) and ckpt["seconds"] >= 0
-        good = good and all(isinstance(loss, float) for loss in ckpt["losses"])
-        good = good and isinstance(config["hyper"], dict) and isinstance(config["lr_from"], str)
-        good = good and config["opt"] in optim.OPTIMIZERS
+        good = [ckpt["script"] == SCRIPT, 0 <= ckpt["step"] == int(ckpt["step"]), ckpt["seconds"] >= 0,
+                math.isfinite(sum(ckpt["losses"])), config["opt"] in optim.OPTIMIZERS, config["hyper"]["lr"] >= 0,
+                config["lr_from"],
+                not zipfile.ZipFile(path).testzip()]            # torch.load compares no checksums
         for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
-            text = str(int(config[key]) if isinstance(config[key], bool) else config[key])
-            good = good and (config[key] is getattr(Settings, key) is None or config[key] == convert(key, text))
-        if not good or zipfile.ZipFile(path).testzip():         # torch.load does not compare the file's checksums
+            good.append(config[key] == getattr(Settings, key) or config[key] == convert(key, config[key]))
+        if not all(good):
             raise ValueError
         return ckpt | {"bpe": BytePairs(ckpt["bpe"])}
     except Exception:                               # torch.load raises half a dozen kinds, by what is broken
@@ -1225,15 +1203,16 @@ def load_checkpoint(path):
              "start again")
 
 
-def restore(ckpt, model, optimizer=None):
+def restore(ckpt, s, model, optimizer=None):
     """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
+    if s.steps < ckpt["step"]:
+        fail(f"--steps {s.steps}: {s.out_dir} has done {ckpt['step']} steps already, give at least as many")
     try:
         model.load_state_dict(ckpt["model"])
         if optimizer:
             optimizer.load_state_dict(ckpt["optimizer"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"--resume: ckpt.pt does not fit its own settings ({type(error).__name__}): was it changed by hand? Start "
-             "again without --resume")
+        fail(f"{s.out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): start without --resume")
     return ckpt["step"], ckpt["seconds"], ckpt["losses"]
 
 
@@ -1251,11 +1230,7 @@ def lr_at(step, peak, s):
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
-    if s.schedule == "linear":
-        return peak * (1 - done)
-    if s.schedule == "cosine":
-        return peak * (1 + math.cos(math.pi * done)) / 2
-    return peak                                     # constant
+    return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s.schedule]
 
 
 def make_model(s, bpe):
@@ -1267,16 +1242,21 @@ def make_model(s, bpe):
 
 
 def make_optimizer(s, model):
+    hyper = dict(s.hyper)
+    if "beta1" in hyper:
+        hyper["betas"] = hyper.pop("beta1"), hyper.pop("beta2")
+    if "dtype" in hyper:                            # a word, as in --opt_kwargs dtype=bfloat16
+        hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
     try:
-        hyper = dict(s.hyper)
-        if hyper.keys() & {"beta1", "beta2"}:
-            default = optim.find_optimizer(s.opt).takes().get("betas", (0, 0))
-            hyper["betas"] = hyper.pop("beta1", default[0]), hyper.pop("beta2", default[1])
-        if "dtype" in hyper:                        # a word, as in --opt_kwargs dtype=bfloat16
-            hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
         return optim.build(s.opt, model, compile=s.compile, **hyper)
     except (ValueError, TypeError) as error:        # a value out of its range
         fail(error)
+
+
+def set_up_gpu(s):
+    # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
+    torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
+    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention makes a plan for every shape: most batches
 
 
 @torch.no_grad()
@@ -1333,22 +1313,24 @@ def translate_text(s, ckpt, autocast):
     data = sys.stdin.buffer.read() if s.translate == "-" else s.translate.encode("utf-8", "surrogatepass")
     lines = sentences(data, "standard input" if s.translate == "-" else "--translate")
     model = make_model(s, ckpt["bpe"]).to(s.device)
-    restore(ckpt, model)
+    restore(ckpt, s, model)
     for line in translate(model, ckpt["bpe"], lines, s, autocast):
         print(line)
 
 
 def main():
     given = parse()
-    if given.keys() >= {"steps", "epochs"}:
-        fail("--steps and --epochs both say how long to train: give one of them")
-    s, ckpt = resumed(given) if given.get("resume") or "translate" in given else (settle(given), None)
-    if s.eval_only and not ckpt:
-        fail("--eval_only needs --resume: there is nothing trained to evaluate")
+    for pair in SAID_TWICE:
+        if pair <= given.keys():
+            fail(f"--{' and --'.join(sorted(pair))} say the same thing: give one of them")
+    s, ckpt = resumed(given) if given.keys() & {"resume", "translate"} else (settle(given), None)
+    if s.eval_only and (s.translate or not ckpt):
+        fail("--eval_only is for --resume, without --translate: it translates the test set with a trained model")
     out_dir = pathlib.Path(s.out_dir)
+    if s.device == "cuda":
+        set_up_gpu(s)
     autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
-    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention makes a plan for every shape: most batches
-    if s.translate is not None:
+    if s.translate:
         return translate_text(s, ckpt, autocast)
 
     # ---- data
@@ -1364,18 +1346,13 @@ def main():
         if batches.too_long:
             print(f"{batches.too_long} {part} pairs are longer than --max_tokens {s.max_tokens} and left out")
     settle_by_data(s, given, train)
-    if ckpt and s.steps < ckpt["step"]:
-        fail(f"--steps {s.steps}: {out_dir} has done {ckpt['step']} steps already, give at least as many")
 
     # ---- model and optimizer
-    if s.device == "cuda":                          # TF32 where autocast leaves float32; Shampoo needs all its digits
-        torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
     torch.manual_seed(s.seed)
     model = make_model(s, bpe).to(s.device)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    # losses: of the steps since the last evaluation
-    step, spent, losses = restore(ckpt, model, optimizer) if ckpt else (0, 0.0, [])
+    step, spent, losses = restore(ckpt, s, model, optimizer) if ckpt else (0, 0.0, [])
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model, dynamic=True) if s.compile else model       # batches come in many shapes
     hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
@@ -1384,27 +1361,22 @@ def main():
           f"{100 * train.padding:.1f} % padding, vocabulary {bpe.n_vocab}; Transformer with "
           f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s.gains else ''}; {s.device}, "
           f"{s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
-    if s.show_table:
-        print(optim.table(optimizer))
     if s.bench:
         return bench(network, optimizer, train, s, autocast)
 
     # ---- files, signals
-    logged, stopped_by = set(), []
     if not s.eval_only:
         only_one = lock(out_dir, "--out_dir")       # as long as the process lives
-        logged = start_files(out_dir, s, ckpt)
-        stopped_by = catch_signals()
+        start_files(out_dir, s, ckpt)
         write(out_dir / "bpe.json", json.dumps(bpe.tokens).encode())
-    losses, pending = [] if step in logged else losses, []          # pending: losses that are still on the device
-    start, began, val_loss = step, time.time() - spent, math.nan
-    bar = tqdm(total=s.steps, initial=start, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30)
+    stopped_by = catch_signals() if not s.eval_only else []
 
-    # ---- the loop: evaluate and save where it is time to, then take a step
-    with bar:
+    # ---- the loop: evaluate and save where it is time to, then take a step. pending: losses still on the device
+    start, began, pending = step, time.time() - spent, []
+    with tqdm(total=s.steps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while True:
             last, leave = step == s.steps, bool(stopped_by)
-            evaluate_now = last or s.eval_only or step % s.eval_every == 0 and step not in logged
+            evaluate_now = last or s.eval_only or step % s.eval_every == 0
             save_now = last or step % s.save_every == 0
             if pending and (evaluate_now or save_now or leave or step % 10 == 0):
                 losses, pending = losses + read_losses(pending, step, bar, s), []
@@ -1415,19 +1387,18 @@ def main():
                     diverged(f"the validation loss is {val_loss}", step, bar, s)
             if s.eval_only:
                 break
-            if evaluate_now and not leave and step not in logged:
+            if save_now or leave:
+                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses, fingerprint=fingerprint,
+                     seconds=time.time() - began, bpe=bpe.tokens)
+            if evaluate_now and not leave:
                 record = {"step": step, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
                 if losses:
                     record |= {"train_loss": sum(losses) / len(losses), "tokens": round(step * train.tokens_per_batch)}
-                append(out_dir / "log.jsonl", record)
-                if losses:
                     bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
                               f"{record['seconds']:6.1f} s", file=sys.stdout)
+                append(out_dir / "log.jsonl", record)
                 losses = []
-            if save_now or leave:
-                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses, fingerprint=fingerprint,
-                     seconds=time.time() - began, bpe=bpe.tokens)
             if last or leave:
                 break
 
@@ -1441,7 +1412,7 @@ def main():
             pending.append(gradients(network, train.get(batches[i], s.device), s, autocast))
             if s.grad_clip:
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-            measure = s.track and (step + 1) % s.track == 0 and step + 1 < s.steps      # the last lr is almost 0
+            measure = s.track and (step + 1) % s.track == 0 and step + 1 < s.steps          # the last lr is ~0
             if measure:
                 probe.measure_next_step()
             optimizer.step()
@@ -1480,37 +1451,29 @@ def result(model, bpe, pairs, s, autocast, record):
 
 
 def bench(network, optimizer, train, s, autocast):
-    """Print the median times of a step, of its forward and backward passes, and of its optimizer."""
-    batches = itertools.cycle(train.epoch([s.seed, 0])[:4])     # `seconds` runs each kind four times
-
-    def both_passes():
-        gradients(network, train.get(next(batches), s.device), s, autocast)
-
-    def train_step():
-        both_passes()
-        nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip or math.inf)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def seconds(run):
-        wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
-        wait()
-        began = time.perf_counter()
-        for _ in range(4):
-            run()
-        wait()
-        return (time.perf_counter() - began) / 4
-
-    kinds = train_step, both_passes, optimizer.step
-    rounds = [[seconds(run) for run in kinds] for _ in range(17)]           # in turn: the same machine for all
-    step, passes, update = np.median(rounds[2:], axis=0)                    # two rounds warm up
+    """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
+    batches, times = itertools.cycle(train.epoch([s.seed, 0])[:4]), []
+    batch = train.get(next(batches), s.device)
+    phases = (lambda: train.get(next(batches), s.device), lambda: gradients(network, batch, s, autocast),
+              lambda: nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip or math.inf),
+              optimizer.step, optimizer.zero_grad)
+    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
+    for _ in range(68):
+        marks = [time.perf_counter()]
+        for phase in phases:
+            phase()
+            wait()
+            marks.append(time.perf_counter())
+        times.append(np.diff(marks))
+    times = np.median(times[8:], axis=0)            # the first ones warm up
+    step, passes, update = times.sum(), times[1], times[3]
     print(f"{train.tokens_per_batch / step:,.0f} English tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
           f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward "
           f"and backward {100 * (1 - passes / step):.1f} %")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # an umlaut must not cost the result line
+    sys.stdout.reconfigure(errors="backslashreplace")           # a sampled character must not cost the result line
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught
@@ -1520,11 +1483,10 @@ if __name__ == "__main__":
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's own flush at the end fails again
-        if error.errno == errno.EPIPE:
-            sys.exit(1)                             # `| head` has seen enough; ckpt.pt is there to go on from
-        fail(f"cannot write {error.filename or 'output'}: {error.strerror}. The last one is whole: make room, --resume")
+        fail(f"cannot write: {error.strerror}. The last checkpoint is whole: --resume goes on from it",
+             status=1 if error.errno == errno.EPIPE else 2)     # 1: `| head` has seen enough
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|ALLOC_FAILED", str(error)):
+        if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
             fail("out of memory: make the model or the batch smaller")
         if re.search(r"C(\+\+)? compiler|triton installation", str(error)):
             fail("torch.compile needs a C++ compiler, and Triton on a GPU: --compile 0 does without")
