@@ -93,7 +93,6 @@ Papers:
 import argparse
 import ast
 import contextlib
-import copy
 import difflib
 import fnmatch
 import functools
@@ -101,6 +100,7 @@ import importlib.util
 import inspect
 import itertools
 import math
+import operator
 import os
 import re
 import statistics
@@ -1355,20 +1355,21 @@ def within(value, allowed):
     """Does a value lie in a range of RANGES?"""
     if isinstance(allowed, tuple):
         return any(value is choice or isinstance(value, str) and value == choice for choice in allowed)
-    kind, opening, low, high, closing = interval(allowed)
-    if kind == "None or in" and value is None:
-        return True
-    numbers = value if kind == "two numbers in" else [value]
-    return len(numbers) == 1 + (kind == "two numbers in") and all(
-        (low <= x if opening == "[" else low < x) and (x <= high if closing == "]" else x < high)
-        and (kind != "a whole number in" or isinstance(x, int)) for x in numbers)
+    words, above, low, high, below = interval(allowed)
+    if value is None:
+        return words == "None or in"
+    numbers, count = (value, 2) if words == "two numbers in" else ([value], 1)
+    return len(numbers) == count and all(
+        above(x, low) and below(x, high) and (words != "a whole number in" or isinstance(x, int)) for x in numbers)
 
 
 @functools.cache
-def interval(words):
-    """The parts of a range: its words, its brackets, its ends."""
-    kind, opening, low, high, closing = re.match(r"(.*?) ?([\[(])(\S+), (\S+)([\])])", words).groups()
-    return kind, opening, float(low), float(high), closing
+def interval(text):
+    """A range in words -> the words in front of it, and its two ends, each with the comparison that it takes."""
+    words, opening, low, high, closing = re.match(r"(.*?) ?([\[(])(\S+), (\S+)([\])])", text).groups()
+    above = operator.ge if opening == "[" else operator.gt
+    below = operator.le if closing == "]" else operator.lt
+    return words, above, float(low), float(high), below
 
 
 def name_of(group, i, index):
@@ -1379,7 +1380,7 @@ def name_of(group, i, index):
 class Optimizer(torch.optim.Optimizer):
     """A direction followed by a geometry: the base class of every optimizer here, not meant to be used directly.
 
-    Subclasses set `direction` and `geometry`. A torch.optim.Optimizer's abilities all work: groups, schedulers,
+    Subclasses set `direction` and `geometry`. What a torch.optim.Optimizer can do, they can do: groups, schedulers,
     closures, state_dict, pickle, deepcopy. All state is in self.state[p], as tensors or plain numbers, in float32 or
     the parameter's type, whichever is wider (unless `dtype` says otherwise). `step` there counts the steps in which p
     had a gradient. Parameters without one are left alone, and so is their state. A step with lr = 0 changes no weight.
@@ -1396,25 +1397,26 @@ class Optimizer(torch.optim.Optimizer):
     parameters that have a gradient compiles anew, too, without such a limit.
 
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
-    Errors   ValueError for values out of range, misspelt keys in a group, parameters that are complex, sparse or
-             expanded, or of FSDP where the update needs whole matrices, sparse gradients, a checkpoint of another model
-             or of an optimizer with other hyperparameters or averages; TypeError for an unknown argument
+    Errors   TypeError for an unknown argument. ValueError for all else: values out of range, misspelt keys in a group,
+             parameters or gradients of another kind, a checkpoint of another model or kind of optimizer
     """
     direction = None
     geometry = PLAIN
     overrides = {}                                  # defaults of the pair that differ from its factors'
 
     def __init_subclass__(cls, **keywords):
-        """help(), pop-ups and inspect.signature show the hyperparameters, though __init__ takes them as **hyper."""
+        """help() and pop-ups show the formulas of both factors, and the arguments that __init__ takes as **hyper."""
         super().__init_subclass__(**keywords)
-        cls.__signature__ = cls._signature() if "__init__" not in vars(cls) and cls.direction else None
+        if cls.direction:
+            parts = [vars(cls).get("__doc__"), f"Direction {cls.direction.name}", cls.direction.__doc__,
+                     f"Geometry {cls.geometry.name}", cls.geometry.__doc__]
+            cls.__doc__ = "\n\n".join(inspect.cleandoc(part) for part in parts if part)
+            cls.__signature__ = None if "__init__" in vars(cls) else cls._signature()
 
     @classmethod
-    @functools.cache
     def takes(cls):
         """Every hyperparameter of the class, with its default."""
-        return types.MappingProxyType(
-            cls.direction.defaults | cls.geometry.defaults | cls.overrides | {"compile": False})
+        return cls.direction.defaults | cls.geometry.defaults | cls.overrides | {"compile": False}
 
     @classmethod
     def _signature(cls):
@@ -1422,11 +1424,6 @@ class Optimizer(torch.optim.Optimizer):
         return inspect.Signature([Parameter("params", Parameter.POSITIONAL_OR_KEYWORD)] + [
             Parameter(key, Parameter.POSITIONAL_OR_KEYWORD if key in own else Parameter.KEYWORD_ONLY, default=default)
             for key, default in cls.takes().items()])
-
-    @classmethod
-    @functools.cache
-    def ranges(cls):
-        return {key: (RANGES | cls.direction.ranges).get(key) for key in cls.takes()}
 
     def __init__(self, params, *values, **hyper):
         for key in sorted(hyper.keys() - self.takes().keys()):
@@ -1466,8 +1463,9 @@ class Optimizer(torch.optim.Optimizer):
         return ""
 
     def _check_values(self, index):
-        group = self.param_groups[index]
-        for key, allowed in self.ranges().items():
+        group, ranges = self.param_groups[index], RANGES | self.direction.ranges
+        for key in self.takes():
+            allowed = ranges.get(key)
             if allowed is None:
                 self._refuse(f"nobody has said which values {key} may have: add them to the `ranges` of its row")
             try:                                    # torch's LinearLR(end_factor=0) may end at lr = -1e-18
@@ -1475,9 +1473,8 @@ class Optimizer(torch.optim.Optimizer):
             except (TypeError, ValueError, RuntimeError, AttributeError):       # a value of another kind altogether
                 good = False
             if not good:
-                words = f"one of {', '.join(map(repr, allowed))}" if isinstance(allowed, tuple) else allowed
-                words = "a number in " * (words[0] in "[(") + words
-                self._refuse(f"{key}={group[key]!r} in parameter group {index}: must be {words}")
+                kind = "one of " if isinstance(allowed, tuple) else "a number in " * (allowed[0] in "[(")
+                self._refuse(f"{key}={group[key]!r} in parameter group {index}: must be {kind}{allowed}")
         if objection := self.direction.objection(group):
             self._refuse(objection)
 
@@ -1487,8 +1484,7 @@ class Optimizer(torch.optim.Optimizer):
         for key in group.keys() - self.takes().keys():
             if meant := self._meant(key):
                 self._refuse(f"unknown key {key!r} in parameter group {index}{meant}")
-        for key in ("maximize", "amsgrad", "nesterov", "differentiable"):
-            if group.get(key) and key not in self.takes():
+            if key in ("maximize", "amsgrad", "nesterov", "differentiable") and group[key]:
                 self._refuse(f"{key} in parameter group {index} is not offered here: leave it out")
         for i, p in enumerate(group["params"]):
             if torch.nn.parameter.is_lazy(p):
@@ -1497,18 +1493,16 @@ class Optimizer(torch.optim.Optimizer):
                 self._check_parameter(p, group, name_of(group, i, index))
 
     def _check_parameter(self, p, group, name):
-        direction, geometry = self.direction_of(p, group), self.geometry_of(p, group)
+        direction, geometry, kind = self.direction_of(p, group), self.geometry_of(p, group), type(p.detach())
         if p.layout is not torch.strided:
-            objection = f"is {p.layout}: only dense parameters are supported"
+            objection = f"is {p.layout}: make it dense"
         elif any(size > 1 and stride == 0 for size, stride in zip(p.shape, p.stride())):
-            objection = ("is expanded: several of its entries are one number in memory. Store it as it was before "
-                         "expand(), or as a clone()")
+            objection = "is expanded: several of its entries are one number in memory. Store a clone()"
         elif not p.is_floating_point():
-            objection = (f"is {p.dtype}: only real floating-point parameters are supported (a complex one can be "
-                         "stored as two real ones: torch.view_as_real)")
-        elif not is_ordinary(p.detach()) and (geometry is MODULAR or not direction.by_entry):
-            objection = (f"is a {type(p.detach()).__name__}, but this update needs plain tensors, and whole matrices. "
-                         "Use DistributedDataParallel, or an optimizer whose updates go by entry or row")
+            objection = f"is {p.dtype}, no real floating point. Store a complex one by torch.view_as_real"
+        elif kind is not torch.Tensor and (geometry is MODULAR or not direction.by_entry):
+            objection = (f"is a {kind.__name__}, but this update needs whole matrices, as plain tensors. Use "
+                         "DistributedDataParallel, or an optimizer whose updates go by entry or row")
         else:
             objection = geometry.objection(direction, p, group)
         if objection:
@@ -1524,8 +1518,7 @@ class Optimizer(torch.optim.Optimizer):
         return self.geometry if mine else PLAIN
 
     def direction_of(self, p, group):
-        """The direction of a parameter: that of the class, or the one that the row names for what it is not meant for.
-        """
+        """The direction of a parameter: that of the class, or the row that takes what the class's is not meant for."""
         return self.direction if self.direction.applies(p, group) else self.direction.instead
 
     @torch.no_grad()
@@ -1535,37 +1528,32 @@ class Optimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for index, group in enumerate(self.param_groups):       # refuse before anything has moved
+        moving = [(index, group, i, p) for index, group in enumerate(self.param_groups)
+                  for i, p in enumerate(group["params"]) if p.grad is not None]
+        for index in range(len(self.param_groups)):             # refuse before anything has moved
             self._check_values(index)                           # schedules and people edit groups in mid-run
-            for i, p in enumerate(group["params"]):
-                if p.grad is None:
-                    continue
-                if p.grad.layout is not torch.strided:
-                    self._refuse(f"{name_of(group, i, index)} has a sparse gradient, which is not supported: build "
-                                 "nn.Embedding with sparse=False")
-                if "step" not in self.state.get(p, {}):         # it may have been overwritten since the constructor
-                    self._check_parameter(p, group, name_of(group, i, index))
-        eager, compiled = [], []
-        for group in self.param_groups:
-            hyper_at = {}
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                direction, geometry = self.direction_of(p, group), self.geometry_of(p, group)
-                state = self.state[p]
-                if "step" not in state:
-                    geometry.prepare(p, group)
-                    w = working_copy(p)
-                    state.update(step=0, **direction.start(w, group), **geometry.start(w, group))
-                if group.get("momentum") and isinstance(direction, HeavyBall) and "momentum_buffer" not in state:
-                    state["momentum_buffer"] = direction.start(working_copy(p), group)["momentum_buffer"]
-                state["step"] += 1
-                key = direction, geometry, state["step"], p.device
-                if key not in hyper_at:             # parameters with the same step count share one dict of numbers
-                    hyper_at[key] = self._hyper(direction, geometry, group, state["step"], p.device)
-                averages = {key: value for key, value in state.items() if key != "step" and torch.is_tensor(value)}
-                work = compiled if group["compile"] else eager
-                work.append((direction, geometry, p.detach(), p.grad, averages, hyper_at[key]))
+        for index, group, i, p in moving:
+            if p.grad.layout is not torch.strided:
+                self._refuse(f"{name_of(group, i, index)} has a sparse gradient, which is not supported: build "
+                             "nn.Embedding with sparse=False")
+            if "step" not in self.state.get(p, {}):             # it may have been overwritten since the constructor
+                self._check_parameter(p, group, name_of(group, i, index))
+        eager, compiled, hyper_at = [], [], {}
+        for index, group, _, p in moving:
+            direction, geometry, state = self.direction_of(p, group), self.geometry_of(p, group), self.state[p]
+            if "step" not in state:
+                geometry.prepare(p, group)
+                w = working_copy(p)
+                state.update(step=0, **direction.start(w, group), **geometry.start(w, group))
+            if isinstance(direction, HeavyBall) and group["momentum"] and "momentum_buffer" not in state:
+                state["momentum_buffer"] = direction.start(working_copy(p), group)["momentum_buffer"]
+            state["step"] += 1
+            key = index, direction, geometry, state["step"], p.device
+            if key not in hyper_at:                 # parameters with the same step count share one dict of numbers
+                hyper_at[key] = self._hyper(direction, geometry, group, state["step"], p.device)
+            averages = {name: x for name, x in state.items() if name != "step" and torch.is_tensor(x)}
+            work = compiled if group["compile"] else eager
+            work.append((direction, geometry, p.detach(), p.grad, averages, hyper_at[key]))
         with full_precision({p.device.type for _, _, p, *_ in eager + compiled}):
             update(blocks(eager))
             update_compiled(compiled)
@@ -1575,86 +1563,79 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     def _hyper(self, direction, geometry, group, t, device):
-        """The hyperparameters as the formulas see them at step t."""
-        h = {key: group[key] for key in self.takes()}
-        h["lr"] = h["lr"].reshape(()) if torch.is_tensor(h["lr"]) else float(h["lr"])
+        """The hyperparameters as the formulas see them at step t. For compiled code those that change from step to step
+        are 0-d tensors, which it reads instead of baking them in. torch.full fills them on the device itself, so
+        nothing waits for a copy. (MPS has no float64.)"""
+        h, lr = {key: group[key] for key in self.takes()}, group["lr"]
+        if torch.is_tensor(lr):                     # in bfloat16, 1 - lr wd would be 1
+            h["lr"] = lr.reshape(()).to(torch.promote_types(lr.dtype, torch.float32))
+        else:
+            h["lr"] = float(lr)
         h = h if direction is self.direction else self.direction.for_others(h)
         changing = {"lr": h["lr"], **direction.scalars(h, t), **geometry.scalars(direction, h, t)}
         if group["compile"]:
-            changing = {key: value if isinstance(value, bool) else as_tensor(value, device)
-                        for key, value in changing.items()}
+            dtype = torch.float32 if device.type == "mps" else torch.float64
+            changing = {key: x if isinstance(x, (bool, torch.Tensor)) else torch.full((), x, dtype=dtype, device=device)
+                        for key, x in changing.items()}
         return h | changing
-
-    def __setstate__(self, state):
-        """After pickle, deepcopy and load_state_dict. torch adds an option of its own to the defaults."""
-        super().__setstate__(state)
-        self.defaults.pop("differentiable", None)
 
     def load_state_dict(self, state_dict):
         """As in torch, with four differences. Where both sides know the parameters' names (build, named_parameters),
         state goes by name. State keeps its precision, which torch rounds to the parameter's type. `compile` stays as it
         is here. The checkpoint of another kind of optimizer, or of parameters with other shapes, is refused."""
-        loaded = []
+        loaded, compiled = [], [group["compile"] for group in self.param_groups]
 
         def match(self, state_dict):                # after the user's own hooks
             state_dict = self._by_name(state_dict)
             loaded.extend(self._check_state(state_dict))
             return state_dict
 
-        def unround(self):                          # before the user's own hooks
+        def mend(self):                             # before the user's own hooks
+            for group, own in zip(self.param_groups, compiled):
+                group["compile"] = own
             for p, key, value, dtype in loaded:
-                self.state[p][key] = copy.deepcopy(value).to(p.device, dtype)
+                self.state[p][key] = value.to(p.device, dtype, copy=True)
 
-        hooks = [self.register_load_state_dict_pre_hook(match),
-                 self.register_load_state_dict_post_hook(unround, prepend=True)]
-        try:
+        with (self.register_load_state_dict_pre_hook(match),
+              self.register_load_state_dict_post_hook(mend, prepend=True)):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _by_name(self, state_dict):
         """The same state_dict, its groups and parameters in the order that they have here."""
         saved, ours = state_dict["param_groups"], self.param_groups
-        if len(saved) != len(ours):
-            return state_dict                       # torch says so
-        if all("param_names" in group for group in [*saved, *ours]):
-            numbers = [dict(zip(group["param_names"], group["params"])) for group in saved]
-            names = {name for group in ours for name in group["param_names"]}
-            if strange := set().union(*numbers) ^ names:
-                self._refuse("this state_dict was saved for another model: only one of the two has "
-                             f"{', '.join(sorted(strange))}. (Is one of them wrapped, and has names like 'module.x'?)")
-            order = [next((i for i, own in enumerate(numbers) if own.keys() == set(group["param_names"])), None)
-                     for group in ours]
-            if None in order:
-                self._refuse("this state_dict has the same parameters in other groups: make the groups as they were")
-            saved = [saved[i] | {"params": [numbers[i][name] for name in group["param_names"]],
-                                 "param_names": list(group["param_names"])} for i, group in zip(order, ours)]
-        return state_dict | {"param_groups": [group | ({"compile": own["compile"]} if "compile" in group else {})
-                                              for group, own in zip(saved, ours)]}
+        if not all("param_names" in group for group in [*saved, *ours]):
+            return state_dict
+        numbers = {name: n for group in saved for name, n in zip(group["param_names"], group["params"])}
+        if strange := numbers.keys() ^ {name for group in ours for name in group["param_names"]}:
+            self._refuse("this state_dict was saved for another model: only one of the two has "
+                         f"{', '.join(sorted(strange))}. (Is one of them wrapped, and has names like 'module.x'?)")
+        holding = {frozenset(group["param_names"]): group for group in saved}
+        if holding.keys() != {frozenset(group["param_names"]) for group in ours}:
+            self._refuse("this state_dict has the same parameters in other groups: make the groups as they were")
+        return state_dict | {"param_groups": [
+            holding[frozenset(names)] | {"params": [numbers[name] for name in names], "param_names": [*names]}
+            for names in (group["param_names"] for group in ours)]}
 
     def _check_state(self, state_dict):
         """-> (parameter, key, tensor, the type it is to have) for all of a state_dict that fits this optimizer."""
-        anywhere = RANGES.keys() | {key for direction in DIRECTIONS.values() for key in direction.ranges}
+        takes, known = self.takes().keys(), RANGES.keys() | {key for row in DIRECTIONS.values() for key in row.ranges}
         for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
-            strange = self.takes().keys() ^ (saved.keys() & anywhere)           # what only one of the two takes
-            strange -= group.keys() - self.takes().keys()                       # a user's own key of that name
+            own = group.keys() - takes                          # a user's own keys, whatever they are called
             if not MODULAR.defaults.keys() <= saved.keys():
-                strange -= MODULAR.defaults.keys() - self.takes().keys()        # "scale", say, is an everyday word
-            if strange:
+                own |= MODULAR.defaults.keys() - takes          # "scale", say, is an everyday word
+            if strange := (takes ^ (saved.keys() & known)) - own:
                 self._refuse("this state_dict was saved by another optimizer: only one of the two has "
                              f"{', '.join(sorted(strange))}")
             for i, (p, number) in enumerate(zip(group["params"], saved["params"])):
                 w = working_copy(p.detach()).to("meta")         # what the state would look like, without its memory
                 averages, entries = self.direction_of(p, saved).start(w, saved), state_dict["state"].get(number, {})
-                like = averages | self.geometry.start(w, saved)
+                like, name = averages | self.geometry.start(w, saved), name_of(group, i, index)
                 missing = averages.keys() - entries.keys() - {"momentum_buffer"}        # that may come in mid-run
-                name = name_of(group, i, index)
                 if entries and missing:
                     self._refuse("this state_dict was saved by another optimizer: it has no "
                                  f"{', '.join(sorted(missing))} of {name}")
                 for key, value in entries.items():
-                    if not isinstance(value, torch.Tensor):
+                    if not torch.is_tensor(value):
                         continue
                     if key in like and value.shape != like[key].shape:
                         self._refuse(f"this state_dict was saved for another model: {key} of {name} {tuple(p.shape)} "
@@ -1690,27 +1671,17 @@ def working_copy(p):
     return p if is_wide(p) else p.float()
 
 
-def is_ordinary(p):
-    """Is p a plain tensor? Rows cut from one of FSDP's, which lie on several machines, would be copies."""
-    return type(p) is torch.Tensor
-
-
 @contextlib.contextmanager
 def full_precision(devices):
     """No autocast, and no tf32 or bfloat16 inside float32 products, whatever surrounds the step."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
     with contextlib.ExitStack() as stack:
-        for device in devices:
-            if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        for device in filter(torch.amp.is_autocast_available, devices):
+            if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before):
-                backend.fp32_precision = precision
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
+            backend.fp32_precision = "ieee"
+        yield
 
 
 def block_size(geometry, device, compiled):
@@ -1725,10 +1696,12 @@ def block_size(geometry, device, compiled):
 
 
 def blocks(work, compiled=False):
-    """`work` with its large tensors cut into blocks of rows, wherever the update of a row depends on that row alone."""
+    """`work` with its large tensors cut into blocks of rows, wherever the update of a row depends on that row alone.
+    (Rows cut from a tensor of FSDP, which lies on several machines, would be copies.)"""
     for direction, geometry, p, g, state, h in work:
         most = block_size(geometry, p.device, compiled)
-        if p.numel() <= most or not is_ordinary(p) or not (direction.by_entry and geometry.by_row(h)):
+        rowwise = type(p) is torch.Tensor and direction.by_entry and geometry.by_row(h)
+        if p.numel() <= most or not rowwise:
             yield direction, geometry, p, g, state, h
             continue
         rows = max(1, most * len(p) // p.numel())
@@ -1760,90 +1733,63 @@ def compiled_update(kinds):
     return torch.compile(own, dynamic=False, options=options)
 
 
-def as_tensor(value, device):
-    """A number that changes from step to step, as a 0-d tensor: compiled code then reads it instead of baking it in.
-    torch.full fills it on the device itself, so nothing has to wait for a copy. (MPS has no float64.)"""
-    if isinstance(value, torch.Tensor):
-        return value
-    return torch.full((), value, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-
-
 # ======================================================================================================================
 # 11. The named optimizers, the registry, `build`, `table`
 #
-# The formulas stand at the directions and geometries. A class says what is particular about the pair. "Settles" is the
-# equilibrium of a random walk (section 5).
+# The formulas stand at the directions and geometries, and help() shows them with each class. A class says what is
+# particular about the pair. "Settles" means the equilibrium of a random walk (section 5), and the angle is in radians a
+# step.
 # ======================================================================================================================
 
 
 class SGD(Optimizer):
-    """Class sgd, plain. Equal to torch.optim.SGD (no dampening, no Nesterov).
-
-    Units    lr: weight^2 / loss, in effect lr / (1 - momentum), since momentum is a sum and no average
-    Settles  ||w||^2 = lr E||g||^2 / (2 wd (1-mu)), turning by sqrt(2 lr wd / (1+mu)) a step
-    """
+    """Equal to torch.optim.SGD (no dampening, no Nesterov).
+    Settles at ||w||^2 = lr E||g||^2 / (2 wd (1-mu)) and an angle of sqrt(2 lr wd / (1+mu))."""
     direction = DIRECTIONS["sgd"]
 
 
 class Adam(Optimizer):
-    """Class adam, plain: L2 regularisation, divided by the gradient's RMS. Equal to torch.optim.Adam.
-
-    Units    lr: weight per step (while gradients agree). weight_decay: loss / weight^2
-    Settles  ||w||^2 = lr C sigma / (2 wd), turning by sqrt(2 lr wd (1-b1) / ((1+b1) sigma)) a step. Both depend on the
-             gradient's size sigma: layers with large gradients turn slowly, others fast. AdamW has no such imbalance
-    """
+    """Equal to torch.optim.Adam: L2 regularisation, divided by the gradient's RMS.
+    Settles at ||w||^2 = lr C sigma / (2 wd) and an angle of sqrt(2 lr wd (1-b1) / ((1+b1) sigma)). Both depend on the
+    gradient's size sigma. Layers with large gradients turn slowly, others fast. AdamW has no such imbalance."""
     direction = DIRECTIONS["adam"]
 
 
 class AdamW(Optimizer):
-    """Class adamw, plain: decoupled decay. Equal to torch.optim.AdamW.
-
-    Units    lr: weight per step. weight_decay: 1 / (lr * steps): w forgets its past in 1 / (lr * weight_decay) steps
-    Settles  ||w||^2 = lr C / (2 wd), turning by sqrt(2 lr wd (1-b1) / (1+b1)) a step, whatever the gradient's size
-    """
+    """Equal to torch.optim.AdamW: decoupled decay. w forgets its past in 1 / (lr * weight_decay) steps.
+    Settles at ||w||^2 = lr C / (2 wd) and an angle of sqrt(2 lr wd (1-b1) / (1+b1)), whatever the gradient's size."""
     direction = DIRECTIONS["adamw"]
 
 
 class Lion(Optimizer):
-    """Class lion, plain: every weight moves by the same amount.
-
-    Units    lr: weight per step, exactly. weight_decay: 1 / (lr * steps)
-    Settles  ||w||^2 = lr C / (pi wd S), turning by sqrt(pi lr wd S) a step; S = (1-b1)^2 + b1^2 (1-b2) / (1+b2)
-    """
+    """Every weight moves by the same amount, lr.
+    Settles at ||w||^2 = lr C / (pi wd S) and an angle of sqrt(pi lr wd S), S = (1-b1)^2 + b1^2 (1-b2) / (1+b2)."""
     direction = DIRECTIONS["lion"]
 
 
 class RMSProp(Optimizer):
-    """Class rmsprop, plain. Equal to torch.optim.RMSprop (not centered).
-
-    Units    lr: weight per step, in effect lr / (1 - momentum). weight_decay: loss / weight^2
-    Settles  ||w||^2 = lr C sigma / (2 wd (1-mu)), turning by sqrt(2 lr wd / ((1+mu) sigma)) a step
-    """
+    """Equal to torch.optim.RMSprop (not centered).
+    Settles at ||w||^2 = lr C sigma / (2 wd (1-mu)) and an angle of sqrt(2 lr wd / ((1+mu) sigma))."""
     direction = DIRECTIONS["rmsprop"]
 
 
 class Muon(Optimizer):
-    """Class muon, plain, for all parameters of a model: matrices by muon, the others by adamw (use_muon, by group).
-    Equal to torch.optim.Muon, with dtype=torch.bfloat16, for what is a matrix.
-
-    Units    lr: the norm of a row's step ("original"), or five times the RMS size of a weight's ("match_rms_adamw")
-    Settles  "original": ||w||^2 ~ lr / (2 wd S), turning by ~ sqrt(2 lr wd S) a step, with S of `muon.power`. Both feel
-             the shape of the matrix (`muon.on_noise`), neither feels the gradient's size
-    """
+    """For all parameters of a model: matrices by muon, the others by adamw (use_muon, in a group). With
+    dtype=torch.bfloat16 equal to torch.optim.Muon for what is a matrix.
+    Settles ("original") at ||w||^2 ~ lr / (2 wd S) and an angle of ~ sqrt(2 lr wd S), S from `muon.power`. Both feel the
+    shape of the matrix a little (`muon.on_noise`), and neither feels the gradient's size."""
     direction = DIRECTIONS["muon"]
 
 
 class RotationalSGD(Optimizer):
-    """Class sgd on the rotational geometry: neurons turn by sqrt(2 lr wd / (1+mu)) radians a step.
+    """Neurons turn by sqrt(2 lr wd / (1+mu)) radians a step, from the first step on.
 
     Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0 (settled at a
-             weight's first step). The others (biases, gains) follow the plain geometry, with their group's decay
-    State    that of the direction, and 2 numbers per neuron
+             weight's first step). The others (biases, gains) follow the plain geometry, with their group's decay and lr
     Options  update_norm_decay_factor: of the average of ||d||^2; 0: every step turns by exactly arctan(angle)
              per_neuron: False keeps the norm of the whole tensor instead.   zero_mean: neurons and updates are centred
              (weights at construction, keeping their norm).   rotational_eps: added to the average size of d
              rotational, in a group: True or False overrules the choice by shape and decay
-    Units    angle: radians per step. Only lr * weight_decay matters to a turning weight. lr for the others: as in SGD
     Errors   ValueError for a neuron that cannot turn (too few weights, all zero, all equal)
     """
     direction, geometry = DIRECTIONS["sgd"], ROTATIONAL
@@ -1851,107 +1797,92 @@ class RotationalSGD(Optimizer):
 
 
 class RotationalAdamW(Optimizer):
-    """Class adamw on the rotational geometry: neurons turn by sqrt(2 lr wd (1-b1) / (1+b1)) radians a step.
-    Shapes, options, units and errors as in RotationalSGD."""
+    """Neurons turn by sqrt(2 lr wd (1-b1) / (1+b1)) radians a step. Shapes, options, errors: see RotationalSGD."""
     direction, geometry = DIRECTIONS["adamw"], ROTATIONAL
 
 
 class RotationalAdam(Optimizer):
-    """Class adam on the rotational geometry, with the angle of RotationalAdamW: the experiment of [RE], section 5.3, on
-    what makes AdamW better than Adam+L2. The L2 term, seen by v alone, still distorts how the entries of d are scaled
-    against each other, but not how far a neuron turns. Where this does as well as AdamW, balance was what mattered.
-    Shapes, options and errors as in RotationalSGD."""
+    """The angle of RotationalAdamW: the experiment of [RE], section 5.3, on what makes AdamW better than Adam+L2. The
+    L2 term, seen by v alone, still distorts how the entries of d are scaled against each other, but not how far a
+    neuron turns. Where this does as well as AdamW, balance was what mattered. Shapes, options, errors: see
+    RotationalSGD."""
     direction, geometry = DIRECTIONS["adam"], ROTATIONAL
     overrides = {"weight_decay": 1e-2}
 
 
 class RotationalLion(Optimizer):
-    """Class lion on the rotational geometry: neurons turn by sqrt(pi lr wd S) radians a step, with
-    S = (1-b1)^2 + b1^2 (1-b2) / (1+b2). Shapes, options, units and errors as in RotationalSGD."""
+    """Neurons turn by sqrt(pi lr wd S) radians a step, S as in Lion. Shapes, options, errors: see RotationalSGD."""
     direction, geometry = DIRECTIONS["lion"], ROTATIONAL
     overrides = {"weight_decay": 1.0}
 
 
 class RotationalMuon(Optimizer):
-    """Class muon on the rotational geometry: neurons of matrices turn by sqrt(2 lr wd S) radians a step, with S of
-    `muon.power`, those of embeddings as under RotationalAdamW, at adamw_lr_scale * lr. `adjust` is not felt: the angle
-    says how far. Shapes, options and errors as in RotationalSGD."""
+    """Neurons of matrices turn by sqrt(2 lr wd S) radians a step, S from `muon.power`. Those of embeddings turn as under
+    RotationalAdamW at adamw_lr_scale * lr. `adjust` is not felt, since the angle says how far. Shapes, options, errors:
+    see RotationalSGD."""
     direction, geometry = DIRECTIONS["muon"], ROTATIONAL
     overrides = {"weight_decay": 0.1}
 
 
 class ModularSGD(Optimizer):
-    """Class warm_sgd under the modular norm: one learning rate for every width and depth.
+    """One learning rate for every width and depth: tune it on a small model.
 
     Shapes   2 dims or more: the weights of Linear, Conv, Embedding. Biases and gains follow the plain geometry
-    State    that of the direction, and 1 tensor like w[0] for the power iteration
     Groups   norm: "spectral", or "rows" for embeddings; share; scale: the norm of the weights, None: their usual one.
              optim.build makes groups from the model's modular_tree(). Without groups every weight is taken for a
              Linear's or a Conv's, with share 1: layers are balanced, but not by what they do to each other
     Options  seed: of the vector that power iteration starts from
-    Units    none: lr is the size of the network's update in its modular norm. Tune it on a small model
     """
     direction, geometry = warm_sgd(), MODULAR
 
 
 class ModularAdam(Optimizer):
-    """Class warm_adam under the modular norm. Everything else as in ModularSGD."""
+    """Adam's direction, and one learning rate for every width and depth. Shapes, groups, options: see ModularSGD."""
     direction, geometry = warm_adam(), MODULAR
 
 
 class ModularMuon(Optimizer):
-    """Class muon under the modular norm. d has a spectral norm of about 1 already, so for a Linear the geometry does
-    little more than to share the update out among the layers. (For a Conv it measures each kernel position, where muon
-    took all of them for one matrix.) Everything else as in ModularSGD."""
+    """Muon's direction has a spectral norm of about 1 already. So for a Linear this geometry does little more than to
+    share the update out among the layers. (For a Conv it measures each kernel position, where muon takes all of them for
+    one matrix.) Shapes, groups, options: see ModularSGD."""
     direction, geometry = DIRECTIONS["muon"], MODULAR
     overrides = {"adamw_lr_scale": 1.0}             # rows are rescaled, and `build` sees to the vectors
 
 
 class RootFreeRMSProp(Optimizer):
-    """Class rf_rmsprop, plain: a diagonal second-order method.
-
-    Units    batch_size B: the number of examples (for a language model: tokens) that the loss is a mean over. B s is a
-             curvature and d a Newton step, so lr has no unit; in effect lr / (1 - momentum). eps: damping, a curvature
-    Settles  ||w||^2 = lr C / (2 wd (1-mu)) * (sigma / (B sigma^2 + eps))^2, turning by sqrt(2 lr wd / (1+mu)) a step
-    Notice   RMSProp gives all weights steps of one size, this one gives large gradients SMALL steps. The authors' best
-             lr lies between AdamW's and SGD's on convolutional networks, and below AdamW's on transformers
-    """
+    """A diagonal second-order method. RMSProp gives all weights steps of one size, this one gives large gradients SMALL
+    steps. The authors' best lr lies between AdamW's and SGD's on convolutional networks, and below AdamW's on
+    transformers. B is batch_size, the number of examples (in a language model: tokens) that the loss is a mean over.
+    Settles at ||w||^2 = lr C / (2 wd (1-mu)) * (sigma / (B sigma^2 + eps))^2 and an angle of sqrt(2 lr wd / (1+mu))."""
     direction = DIRECTIONS["rf_rmsprop"]
 
 
 class RootFreeAdamW(Optimizer):
-    """Class rf_adamw, plain. Units as in RootFreeRMSProp; weight_decay: 1 / (lr * steps), as in AdamW.
-
-    Settles  ||w||^2 = lr C / (2 wd) * (sigma / (B sigma^2 + eps))^2, turning by sqrt(2 lr wd (1-b1) / (1+b1)) a step
-    """
+    """AdamW as a diagonal second-order method. batch_size: see RootFreeRMSProp.
+    Settles at ||w||^2 = lr C / (2 wd) * (sigma / (B sigma^2 + eps))^2 and an angle of sqrt(2 lr wd (1-b1) / (1+b1))."""
     direction = DIRECTIONS["rf_adamw"]
 
 
 class Shampoo(Optimizer):
-    """Class shampoo, plain: the baseline with roots.
-
-    State    1 tensor like w (none if momentum = 0), 1 more with graft="adam", and 2 matrices d_i x d_i per mode
-             (vectors beyond max_dim)
-    Errors   ValueError also for damping 0, lr_cov 0 or above 1, dtype bfloat16 or float16, which no root survives
-    """
+    """The baseline with roots. Damping 0, lr_cov 0 or above 1, and dtype bfloat16 or float16 are refused, since no root
+    survives them. Memory: 2 matrices d_i x d_i per mode (vectors beyond max_dim), and tensors of w's shape."""
     direction = DIRECTIONS["shampoo"]
 
 
 class InverseFreeShampoo(Optimizer):
-    """Class if_shampoo, plain: in bfloat16 if need be. Units as in RootFreeRMSProp.
-
-    State    1 tensor like w (none if momentum = 0), and 2 matrices d_i x d_i per mode (vectors beyond max_dim), all in
-             `dtype`. Weights keep their own type
-    Settles  where gradients are noise without structure: as RootFreeRMSProp, with damping for eps
-    """
+    """Shampoo in bfloat16, if need be: `dtype` is that of its state, and weights keep their own. Memory as in Shampoo.
+    Settles as RootFreeRMSProp with damping for eps, where gradients are noise without structure."""
     direction = DIRECTIONS["if_shampoo"]
 
 
-NAMED = {"sgd": SGD, "adam": Adam, "adamw": AdamW, "lion": Lion, "rmsprop": RMSProp, "rf_rmsprop": RootFreeRMSProp,
-         "rf_adamw": RootFreeAdamW, "muon": Muon, "shampoo": Shampoo, "if_shampoo": InverseFreeShampoo,
-         "rotational_sgd": RotationalSGD, "rotational_adam": RotationalAdam, "rotational_adamw": RotationalAdamW,
-         "rotational_lion": RotationalLion, "rotational_muon": RotationalMuon,
-         "modular_sgd": ModularSGD, "modular_adam": ModularAdam, "modular_muon": ModularMuon}
+def pair_name(direction, geometry):
+    """What the command line calls a pair."""
+    return f"{geometry.name}_{direction.name}".removeprefix("plain_")
+
+
+# Under the modular norm sgd and adam are warm_sgd and warm_adam, which have no names of their own.
+NAMED = {pair_name(kind.direction, kind.geometry).replace("modular_warm_", "modular_"): kind
+         for kind in Optimizer.__subclasses__()}
 
 
 def compose(direction, geometry):
@@ -1960,15 +1891,14 @@ def compose(direction, geometry):
     Args     direction: a row, as in DIRECTIONS;  geometry: PLAIN, ROTATIONAL or MODULAR
     """
     title = NAMED[direction.name].__name__ if direction.name in NAMED else direction.name.title().replace("_", "")
-    like = {ROTATIONAL: ", options as in RotationalSGD", MODULAR: ", groups as in ModularSGD"}.get(geometry, "")
+    words = {PLAIN: "", ROTATIONAL: "Options: see RotationalSGD.", MODULAR: "Groups: see ModularSGD."}[geometry]
     return type(title if geometry is PLAIN else geometry.name.title() + title, (Optimizer,), {
-        "direction": direction, "geometry": geometry, "__module__": __name__,
-        "__doc__": f"The direction {direction.name} under the {geometry.name} geometry{like}."})
+        "direction": direction, "geometry": geometry, "__module__": __name__, "__doc__": words})
 
 
 OPTIMIZERS = {}
 for _direction, _geometry in itertools.product(DIRECTIONS.values(), (PLAIN, ROTATIONAL, MODULAR)):
-    _name = f"{_geometry.name}_{_direction.name}".removeprefix("plain_")
+    _name = pair_name(_direction, _geometry)
     if _name != "modular_adamw":                    # decay is the geometry's there, so it would be modular_adam
         OPTIMIZERS[_name] = NAMED.get(_name) or compose(_direction, _geometry)
         globals()[OPTIMIZERS[_name].__name__] = OPTIMIZERS[_name]               # pickle looks for classes by name
@@ -1989,73 +1919,66 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
         the same, but with a neuron that can't turn  all of it: decay under the plain rule (a neuron of one weight, or
                                                      of zeros, as an Embedding's padding_idx has: group it by hand to
                                                      have the others turn). `table` shows why
-        1 dim and less (biases, gains, norms)        no decay, plain rule: decay would only make them smaller; without
-                                                     neurons there is no equilibrium
+        1 dim and less (biases, gains, norms)        no decay, plain rule: without neurons there is no equilibrium, and
+                                                     decay would only make them smaller
 
-    Embeddings count as matrices: the row of a token is a neuron, decayed and turned like any other. The paper's
-    GPT2-124M runs on OpenWebText did the same, its Wikitext runs left them out. Tied weights are one parameter. Under
-    muon embeddings, and a head tied to one, get use_muon=False: a step feels few of their rows, which are no matrix.
-    (In a ConvTranspose dim 0 is the input: a filter of it is not a neuron. Exempt it if that matters.)
+    Embeddings count as matrices: the row of a token is a neuron. ([RE]'s GPT2-124M runs on OpenWebText did the same,
+    its Wikitext runs left them out.) Tied weights are one parameter. Muon leaves
+    embeddings, and a head tied to one, to adamw: a step feels few of their rows, which are no matrix. In a ConvTranspose dim 0 is the input, so its
+    filters are no neurons: exempt it if that matters.
 
-    Under a modular geometry the model says more. model.modular_tree(), or `tree`, is a Tree with every weight of 2 dims
-    or more in it, and gives each a norm, a scale and its share. Biases and gains, which are not in it, take the plain
-    rule with a hundredth of lr: a modular lr (0.1 to 2) is relative to the norm of a whole weight, and far too large a
-    step for a single number.
+    Under a modular geometry model.modular_tree(), or `tree`, gives each weight of 2 dims or more a norm, a scale and
+    its share. Biases and gains take the plain rule with a hundredth of lr: a modular lr (0.1 to 2) is relative to the
+    norm of a whole weight, and far too large a step for a single number.
 
     Args     model: an nn.Module. Parameters with requires_grad=False are left out: thaw first, or add_param_group later
              tree: the Tree of a model without a method modular_tree
              no_decay: names of parameters, or patterns like "*.pos_embed", that get no decay and do not turn
              hyper: of the class, OPTIMIZERS[name]
-    Returns  the optimizer, its groups holding names ("param_names"), so that `table` can print them
-    Errors   ValueError: unknown name, nothing to train, two parameters that share memory without being tied, a
-             rotational optimizer without decay; a weight that is not in the tree or in it twice, or in the tree but not
-             in the model; whatever the class itself refuses. TypeError: something that is no model
+    Errors   ValueError, with what to give instead; TypeError for something that is no model
     """
     kind = find_optimizer(name)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"build: give it the model itself, build({name!r}, model), not its parameters")
     if isinstance(model, torch.nn.DataParallel):
         raise ValueError(f"build: give it the network inside DataParallel: build({name!r}, model.module)")
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not named:
+    trainable, owner = {n: p for n, p in model.named_parameters() if p.requires_grad}, {}
+    if not trainable:
         raise ValueError("build: the model has no trainable parameters")
-    owner = {}
-    for n, p in named:
+    for n, p in trainable.items():
         if torch.nn.parameter.is_lazy(p):
             raise ValueError(f"build: {n} has no shape yet: run the model once first")
         first = owner.setdefault((p.device, p.data_ptr()) if p.numel() and p.data_ptr() else n, n)
         if first != n:
             raise ValueError(f"build: {first} and {n} share memory but are two parameters, which would be updated "
                              "twice: tie them by assigning the same nn.Parameter to both modules")
-    no_decay = [no_decay] if isinstance(no_decay, str) else no_decay
-    for pattern in no_decay:
-        if not fnmatch.filter([n for n, _ in named], pattern):
+    spared = set()
+    for pattern in [no_decay] if isinstance(no_decay, str) else no_decay:
+        if not (matches := fnmatch.filter(trainable, pattern)):
             raise ValueError(f"build: no_decay={pattern!r} is the name of no trainable parameter")
+        spared.update(matches)
     h = kind.takes() | hyper
     if kind.geometry is ROTATIONAL and h["weight_decay"] == 0:
         raise ValueError(f"build: {name} turns neurons by an angle of kappa sqrt(2 lr weight_decay), so weight_decay=0 "
                          f"cannot rotate anything. Set weight_decay > 0, or take {kind.direction.name!r}")
-    shares = modular_rules(model, tree, dict(named)) if kind.geometry is MODULAR else {}
+    shares = modular_rules(model, tree, trainable) if kind.geometry is MODULAR else {}
     looked_up = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     groups = {}
-    for n, p in sorted(named, key=lambda item: item[1].dim() < 2):             # matrices first
-        rule = {}
+    for n, p in sorted(trainable.items(), key=lambda item: item[1].dim() < 2):          # matrices first
+        rule = shares.get(n, {})
         if p.dim() < 2:
-            rule["weight_decay"] = 0.0
-            if kind.geometry is MODULAR:
-                rule["lr"] = 0.01 * h["lr"] if isinstance(h["lr"], (int, float, torch.Tensor)) else h["lr"]
+            rule = {"weight_decay": 0.0}
+            if kind.geometry is MODULAR and isinstance(h["lr"], (int, float, torch.Tensor)):
+                rule["lr"] = 0.01 * h["lr"]
             if "lr_cov_scale" in h:                 # if_shampoo: the authors' factor; they go by names
                 rule["lr_cov_scale"] = 0.25
-        elif any(fnmatch.fnmatchcase(n, pattern) for pattern in no_decay):
-            rule = {"weight_decay": 0.0} | ({"rotational": False} if kind.geometry is ROTATIONAL else shares.get(n, {}))
+        elif n in spared:
+            rule = rule | {"weight_decay": 0.0} | ({"rotational": False} if kind.geometry is ROTATIONAL else {})
         elif kind.geometry is ROTATIONAL:
-            reason = "it is empty"
-            if p.numel():                           # NaN is for the class to refuse
-                reason = ROTATIONAL.why_stuck(p, h) if p.isfinite().all() else None
-            rule = {"rotational": False, "reason": reason} if reason else {"rotational": True}
-        elif kind.geometry is MODULAR:
-            rule = shares[n]
-        if p in looked_up and "use_muon" in h:
+            reason = ROTATIONAL.why_stuck(p, h) if p.numel() else "it is empty"
+            stuck = reason and p.isfinite().all()   # NaN is for the class to refuse
+            rule = {"rotational": False, "reason": reason} if stuck else {"rotational": True}
+        if "use_muon" in h and p in looked_up:
             rule = rule | {"use_muon": False}
         groups.setdefault(tuple(map(str, rule.items())), {"params": [], **rule})["params"].append((n, p))
     return kind(list(groups.values()), **hyper)
@@ -2068,8 +1991,7 @@ def modular_rules(model, tree, trainable):
         raise ValueError(f"build: a modular optimizer has to know the architecture, and {type(model).__name__} has no "
                          f"method modular_tree(){inside}: write one with optim.weight, optim.bond and the operators of "
                          "Tree, or give build(..., tree=...)")
-    names, frozen = {p: n for n, p in trainable.items()}, set(model.parameters()) - set(trainable.values())
-    rules = {}
+    names, rules, frozen = {p: n for n, p in trainable.items()}, {}, set(model.parameters()) - set(trainable.values())
     for leaf, _, share in as_tree(model.modular_tree() if tree is None else tree).weights():
         p = leaf.layer.weight
         if not isinstance(p, torch.nn.Parameter):
@@ -2132,6 +2054,11 @@ def neuron_angles(before, after, dims):
     return 2 * (neuron_norm(u - v, dims) / 2).clamp(max=1).asin()
 
 
+def settling_steps(direction, h, sigma):
+    """1 / (2 lr_total wd): the steps in which the distance of ||w||^2 from its equilibrium falls by the factor e."""
+    return 1 / (2 * h["lr"] * direction.gain(h) * h["weight_decay"] * direction.pull(h, sigma))
+
+
 class RotationProbe:
     """Measures how far neurons turn in one optimizer step, beside what theory predicts in equilibrium.
 
@@ -2169,60 +2096,51 @@ class RotationProbe:
                     continue
                 dims = neuron_dims(p, {"per_neuron": True} | group)
                 before, after = working_copy(self._copies[p]), working_copy(p)
-                predicted_norm, predicted_angle = self._predict(p, group, math.prod(p.shape[d] for d in dims))
+                norm, angle = self._predict(p, group, math.prod(p.shape[d] for d in dims))
                 self.rows.append({
-                    "name": name_of(group, i, index),
-                    "norm": neuron_norm(after, dims).mean().item(),
+                    "name": name_of(group, i, index), "norm": neuron_norm(after, dims).mean().item(),
                     "angle": neuron_angles(before, after, dims).nanmean().item(),       # a zero neuron has no angle
-                    "predicted_norm": predicted_norm, "predicted_angle": predicted_angle})
+                    "predicted_norm": norm, "predicted_angle": angle})
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._copies = [], {}
 
     def _predict(self, p, group, C):
         """(norm, angle) in equilibrium; C weights to a neuron."""
-        if isinstance(self.optimizer, Optimizer):
-            direction, geometry = self.optimizer.direction_of(p, group), self.optimizer.geometry_of(p, group)
-            if direction is not self.optimizer.direction:
-                group = self.optimizer.direction.for_others(group)
-            if geometry is MODULAR:                 # normalised updates have no equilibrium of this kind
-                return math.nan, math.nan
-            if geometry is ROTATIONAL:
-                state = self.optimizer.state[p]
-                angle = geometry.scalars(direction, group, state["step"])["angle"]
-                return state["radius"].mean().item(), math.atan(angle)
+        optimizer, geometry = self.optimizer, PLAIN
+        if isinstance(optimizer, Optimizer):
+            direction, geometry = optimizer.direction_of(p, group), optimizer.geometry_of(p, group)
+            group = group if direction is optimizer.direction else optimizer.direction.for_others(group)
         else:
-            twin = TORCH_TWINS.get(type(self.optimizer))
-            if twin and group.get("decoupled_weight_decay"):    # how torch spells AdamW since version 2.7
+            twin = TORCH_TWINS.get(type(optimizer))
+            if twin == "adam" and group.get("decoupled_weight_decay"):          # how torch spells AdamW since 2.7
                 twin = "adamw"
-            variants = ("nesterov", "dampening", "amsgrad", "centered", "maximize")
-            if twin is None or any(group.get(key) for key in variants):
-                return math.nan, math.nan
-            direction = DIRECTIONS[twin]
-        sigma = p.grad.to_dense().double().square().mean().sqrt().item()   # RMS entry of this step's gradient
+            variant = any(group.get(key) for key in ("nesterov", "dampening", "amsgrad", "centered", "maximize"))
+            direction = None if variant else DIRECTIONS.get(twin)
+        if direction is None or geometry is MODULAR:        # normalised updates have no equilibrium of this kind
+            return math.nan, math.nan
+        if geometry is ROTATIONAL:
+            state = optimizer.state[p]
+            angle = geometry.scalars(direction, group, state["step"])["angle"]
+            return state["radius"].mean().item(), math.atan(angle)
+        sigma = p.grad.to_dense().double().square().mean().sqrt().item()        # RMS entry of this step's gradient
         h = group | {"lr": float(group["lr"])}
         norm, angle = equilibrium(direction, h, C, sigma, p.shape)
-        if math.isfinite(angle) and angle:
+        if angle > 0:                                       # not nan
             self._settling.append(settling_steps(direction, h, sigma))
         return norm, angle
 
     def __str__(self):
         lines = [f"{'parameter':32s} {'norm':>10s} {'predicted':>10s} {'angle':>10s} {'predicted':>10s}"]
-        for row in self.rows:
-            lines.append(f"{row['name']:32s} {row['norm']:10.4g} {row['predicted_norm']:10.4g} "
-                         f"{row['angle']:10.4g} {row['predicted_angle']:10.4g}")
+        line = "{name:32s} {norm:10.4g} {predicted_norm:10.4g} {angle:10.4g} {predicted_angle:10.4g}"
+        lines += [line.format(**row) for row in self.rows]
         if self._settling:
             lines.append("Plain weights come near their predictions after some 1 / (2 lr wd) steps, here "
                          f"{max(self._settling):,.0f}.")
         return "\n".join(lines)
 
 
-def settling_steps(direction, h, sigma):
-    """1 / (2 lr_total wd): the steps in which the distance of ||w||^2 from its equilibrium falls by the factor e."""
-    return 1 / (2 * h["lr"] * direction.gain(h) * h["weight_decay"] * direction.pull(h, sigma))
-
-
-def random_walk(optimizer, weights, steps, sigmas=(1.0,), every=20, generator=None):
+def random_walk(optimizer, weights, steps, sigmas=(1.0,)):
     """Feed weights of one shape with pure noise, gradients N(0, sigma^2), the same noise for all of them but its size,
     and measure. -> for each weight a list of (step, norm, angle), means over its neurons.
 
@@ -2230,15 +2148,15 @@ def random_walk(optimizer, weights, steps, sigmas=(1.0,), every=20, generator=No
     """
     probe, traces = RotationProbe(optimizer), [[] for _ in weights]
     for step in range(1, steps + 1):
-        noise = torch.randn(weights[0].shape, generator=generator)
+        noise = torch.randn(weights[0].shape)
         for w, sigma in zip(weights, sigmas):
             w.grad = noise * sigma
-        if step % every == 0 or step <= 3:
+        measured = step % 20 == 0 or step <= 3
+        if measured:
             probe.measure_next_step()
         optimizer.step()
-        for trace, row in zip(traces, probe.rows):
+        for trace, row in zip(traces, probe.rows if measured else []):
             trace.append((step, row["norm"], row["angle"]))
-        probe.rows = []
     return traces
 
 
@@ -2252,14 +2170,14 @@ def state_bytes(kind):
     return sum(s.numel() * s.element_size() for s in optimizer.state[w].values() if torch.is_tensor(s)) / w.numel()
 
 
-# name, hyperparameters, sizes of the gradient's entries
-THREE, NEURONS, C = (0.5, 1.0, 2.0), 64, 256
+# The walks of the lesson: name, hyperparameters, sizes of the gradient's entries
+NEURONS, C, THREE = 64, 256, (0.5, 1.0, 2.0)
 WALKS = [
     ("sgd", {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.005}, THREE),
     ("adamw", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}, THREE),
-    ("adam", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.2}, THREE),
+    ("adam", {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.4}, THREE),
     ("lion", {"lr": 0.001, "betas": (0.9, 0.99), "weight_decay": 0.5}, THREE),
-    ("muon", {"lr": 0.01, "weight_decay": 0.05, "momentum": 0.95, "nesterov": True}, (1.0,)),
+    ("muon", {"lr": 0.01, "momentum": 0.95, "nesterov": True, "adjust": "original", "weight_decay": 0.05}, (1.0,)),
     ("rmsprop", {"lr": 0.01, "alpha": 0.999, "eps": 1e-8, "weight_decay": 0.2, "momentum": 0.0}, (1.0,)),
     ("rf_rmsprop", {"lr": 0.01, "alpha": 0.999, "eps": 1e-8, "momentum": 0.9, "weight_decay": 0.01,
                     "batch_size": 100}, (0.1,)),
@@ -2267,6 +2185,7 @@ WALKS = [
     ("if_shampoo", {"lr": 0.01, "momentum": 0.9, "damping": 1e-4, "lr_cov": 0.01, "weight_decay": 0.01,
                     "update_every": 10, "batch_size": 100}, (0.1,)),
 ]
+HEADING = "optimizer  sigma       norm  measured   off by       angle  measured   off by"
 
 
 def short_weight(norm):
@@ -2276,9 +2195,7 @@ def short_weight(norm):
 
 def walk(name, hyper, sigmas, steps):
     """Print a random walk for each size of the gradient beside its predictions. -> {sigma: (trace, (norm, angle))}"""
-    direction = DIRECTIONS[name]
-    hyper = OPTIMIZERS[name].takes() | hyper
-    targets = [equilibrium(direction, hyper, C, sigma, (NEURONS, C)) for sigma in sigmas]
+    targets = [equilibrium(DIRECTIONS[name], hyper, C, sigma, (NEURONS, C)) for sigma in sigmas]
     weights = [short_weight(norm) for norm, _ in targets]
     traces = random_walk(OPTIMIZERS[name](weights, **hyper), weights, steps, sigmas)
     for trace, target, sigma in zip(traces, targets, sigmas):
@@ -2289,8 +2206,9 @@ def walk(name, hyper, sigmas, steps):
             exact = lion_walk_norm(hyper, C)
             predictions["  exact"] = exact, hyper["lr"] * math.sqrt(C) / exact
         for label, (n, a) in predictions.items():
-            print(f"{label:10s} {sigma:5g} {n:10.4f} {norm:9.4f} {norm / n - 1:+8.2%} {a:11.5f} {angle:9.5f} "
-                  f"{angle / a - 1:+8.2%}".replace("+nan%", ""), flush=True)
+            line = (f"{label:10s} {sigma:5g} {n:10.4f} {norm:9.4f} {norm / n - 1:+8.2%} {a:11.5f} {angle:9.5f} "
+                    f"{angle / a - 1:+8.2%}")
+            print(line.replace("+nan%", "    -").replace("nan", "  -"), flush=True)
     return {sigma: (trace, target) for sigma, trace, target in zip(sigmas, traces, targets)}
 
 
@@ -2298,9 +2216,6 @@ def options_of(hyper):
     """Hyperparameters in one line, without those that a walk does not feel."""
     unfelt = "eps", "update_every", "compile"
     return " ".join(f"{key}={value}".replace(" ", "") for key, value in hyper.items() if key not in unfelt)
-
-
-HEADING = "optimizer  sigma       norm  measured   off by       angle  measured   off by"
 
 
 def lesson(plot=None):
@@ -2316,27 +2231,25 @@ def lesson(plot=None):
         print(f"{name:21s} {state_bytes(kind):5.1f}   {formula}")
     print("(state: bytes per weight of a 1000 x 1000 matrix, with momentum where there is\n"
           "any. ball [x]: m <- mu m + x, d = m)")
-    print("\nThree of them are one idea, steepest descent, in three norms. Without memory sgd is\n"
-          "that of the Euclidean norm, lion of the largest entry (a sign for each weight),\n"
-          "muon of the spectral norm (a sign for each singular value).")
+    print("\nThree of them are steepest descent, each in a norm of its own. Without memory, sgd\n"
+          "goes with the Euclidean norm, lion with the largest entry (a sign for each weight),\n"
+          "muon with the spectral norm (a sign for each singular value).")
 
-    name, hyper, _ = WALKS[1]
-    target = equilibrium(DIRECTIONS[name], hyper, C, 1.0)
+    _, hyper, _ = WALKS[1]
+    norm, angle = equilibrium(DIRECTIONS["adamw"], hyper, C, 1.0)
     print(f"\nA random walk: {NEURONS} neurons of {C} weights, 3 times too short, and gradients of\n"
           "pure noise. AdamW takes long to find its angle. Its rotational variant, with the\n"
           "same lr and decay, only has to fill its averages first. (A bar ends at 3 times\nthe final angle: >)\n")
-    traces = {}
+    traces = []
     for kind in (AdamW, RotationalAdamW):
-        w = short_weight(target[0])
-        [traces[kind]] = random_walk(kind([w], **hyper), [w], 1600)
+        w = short_weight(norm)
+        traces += random_walk(kind([w], **hyper), [w], 1600)
     print(f"{'step':>5s}   {'AdamW: radians per step':35s}  RotationalAdamW")
-
-    def bar(angle):
-        return "#" * round(8 * angle / target[1]) if angle < 3 * target[1] else "#" * 24 + ">"
-    for (step, _, a), (_, _, b) in zip(*traces.values()):
+    for (step, _, plain), (_, _, turned) in zip(*traces):
         if step in (1, 2, 3, 20, 40, 80, 160, 320, 640, 960, 1280, 1600):
-            print(f"{step:5d}   {a:.4f} {bar(a):28s}   {b:.4f} {bar(b)}")
-    print(f"theory: {target[1]:.4f} {'=' * 8:28s}   {target[1]:.4f} {'=' * 8}\n{'':8}= sqrt(2 lr wd (1-b1)/(1+b1))")
+            bars = ["#" * round(8 * a / angle) if a < 3 * angle else "#" * 24 + ">" for a in (plain, turned)]
+            print(f"{step:5d}   {plain:.4f} {bars[0]:28s}   {turned:.4f} {bars[1]}")
+    print(f"theory: {angle:.4f} {'=' * 8:28s}   {angle:.4f} {'=' * 8}\n{'':8}= sqrt(2 lr wd (1-b1)/(1+b1))")
 
     print("\nWhere plain optimizers settle, by the formulas of `equilibrium` (table 1 of the\n"
           "paper, and ours), for gradients of different sizes sigma:\n")
@@ -2360,7 +2273,7 @@ def own_walk(name, pairs):
     if "batch_size" in hyper:
         hyper["batch_size"] = 1
     for pair in pairs:
-        key, equals, value = pair.partition("=")
+        key, _, value = pair.partition("=")
         try:
             hyper[key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
@@ -2385,15 +2298,15 @@ def draw(walks, path):
     figure, axes = pyplot.subplots(2, 2, sharex=True, sharey="row", figsize=(11, 7.5), constrained_layout=True)
     titles = {"adam": "Adam + L2: layers with small gradients turn faster",
               "adamw": "AdamW: all layers turn alike in the end"}
-    for column, (name, title) in enumerate(titles.items()):
-        for (sigma, (trace, target)), colour, style in zip(walks[name].items(), ("#0072B2", "#D55E00", "#009E73"),
-                                                           ("-", (0, (5, 1)), (0, (1, 1)))):
+    looks = ("#0072B2", "-"), ("#D55E00", (0, (5, 1))), ("#009E73", (0, (1, 1)))
+    for (name, title), (top, bottom) in zip(titles.items(), axes.T):
+        for (sigma, (trace, (norm, angle))), (colour, style) in zip(walks[name].items(), looks):
             steps, norms, angles = zip(*trace)
-            for panel, values, predicted in ((axes[0, column], angles, target[1]), (axes[1, column], norms, target[0])):
+            for panel, values, predicted in ((top, angles, angle), (bottom, norms, norm)):
                 panel.plot(steps, values, color=colour, ls=style, lw=2, label=f"gradients of size {sigma:g}")
                 panel.axhline(predicted, color=colour, ls="--", lw=1)
-        axes[0, column].set(title=title, xscale="log", yscale="log")
-        axes[1, column].set(xlabel="step", yscale="log")
+        top.set(title=title, xscale="log", yscale="log")
+        bottom.set(xlabel="step", yscale="log")
     axes[0, 0].set(ylabel="angle per step (radians)")
     axes[1, 0].set(ylabel="norm of a neuron")
     axes[0, 1].legend(title="dashed: predicted by theory")
@@ -2435,10 +2348,10 @@ def in_turn(step, reference, count=1, repeats=9):
 def bench(names):
     """Print the time of one step of each optimizer beside torch.optim.AdamW(fused=True), on this machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     layers = 12 if device == "cuda" else 1
     params = gpt2_parameters(layers, device)
     count = sum(p.numel() for p in params)
-    machine = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     fused = torch.optim.AdamW(params, lr=1e-6, fused=True)
     fused.step()
     print(f"One step on GPT-2's shapes with {layers} layer{'s' * (layers > 1)}, {count / 1e6:.0f} M parameters, "
@@ -2450,7 +2363,8 @@ def bench(names):
         options = {"batch_size": 1024} if "batch_size" in kind.takes() else {}
         line = f"{name:24s} {state_bytes(kind):5.1f} B/weight"
         for compiled in (False, True):
-            embeddings = {"params": params[:2]} | ({"norm": "rows"} if kind.geometry is MODULAR else {})
+            own = {"norm": "rows", "use_muon": False}
+            embeddings = {"params": params[:2]} | {key: own[key] for key in own.keys() & kind.takes().keys()}
             optimizer = kind([embeddings, {"params": params[2:]}], lr=1e-6, compile=compiled, **options)
             first = milliseconds(optimizer.step)    # makes the state, and the code
             optimizer.param_groups[0]["lr"] /= 2
@@ -2476,7 +2390,7 @@ def main():
                         help="instead: time one step of these optimizers, or of all (a minute each: they get compiled)")
     parser.error = fail                             # argparse would print how to use it, too
     args = parser.parse_args()
-    if args.plot is not None:
+    if args.plot is not None:                       # before any work
         if args.bench is not None or args.walk:
             fail("--plot draws the lesson: leave out --bench and --walk")
         if not importlib.util.find_spec("matplotlib"):
