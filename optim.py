@@ -530,8 +530,14 @@ class Rotational(Geometry):
     State    radius = n: kept for ever; update_norm_sq = U = 0 at first
     Units    angle: radians per step. lr and wd act through their product alone (but in adam, whose v sees wd w). The
              scale of d does not matter, until eps is felt
+    Turns    neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0 (settled at a weight's first
+             step). The others (biases, gains) follow the plain geometry, with their group's decay and lr
+    Options  per_neuron=False keeps the norm of the whole tensor instead. zero_mean: neurons and updates are centred
+             (weights at construction, keeping their norm). rotational, in a group: True or False overrules the choice
+             by shape and decay
     Notice   The first step turns by exactly arctan(angle) (if eps = 0), since U is then the size of this very d. Later
              steps turn more when d is larger than usual, and less when it is smaller. beta = 0: always as the first
+    Errors   ValueError for a neuron that cannot turn (too few weights, all zero, all equal)
     """
     name = "rotational"
     marker = "radius"
@@ -779,7 +785,10 @@ class Modular(Geometry):
              Embedding   "rows": Euclidean, for each row       sqrt(dim)         rows are put back, whatever wd is
     Shapes   w, d: (out, in, ...), or (rows, dim)            State   u: the vector of the power iteration
     Units    none: the size of d does not matter. At lr = 1 an update would be as large as the weight, times its share
-    Groups   norm, scale and share differ from weight to weight. `build` takes them from the model's modular_tree()
+    Groups   norm: "spectral", or "rows" for embeddings; share; scale: the norm of the weights, None: their usual one.
+             `build` takes them from the model's modular_tree(). Without groups every weight is taken for a Linear's or a
+             Conv's, with share 1: layers are balanced, but not by what they do to each other
+    Options  seed: of the vector that power iteration starts from
     Notice   A zero update, or a zero row of one, adds nothing. Decay and putting rows back happen all the same
     """
     name = "modular"
@@ -819,7 +828,7 @@ def fresh(b, t):
 
 class warm_sgd(Direction):
     """sgd under the modular norm: the average gradient,  d = m.  The size of d does not matter there."""
-    formula = "d = mean(g)"
+    name, formula = "sgd", "d = mean(g)"
     defaults = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0}
     averages, decoupled, by_entry = ("exp_avg",), True, True
     scalars = lambda self, h, t: {"fresh": fresh(h["momentum"], t)}
@@ -831,7 +840,7 @@ class warm_sgd(Direction):
 class warm_adam(Direction):
     """adam under the modular norm: averages started warm, no eps,  d = m / sqrt(v), and 0 where that is 0/0. So an
     entry counts in full, however small its gradients are."""
-    formula = "d = mean(g) / rms(g)"
+    name, formula = "adam", "d = mean(g) / rms(g)"
     defaults = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}
     averages, decoupled, by_entry = ("exp_avg", "exp_avg_sq"), True, True
     scalars = lambda self, h, t: {"fresh1": fresh(h["betas"][0], t), "fresh2": fresh(h["betas"][1], t)}
@@ -1782,69 +1791,51 @@ class Muon(Optimizer):
 
 
 class RotationalSGD(Optimizer):
-    """Neurons turn by sqrt(2 lr wd / (1+mu)) radians a step, from the first step on.
-
-    Shapes   turns neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0 (settled at a
-             weight's first step). The others (biases, gains) follow the plain geometry, with their group's decay and lr
-    Options  update_norm_decay_factor: of the average of ||d||^2; 0: every step turns by exactly arctan(angle)
-             per_neuron: False keeps the norm of the whole tensor instead.   zero_mean: neurons and updates are centred
-             (weights at construction, keeping their norm).   rotational_eps: added to the average size of d
-             rotational, in a group: True or False overrules the choice by shape and decay
-    Errors   ValueError for a neuron that cannot turn (too few weights, all zero, all equal)
-    """
+    """Neurons turn by sqrt(2 lr wd / (1+mu)) radians a step, from the first step on."""
     direction, geometry = DIRECTIONS["sgd"], ROTATIONAL
     overrides = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
 
 class RotationalAdamW(Optimizer):
-    """Neurons turn by sqrt(2 lr wd (1-b1) / (1+b1)) radians a step. Shapes, options, errors: see RotationalSGD."""
+    """Neurons turn by sqrt(2 lr wd (1-b1) / (1+b1)) radians a step."""
     direction, geometry = DIRECTIONS["adamw"], ROTATIONAL
 
 
 class RotationalAdam(Optimizer):
     """The angle of RotationalAdamW: the experiment of [RE], section 5.3, on what makes AdamW better than Adam+L2. The
     L2 term, seen by v alone, still distorts how the entries of d are scaled against each other, but not how far a
-    neuron turns. Where this does as well as AdamW, balance was what mattered. Shapes, options, errors: see
-    RotationalSGD."""
+    neuron turns. Where this does as well as AdamW, balance was what mattered."""
     direction, geometry = DIRECTIONS["adam"], ROTATIONAL
     overrides = {"weight_decay": 1e-2}
 
 
 class RotationalLion(Optimizer):
-    """Neurons turn by sqrt(pi lr wd S) radians a step, S as in Lion. Shapes, options, errors: see RotationalSGD."""
+    """Neurons turn by sqrt(pi lr wd S) radians a step, S as in Lion."""
     direction, geometry = DIRECTIONS["lion"], ROTATIONAL
     overrides = {"weight_decay": 1.0}
 
 
 class RotationalMuon(Optimizer):
     """Neurons of matrices turn by sqrt(2 lr wd S) radians a step, S from `muon.power`. Those of embeddings turn as under
-    RotationalAdamW at adamw_lr_scale * lr. `adjust` is not felt, since the angle says how far. Shapes, options, errors:
-    see RotationalSGD."""
+    RotationalAdamW at adamw_lr_scale * lr. `adjust` is not felt, since the angle says how far."""
     direction, geometry = DIRECTIONS["muon"], ROTATIONAL
     overrides = {"weight_decay": 0.1}
 
 
 class ModularSGD(Optimizer):
-    """One learning rate for every width and depth: tune it on a small model.
-
-    Shapes   2 dims or more: the weights of Linear, Conv, Embedding. Biases and gains follow the plain geometry
-    Groups   norm: "spectral", or "rows" for embeddings; share; scale: the norm of the weights, None: their usual one.
-             optim.build makes groups from the model's modular_tree(). Without groups every weight is taken for a
-             Linear's or a Conv's, with share 1: layers are balanced, but not by what they do to each other
-    Options  seed: of the vector that power iteration starts from
-    """
+    """One learning rate for every width and depth: tune it on a small model."""
     direction, geometry = warm_sgd(), MODULAR
 
 
 class ModularAdam(Optimizer):
-    """Adam's direction, and one learning rate for every width and depth. Shapes, groups, options: see ModularSGD."""
+    """Adam's direction, and one learning rate for every width and depth."""
     direction, geometry = warm_adam(), MODULAR
 
 
 class ModularMuon(Optimizer):
     """Muon's direction has a spectral norm of about 1 already. So for a Linear this geometry does little more than to
     share the update out among the layers. (For a Conv it measures each kernel position, where muon takes all of them for
-    one matrix.) Shapes, groups, options: see ModularSGD."""
+    one matrix.)"""
     direction, geometry = DIRECTIONS["muon"], MODULAR
     overrides = {"adamw_lr_scale": 1.0}             # rows are rescaled, and `build` sees to the vectors
 
@@ -1880,9 +1871,7 @@ def pair_name(direction, geometry):
     return f"{geometry.name}_{direction.name}".removeprefix("plain_")
 
 
-# Under the modular norm sgd and adam are warm_sgd and warm_adam, which have no names of their own.
-NAMED = {pair_name(kind.direction, kind.geometry).replace("modular_warm_", "modular_"): kind
-         for kind in Optimizer.__subclasses__()}
+NAMED = {pair_name(kind.direction, kind.geometry): kind for kind in Optimizer.__subclasses__()}
 
 
 def compose(direction, geometry):
@@ -1891,9 +1880,8 @@ def compose(direction, geometry):
     Args     direction: a row, as in DIRECTIONS;  geometry: PLAIN, ROTATIONAL or MODULAR
     """
     title = NAMED[direction.name].__name__ if direction.name in NAMED else direction.name.title().replace("_", "")
-    words = {PLAIN: "", ROTATIONAL: "Options: see RotationalSGD.", MODULAR: "Groups: see ModularSGD."}[geometry]
     return type(title if geometry is PLAIN else geometry.name.title() + title, (Optimizer,), {
-        "direction": direction, "geometry": geometry, "__module__": __name__, "__doc__": words})
+        "direction": direction, "geometry": geometry, "__module__": __name__})
 
 
 OPTIMIZERS = {}
