@@ -2219,9 +2219,9 @@ def lesson(plot=None):
         print(f"{name:21s} {state_bytes(kind):5.1f}   {formula}")
     print("(state: bytes per weight of a 1000 x 1000 matrix, with momentum where there is\n"
           "any. ball [x]: m <- mu m + x, d = m)")
-    print("\nThree of them are steepest descent, each in a norm of its own. Without memory, sgd\n"
-          "goes with the Euclidean norm, lion with the largest entry (a sign for each weight),\n"
-          "muon with the spectral norm (a sign for each singular value).")
+    print("\nThree of them are steepest descent, each in a norm of its own. But for memory,\n"
+          "sgd goes with the Euclidean norm, lion with the largest entry (a sign for each\n"
+          "weight), muon with the spectral norm (a sign for each singular value).")
 
     _, hyper, _ = WALKS[1]
     norm, angle = equilibrium(DIRECTIONS["adamw"], hyper, C, 1.0)
