@@ -77,7 +77,7 @@ class Settings:
     n_embd: int = 128               # [1, 1e5] width
     block_size: int = 64            # [1, 1e6] context length
     dropout: float = 0.0            # [0, 1]
-    arch: str = None                # {auto, gpt2, modular} auto: modular with modular optimizers
+    arch: str = None                # {auto, gpt2, modular, lstm} auto: modular with modular optimizers
     bias: bool = False              # {0, 1} biases in Linear and LayerNorm, as in GPT-2
     gains: bool = None              # {auto, 0, 1} a learnable gain per output neuron; auto: with rotational optimizers
     # data and files
@@ -162,6 +162,8 @@ def nearest(word, known):
 PRESETS = {
     # The default without CUDA: the size of nanoGPT's CPU example, a little over a minute on two cores.
     "cpu": dict(compile=False),
+    # The same with --arch lstm: three quarters of the weights. A bed of the kind that Lin et al. 2024 name.
+    "lstm": dict(compile=False, arch="lstm", n_layer=2, n_embd=192),
     # The default with CUDA, then on python_docs: nanoGPT's config/train_shakespeare_char.py.
     "shakespeare": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
                         steps=5000, warmup=100, eval_every=250, eval_batches=40,
@@ -214,7 +216,7 @@ TUNED["shampoo"]["graft"] = TUNED["rotational_shampoo"]["graft"] = "adam"
 def settle(given):
     """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper."""
     device = pick_device(given.get("device"))
-    name = given.get("preset", "shakespeare" if device == "cuda" else "cpu")
+    name = given.get("preset", "shakespeare" if device == "cuda" else "lstm" if given.get("arch") == "lstm" else "cpu")
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
     preset = preset | ({} if "preset" in given else {"data": Settings.data})       # nobody asked for a download
     chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
@@ -236,7 +238,12 @@ def settle(given):
 
     s.arch = s.arch or ("modular" if kind.geometry is optim.MODULAR else "gpt2")
     if s.gains is None:
-        s.gains = kind.geometry is optim.ROTATIONAL and s.arch == "gpt2"
+        s.gains = kind.geometry is optim.ROTATIONAL and s.arch != "modular"
+    if s.arch == "lstm" and kind.geometry is optim.MODULAR:
+        fail("--arch lstm has no modular norm: its recurrent matrix is used at every time step, so it has no share of "
+             "its own. Take --arch modular, or an --opt without modular_")
+    if s.arch == "lstm" and s.bias:
+        fail("--bias is of gpt2: an LSTM has its biases anyway, leave it out")
     if s.arch == "modular" and (s.bias or s.gains):
         fail("--arch modular has no biases and no gains: leave out --bias and --gains, or use --arch gpt2")
     if s.warmup >= s.steps and "warmup" in given:
@@ -596,6 +603,30 @@ class GPT(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
 
+class LSTM(nn.Module):
+    """An LSTM language model (Hochreiter, Schmidhuber 1997; Zaremba et al. 2014), whose state starts at zero in every
+    window: a bed of the kind that Lin et al. 2024 name. Theirs is not published. The gain is of a gate of a unit."""
+
+    def __init__(self, n_vocab, n_layer, n_embd, block_size, dropout, gain):
+        super().__init__()
+        self.block_size, self.tokens, self.dropout = block_size, nn.Embedding(n_vocab, n_embd), nn.Dropout(dropout)
+        self.lstm = nn.LSTM(n_embd, n_embd, n_layer, batch_first=True, dropout=dropout if n_layer > 1 else 0.0)
+        self.gains = nn.ParameterList(torch.ones(4 * n_embd) for _ in range(2 * n_layer if gain else 0))
+        self.head = Linear(n_embd, n_vocab, False, gain)
+        self.head.weight = self.tokens.weight       # tied
+        nn.init.normal_(self.tokens.weight, std=0.02 * math.sqrt(768 / n_embd))             # as in GPT
+
+    def forward(self, x, y=None):
+        """As GPT.forward."""
+        weights = {name: p for name, p in self.lstm.named_parameters() if p.dim() == 2}     # (4 C, C) each
+        louder = {name: gain[:, None] * p for (name, p), gain in zip(weights.items(), self.gains)}
+        h = self.dropout(self.tokens(x))                                            # (B, T, C)
+        h = self.dropout(torch.func.functional_call(self.lstm, louder, (h,))[0])
+        if y is None:
+            return self.head(h[:, -1])
+        return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
+
+
 class ModularBlock(nn.Module):
     """Two half-blocks  x <- (1 - s) x + s f(x): attention, then MLP. Norms have no gain, and nothing has a bias."""
 
@@ -798,6 +829,8 @@ def make_model(s, n_vocab):
         fail(f"--n_embd {s.n_embd} is not a multiple of --n_head {s.n_head}: try --n_embd "
              f"{max(s.n_embd // s.n_head, 1) * s.n_head}")
     shape = n_vocab, s.n_layer, s.n_head, s.n_embd, s.block_size, s.dropout
+    if s.arch == "lstm":
+        return LSTM(n_vocab, s.n_layer, s.n_embd, s.block_size, s.dropout, s.gains)
     return ModularGPT(*shape) if s.arch == "modular" else GPT(*shape, s.bias, s.gains)
 
 
