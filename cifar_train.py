@@ -74,15 +74,15 @@ class Settings:
     label_smoothing: float = 0.0    # [0, 1] share of the target spread over all classes (of ce)
     seed: int = 1337                # [0, 1e18] of weights, batches and augmentation
     # model
-    model: str = "resnet18"         # resnet20, resnet18, resnet34, resnet50, vgg16, resmlp, rescnn or vit
+    model: str = "resnet18"         # resnet18, vgg16, vit, gnn, swin, ...: an unknown name lists them all
     width: int = None               # [1, 1e5] channels of the first stage, or of every layer where all are alike
     width_mult: float = None        # (0, 1e3] the same, as a multiple of the usual
-    depth: int = None               # [1, 1e4] blocks of resmlp, rescnn and vit
-    norm: str = "batch"             # {batch, group, layer, none} of the ResNets and VGG; layer: GroupNorm of one group
+    depth: int = None               # [1, 1e4] blocks, or layers, of all models but ResNets and VGG
+    norm: str = "batch"             # {batch, group, layer, none} of ResNets, VGG, DenseNet; layer: GroupNorm, one group
     weight_standardization: bool = False        # {0, 1} filters of mean 0 and fixed norm, in the same models
     gains: bool = None              # {auto, 0, 1} a learnable gain per output neuron; auto: with rotational optimizers
     # data and files
-    data: str = "shapes"            # shapes, cifar10, cifar100 or a folder with CIFAR's .bin files
+    data: str = "shapes"            # shapes, cifar10, cifar100, a folder with CIFAR's .bin files, imagenet32:FOLDER
     split: float = 1.0              # (0, 1] train on this share, evaluate on the rest instead of the test set: to tune
     crop: int = 4                   # [0, 1e3] shift images by up to this many pixels
     flip: bool = True               # {0, 1} mirror half of them
@@ -179,6 +179,8 @@ def paper(setup, opt, **hyper):
 PRESETS = {
     # The default without CUDA: about a minute on two cores.
     "cpu": dict(model="resnet18", width_mult=0.125, epochs=3),
+    # The default of --model gnn: four epochs of it take the time of one of a ResNet.
+    "gnn": dict(model="gnn", epochs=10),
     # The default with CUDA, then on shapes: a sound set-up of no paper.
     "resnet18": dict(data="cifar10", model="resnet18", epochs=30, batch_size=256, warmup=400, label_smoothing=0.1),
 
@@ -199,6 +201,16 @@ PRESETS = {
                            dict(lr=0.0125, beta1=0.9, beta2=0.999, weight_decay=0.08)),
            "rotational_sgd": dict(lr=1.0, momentum=0.9, weight_decay=5e-4)}.items()},
 
+    # Kosson et al., ImageNet: here in 32 x 32 pixels; theirs have 224 x 224, random crops of any size and, for DeiT,
+    # RandAugment, mixup and cutmix. rotational_sgd has the values of sgd, as theirs are not published.
+    **{f"paper_imagenet32_{model}_{geometry}{opt}": paper(
+        dict(data="imagenet32:data/imagenet32", **setup), geometry + opt, **hyper)
+       for geometry in ("", "rotational_") for model, setup, opt, hyper in (
+           ("resnet50", dict(model="resnet50", epochs=90, batch_size=256, warmup=5004, gains=False),
+            "sgd", dict(lr=0.1, momentum=0.9, weight_decay=1e-4)),
+           ("deit_tiny", dict(model="vit", epochs=300, batch_size=1024, warmup=6255, label_smoothing=0.1),
+            "adamw", dict(lr=5e-4, beta1=0.9, beta2=0.999, weight_decay=0.05)))},
+
     # Large et al.: the lr with the lowest training loss at this size, in their stored figures.
     **{f"paper_{model}_{opt}": paper(LARGE | dict(model=model), opt, weight_decay=0.0, **hyper)
        for model, opt, hyper in (
@@ -213,6 +225,10 @@ PRESETS = {
             "sgd": dict(lr=0.2086, momentum=0.3160, weight_decay=1.597e-3),
             "adamw": dict(lr=2.427e-4, beta1=0.2766, beta2=1 - 5.136e-4, eps=5.426e-11, weight_decay=0.04467),
             "rf_rmsprop": dict(lr=4.978e-3, momentum=0.9614, alpha=1 - 1.184e-3, eps=5.577e-5, weight_decay=2.325e-3)}),
+        ("densenet121", dict(model="densenet121", width=32, depth=6), {
+            "sgd": dict(lr=0.1833, momentum=0.1285, weight_decay=1.648e-3),
+            "adamw": dict(lr=4.114e-4, beta1=0.5408, beta2=1 - 9.653e-4, eps=1.150e-10, weight_decay=0.04332),
+            "rf_rmsprop": dict(lr=0.09845, momentum=0.6044, alpha=1 - 5.626e-4, eps=5.306e-6, weight_decay=1.956e-3)}),
         ("vgg16", dict(model="vgg16"), {
             "sgd": dict(lr=0.03737, momentum=0.3385, weight_decay=0.01126),
             "adamw": dict(lr=2.743e-3, beta1=7.497e-3, beta2=1 - 5.389e-3, eps=1.833e-10, weight_decay=0.08979),
@@ -258,7 +274,7 @@ def settle(given):
     """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper.
     What depends on the training set is left to settle_by_data."""
     device = pick_device(given.get("device"))
-    name = given.get("preset", "resnet18" if device == "cuda" else "cpu")
+    name = given.get("preset", "resnet18" if device == "cuda" else "gnn" if given.get("model") == "gnn" else "cpu")
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
     preset = preset | ({} if "preset" in given else {"data": Settings.data})       # nobody asked for a download
     model = given.get("model", preset["model"])
@@ -274,6 +290,9 @@ def settle(given):
     kind = optim.OPTIMIZERS.get(s.opt) or fail(
         f"--opt {s.opt}: did you mean {nearest(s.opt, optim.OPTIMIZERS)!r}? (README.md lists them all)")
 
+    if kind.geometry is optim.MODULAR and model in NO_TREE:
+        fail(f"--opt {s.opt}: {model} has no modular tree, since {NO_TREE[model]}. Take another --model or --opt")
+
     said, tuned = said_by_hand(given), preset.get("tuned", {})
     takes = {key: x for key, x in kind.takes().items() if key not in optim.PER_GROUP | {"compile"}}
     takes |= zip(("beta1", "beta2"), takes.pop("betas", ()))
@@ -288,9 +307,9 @@ def settle(given):
 
     s.width, s.depth = s.width or max(1, int(width * (s.width_mult or 1))), depth and (s.depth or depth)
     if "depth" in given and not depth:
-        fail(f"--depth: {model} has only the depth in its name; resmlp, rescnn and vit have a choice")
+        fail(f"--depth: {model} has only the depth in its name; all but ResNets and VGG have a choice")
     if not normed and (s.norm != "batch" or s.weight_standardization):
-        fail(f"--norm, --weight_standardization: {model} has nothing that they change, only the ResNets and VGG have")
+        fail(f"--norm, --weight_standardization: {model} has nothing that they change, only ResNets, VGG, DenseNet do")
     if s.loss != "ce" and "label_smoothing" in given:
         fail(f"--label_smoothing is of the cross-entropy: leave it out with --loss {s.loss}")
     if s.gains is None:
@@ -407,7 +426,9 @@ def load_data(name, data_dir):
     """-> Images, by the name of a data set or from a folder with CIFAR's .bin files."""
     data_dir = pathlib.Path(data_dir)
     try:
-        arrays, names = load_shapes(data_dir) if name == "shapes" else load_cifar(name, data_dir)
+        arrays, names = (load_shapes(data_dir) if name == "shapes" else load_cifar(name, data_dir)
+                         if not name.startswith("imagenet32:") else
+                         load_imagenet32(pathlib.Path(name.removeprefix("imagenet32:")), data_dir))
     except OSError as error:
         fail(f"cannot read or write {error.filename or data_dir}: {error.strerror or error}. Choose another place with "
              "--data or --data_dir")
@@ -450,6 +471,40 @@ def load_cifar(name, data_dir):
         arrays += [records[:, label_bytes:].reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1), labels]
     names = files.get(names, b"").decode(errors="replace").split()
     return arrays, names if len(names) == n_classes else [str(k) for k in range(n_classes)]
+
+
+def load_imagenet32(folder, data_dir):
+    """ImageNet in 32 x 32 pixels (Chrabaszcz et al. 2017), a substitute for ImageNet-1k -> four arrays, the classes. An
+    archive holds data (N, 3072), planes as CIFAR's, and labels from 1. They are unpacked once, as bytes under data_dir
+    (3.9 GB), and memory-mapped."""
+    sets = {"train": [f"train_data_batch_{i}.npz" for i in range(1, 11)], "val": ["val_data.npz"]}
+    known = str([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.npz"))])
+    unpacked = data_dir / f"imagenet32-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+    own = unpacked.with_suffix(".part")             # renamed when it is whole
+    only_one = None if unpacked.exists() else lock(data_dir, "--data_dir", wait=True)       # another run may unpack now
+    try:
+        if not unpacked.exists():
+            shutil.rmtree(own, ignore_errors=True)  # a killed run's
+            own.mkdir()
+            for part, name in tqdm([(part, name) for part in sets for name in sets[part]], desc="unpacking", delay=2):
+                with np.load(folder / name) as archive:
+                    data, labels = archive["data"], archive["labels"].astype(np.int64) - 1
+                if data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIZE * SIZE) or {*labels} - {*range(1000)}:
+                    raise ValueError
+                with open(own / f"{part}.images", "ab") as images, open(own / f"{part}.labels", "ab") as file:
+                    images.write(data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1).tobytes())
+                    file.write(labels.tobytes())
+            os.rename(own, unpacked)
+    except OSError:
+        raise
+    except Exception:                               # numpy and zipfile raise half a dozen kinds
+        fail(f"--data imagenet32:{folder}: {name} must hold data, bytes of shape (N, 3072), and labels from 1 "
+             "to 1000. Is it damaged?")
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    kinds = ("images", np.uint8, (SIZE, SIZE, 3)), ("labels", np.int64, ())
+    return [np.memmap(unpacked / f"{part}.{kind}", dtype, "c").reshape(-1, *shape)
+            for part in sets for kind, dtype, shape in kinds], [str(k) for k in range(1000)]
 
 
 def inside(shape, u, v):
@@ -669,6 +724,12 @@ def chain(*trees):
     return functools.reduce(lambda inner, outer: outer @ inner, trees)
 
 
+def residuals(steps):
+    """The tree of x + f1 + f2 + ..., where all that read it normalise it first, so that it may be taken for its mean.
+    The k-th step is then  k/(k+1) x + 1/(k+1) f."""
+    return chain(*(k / (k + 1) * optim.bond("identity") + 1 / (k + 1) * f for k, f in enumerate(steps, start=1)))
+
+
 class ResidualBlock(nn.Module):
     """relu(shortcut(x) + f(x)).  f is two 3x3 convolutions or, as a bottleneck, 1x1, 3x3, and 1x1 to 4 times the
     channels. A normalisation follows each of them, and relu lies in between."""
@@ -813,17 +874,14 @@ class ViT(nn.Module):
         return self.head(self.norm(h[:, 0]))
 
     def modular_tree(self):
-        """Every layer that reads the residual stream normalises it first, so the sum x + f1 + f2 + ... may be taken for
-        its mean. The k-th step is then k/(k+1) x + 1/(k+1) f. Attention passes on changes of q, of k and of v, so its
-        sensitivity is 3."""
+        """Attention passes on changes of q, of k and of v, so its sensitivity is 3."""
         norm, gelu, attention = optim.bond("layernorm"), optim.bond("gelu", 0.5**0.5), optim.bond("attention", 3.0)
         steps = []
         for block in self.blocks:
             steps += [optim.weight(block.out) @ attention @ optim.weight(block.qkv) @ norm,
                       optim.weight(block.down) @ gelu @ optim.weight(block.up) @ norm]
-        blocks = chain(*(k / (k + 1) * optim.bond("identity") + 1 / (k + 1) * f for k, f in enumerate(steps, start=1)))
         first = (optim.weight(self.patches) + optim.weight(self.positions)).tare(1)
-        return chain(first, blocks.tare(5), norm, optim.weight(self.head))
+        return chain(first, residuals(steps).tare(5), norm, optim.weight(self.head))
 
 
 class WellNormed(nn.Module):
@@ -862,6 +920,267 @@ class WellNormed(nn.Module):
         return chain(optim.weight(self.first), (block**L).tare(self.mass), optim.weight(self.head))
 
 
+class DenseNet(nn.Module):
+    """DenseNet (Huang et al. 2017) for 32x32 images. A layer reads all that its stage has so far, and adds `width`
+    channels:  x <- cat(x, conv3(relu(norm(conv1(relu(norm(x)))))).  Between stages conv1(relu(norm(x))) halves the
+    channels, and a pooling H and W. The first stage has `depth` layers: 6 in DenseNet-121."""
+
+    def __init__(self, s, n_classes):
+        super().__init__()
+        def conv(n_in, n_out, k):
+            return [NORMS[s.norm](n_in), nn.ReLU(), Conv(n_in, n_out, k, 1, s.weight_standardization)]
+        n, self.layers = 2 * s.width, nn.ModuleList()
+        self.conv = Conv(3, n, 3, 1, s.weight_standardization)
+        for count in (s.depth, 2 * s.depth, 4 * s.depth, 8 * s.depth // 3):         # 6, 12, 24, 16
+            if self.layers:
+                self.layers.append(nn.Sequential(*conv(n, n // 2, 1), nn.AvgPool2d(2)))
+                n //= 2
+            for _ in range(count):
+                self.layers.append(nn.Sequential(*conv(n, 4 * s.width, 1), *conv(4 * s.width, s.width, 3)))
+                n += s.width
+        self.norm, self.head = NORMS[s.norm](n), Linear(n, n_classes, True, s.gains)
+        he_initialise(self)
+
+    def forward(self, x):
+        h = self.conv(x)                                                            # (B, 2 width, 32, 32)
+        for layer in self.layers:                   # a transition, or (B, C, H, W) -> (B, C + width, H, W)
+            h = layer(h) if isinstance(layer[-1], nn.AvgPool2d) else torch.cat([h, layer(h)], 1)
+        return self.head(F.relu(self.norm(h)).mean((2, 3)))
+
+    def modular_tree(self):
+        """cat(x, f) of n and g channels counts as their mean,  n/(n+g) x + g/(n+g) f.  As in VGG the next norm makes up
+        for relu, and both together count as 1."""
+        parts = []
+        for layer in self.layers:
+            convs = [module for module in layer if isinstance(module, Conv)]
+            n, g = convs[0].in_channels, convs[-1].out_channels
+            f = chain(*(optim.weight(conv) @ optim.bond("norm, relu") for conv in convs))
+            parts.append(f if len(convs) == 1 else n / (n + g) * optim.bond("identity") + g / (n + g) * f)
+        return chain(optim.weight(self.conv), chain(*parts).tare(20), optim.bond("norm, relu, average pool"),
+                     optim.weight(self.head))
+
+
+class GNN(nn.Module):
+    """A graph network, in the manner of Kipf, Welling 2017: a bed of the kind that Lin et al. name. Theirs is not
+    published. Nodes are 64 patches of 4x4 pixels, each tied to its 8 nearest in (mean colour, place), and they to it.
+
+        h <- h + relu(W A^ norm(h)),      A^ = D^-1/2 (A + I) D^-1/2,      D: the row sums of A + I
+
+    The largest eigenvalue of A^ is exactly 1, since  A^ (D^1/2 1) = D^1/2 1.  So to the modular tree it is a bond of
+    sensitivity 1, and no estimate.
+    """
+
+    def __init__(self, s, n_classes):
+        super().__init__()
+        self.first, self.head = Linear(3 * 16 + 2, s.width, True, s.gains), Linear(s.width, n_classes, True, s.gains)
+        self.norms = nn.ModuleList(nn.LayerNorm(s.width) for _ in range(s.depth + 1))
+        self.layers = nn.ModuleList(Linear(s.width, s.width, True, s.gains) for _ in range(s.depth))
+
+    @staticmethod
+    @torch.no_grad()
+    def graph(x):
+        """Images -> what a node knows, its pixels, row and column (B, 64, 50); and A^ (B, 64, 64)."""
+        pixels = F.unfold(x, 4, stride=4).mT                                        # (B, 64, 3 * 16)
+        places = torch.cartesian_prod(*[torch.linspace(-1, 1, SIZE // 4).to(x)] * 2).expand(len(x), -1, -1)
+        points = torch.cat([pixels.unflatten(2, (3, 16)).mean(3), 4 * places], 2)                     # (B, 64, 5)
+        far = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")                # 0 from itself
+        ties = far <= far.topk(9, largest=False).values[..., -1:]                   # A + I, but one-sided
+        ties = (ties | ties.mT).to(x.dtype)
+        root = ties.sum(2).rsqrt()                                                  # D^-1/2, (B, 64)
+        return torch.cat([pixels, places], 2), root[:, :, None] * ties * root[:, None, :]
+
+    def forward(self, x):
+        nodes, average = self.graph(x)
+        h = F.relu(self.first(nodes))                                               # (B, 64, C)
+        for norm, layer in zip(self.norms, self.layers):
+            h = h + F.relu(layer(average @ norm(h)))
+        return self.head(self.norms[-1](h).mean(1))
+
+    def modular_tree(self):
+        norm, relu = optim.bond("layernorm"), optim.bond("relu", 0.5**0.5)
+        steps = [chain(norm, optim.bond("A^"), optim.weight(layer), relu) for layer in self.layers]
+        return chain(optim.weight(self.first).tare(1), relu, residuals(steps).tare(5), norm, optim.weight(self.head))
+
+
+WINDOW = 4                                          # height and width of a window of attention
+
+
+def windows(x):
+    """(B, H, W, C) -> (B, windows, 16, C)."""
+    x = x.unflatten(2, (-1, WINDOW)).unflatten(1, (-1, WINDOW))                     # (B, H/4, 4, W/4, 4, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+class WindowAttention(nn.Module):
+    """Attention among the 16 pixels of a window, with a learned bias for each head and offset of two pixels.
+
+    shifted (Swin)     The windows lie half a window further. What moves out of the image comes in at the other side,
+                       where pixels that are no neighbours in the image do not see each other.
+    queried (GCViT)    q is given: one for each pixel of a window, the same for all windows.
+    """
+
+    def __init__(self, s, C, side, shifted=False, queried=False):
+        super().__init__()
+        self.heads, self.shift = max(1, s.width // 32) * C // s.width, WINDOW // 2 * (shifted and side > WINDOW)
+        self.qkv, self.out = Linear(C, (2 if queried else 3) * C, True, s.gains), Linear(C, C, True, s.gains)
+        self.bias = nn.Parameter(torch.zeros(self.heads * (2 * WINDOW - 1) ** 2))   # 1-D: no neurons, no decay
+        places = torch.cartesian_prod(*[torch.arange(side).roll(-self.shift)] * 2).view(1, side, side, 2)
+        places = windows(places)[0]                                                 # (windows, 16, 2): row, column
+        apart = places[:, :, None] - places[:, None]                                # (windows, 16, 16, 2)
+        self.register_buffer("near", (apart.abs() < WINDOW).all(-1)[:, None], persistent=False)
+        y, x = (apart[0] + WINDOW - 1).unbind(-1)                                   # no border cuts the first window
+        self.register_buffer("offset", (2 * WINDOW - 1) * y + x, persistent=False)
+
+    def forward(self, x, query):                                                    # (B, H, W, C), (B, 4, 4, C)
+        B, H, W, C = x.shape
+        def by_head(h):                             # (B, windows, 16, n C) -> (n, B, windows, heads, 16, C / heads)
+            return h.unflatten(3, (-1, self.heads, C // self.heads)).permute(3, 0, 1, 4, 2, 5)
+        *q, k, v = by_head(self.qkv(windows(x.roll((-self.shift, -self.shift), (1, 2)))))
+        q = q[0] if q else by_head(windows(query))[0].expand_as(k)
+        bias = self.bias.view(self.heads, -1)[:, self.offset].masked_fill(~self.near, -math.inf)
+        y = attend(q, k, v, attn_mask=bias)         # bias: (windows, heads, 16, 16)
+        y = self.out(y.transpose(2, 3).flatten(3)).view(B, H // WINDOW, W // WINDOW, WINDOW, WINDOW, C)
+        return y.transpose(2, 3).reshape(B, H, W, C).roll((self.shift, self.shift), (1, 2))
+
+
+class FocalModulation(nn.Module):
+    """y = out(q * mix(sum of gate_l * context_l)).  context_l = gelu(depthwise convolution of context_(l-1)) sees more
+    with every level. The last one is the mean over the image. Source: Yang et al. 2022 (FocalNet)."""
+
+    def __init__(self, s, C, kernels=(3, 5)):
+        super().__init__()
+        self.sizes = C, C, len(kernels) + 1
+        self.split = Linear(C, sum(self.sizes), True, s.gains)
+        self.mix, self.out = Linear(C, C, True, s.gains), Linear(C, C, True, s.gains)
+        self.convs = nn.ModuleList(nn.Conv2d(C, C, k, padding=k // 2, groups=C, bias=False) for k in kernels)
+
+    def forward(self, x, query):                                                    # (B, H, W, C)
+        q, context, gates = self.split(x).permute(0, 3, 1, 2).split(self.sizes, 1)  # (B, C or levels, H, W)
+        *gates, last = gates.split(1, 1)                                            # (B, 1, H, W) each
+        total = 0
+        for conv, gate in zip(self.convs, gates):
+            context = F.gelu(conv(context))
+            total = total + gate * context
+        total = total + last * F.gelu(context.mean((2, 3), keepdim=True))
+        return self.out(q.permute(0, 2, 3, 1) * self.mix(total.permute(0, 2, 3, 1)))
+
+
+def scan(a, b):
+    """h_t = a_t h_(t-1) + b_t  from 0, for all t. a, b, h: (B, T, C), T a power of 2. Two steps are one of the same
+    form,  h_(t+1) = a_(t+1) a_t h_(t-1) + (a_(t+1) b_t + b_(t+1)),  so a scan of half the length gives every second h.
+    In all, it computes twice what a loop over t does, in log2(T) operations."""
+    if b.shape[1] == 1:
+        return b
+    (a0, a1), (b0, b1) = (x.unflatten(1, (-1, 2)).unbind(2) for x in (a, b))        # at even and at odd t
+    odd = scan(a1 * a0, a1 * b0 + b1)                                               # h_1, h_3, ...
+    even = b0 + a0 * F.pad(odd, (0, 0, 1, -1))                                      # h_0, h_2, ... from 0, h_1, ...
+    return torch.stack([even, odd], 2).flatten(1, 2)
+
+
+class SelectiveScan(nn.Module):
+    """A state-space model that reads the pixels in four orders: by rows, by columns, and both backwards. In each, with
+    a W, A and D of its own, and one number of state per channel:
+
+        delta_t, B_t, C_t = W u_t,      h_t = exp(-delta_t A) h_(t-1) + delta_t B_t u_t,      y_t = C_t h_t + D u_t
+
+    Source: VMamba (Liu et al. 2024), with the one number that its authors chose later, and no gate. A bed of the kind
+    that Lin et al. name: theirs is not published.
+    """
+
+    def __init__(self, s, C):
+        super().__init__()
+        self.rank = max(1, C // 16)                 # of W's part for delta, which is a product of two matrices
+        self.enter, self.out, self.norm = Linear(C, C, True, s.gains), Linear(C, C, True, s.gains), nn.LayerNorm(C)
+        self.conv = nn.Conv2d(C, C, 3, padding=1, groups=C)
+        self.select = nn.Conv1d(4 * C, 4 * (self.rank + 2), 1, groups=4, bias=False)           # a group is an order
+        self.delta = nn.Conv1d(4 * self.rank, 4 * C, 1, groups=4)
+        self.A_log, self.D = nn.Parameter(torch.zeros(4 * C)), nn.Parameter(torch.ones(4 * C))
+        step = torch.empty(4 * C).uniform_(math.log(1e-3), math.log(0.1)).exp()     # delta, as it begins
+        self.delta.bias.data = torch.log(torch.expm1(step))                         # softplus gives it back
+
+    def forward(self, x, query):                                                    # (B, H, W, C)
+        B, H, W, C = x.shape
+        u = F.silu(self.conv(self.enter(x).permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        rows, columns = u.flatten(1, 2), u.transpose(1, 2).flatten(1, 2)            # (B, T, C), T = H W
+        u = torch.cat([rows, columns, rows.flip(1), columns.flip(1)], 2)            # (B, T, 4 C)
+        low, b, c = self.select(u.mT).mT.unflatten(2, (4, -1)).split([self.rank, 1, 1], 3)     # b, c: (B, T, 4, 1)
+        delta = self.delta(low.flatten(2).mT).mT.to(self.A_log.dtype)               # float32, also under autocast
+        delta, b, c = F.softplus(delta), *(z.squeeze(3).repeat_interleave(C, 2) for z in (b, c))      # (B, T, 4 C)
+        y = c * scan(torch.exp(-delta * self.A_log.exp()), delta * b * u) + self.D * u
+        rows, columns = (y[..., :2 * C] + y[..., 2 * C:].flip(1)).split(C, 2)       # (B, T, C)
+        y = rows.unflatten(1, (H, W)) + columns.unflatten(1, (W, H)).transpose(1, 2)           # (B, H, W, C)
+        return self.out(self.norm(y))
+
+
+# What mixes the pixels in the i-th block of a stage, of `side` x `side` pixels and C channels.
+MIXERS = {
+    "swin": lambda s, C, side, i: WindowAttention(s, C, side, shifted=i % 2 == 1),
+    "gcvit": lambda s, C, side, i: WindowAttention(s, C, side, queried=i % 2 == 1),
+    "focalnet": lambda s, C, side, i: FocalModulation(s, C),
+    "vmamba": lambda s, C, side, i: SelectiveScan(s, C),
+}
+
+
+class PyramidBlock(nn.Module):
+    """x <- x + mixer(norm(x)), then x <- x + MLP(norm(x))."""
+
+    def __init__(self, s, C, mixer):
+        super().__init__()
+        self.norm1, self.mixer, self.norm2 = nn.LayerNorm(C), mixer, nn.LayerNorm(C)
+        self.up, self.down = Linear(C, 4 * C, True, s.gains), Linear(4 * C, C, True, s.gains)
+
+    def forward(self, x, query):                                                    # (B, H, W, C)
+        x = x + self.mixer(self.norm1(x), query)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Pyramid(nn.Module):
+    """Three stages of `depth` blocks, on 16x16, 8x8 and 4x4 pixels of 1, 2 and 4 times `width` channels. MIXERS make it
+    Swin (Liu et al. 2021), GCViT (Hatamizadeh et al. 2023), FocalNet or VMamba. 16 pixels in windows of 4 are their 56
+    pixels in windows of 7, scaled down."""
+
+    def __init__(self, s, n_classes):
+        super().__init__()
+        if s.width % max(1, s.width // 32):
+            fail(f"--width {s.width}: {s.model} has a head for every 32 channels, use a multiple of 32")
+        self.norms, self.merges, self.queries, self.stages = (nn.ModuleList() for _ in range(4))
+        n_in = 3
+        for stage in range(3):
+            C, side = s.width * 2**stage, SIZE // 2 >> stage
+            self.norms.append(nn.LayerNorm(n_in) if stage else nn.Identity())
+            self.merges.append(nn.Conv2d(n_in, C, 2, 2))
+            queried = s.model == "gcvit" and s.depth > 1
+            self.queries.append(Linear(C, C, True, s.gains) if queried else nn.Identity())
+            blocks = (PyramidBlock(s, C, MIXERS[s.model](s, C, side, i)) for i in range(s.depth))
+            self.stages.append(nn.ModuleList(blocks))
+            n_in = C
+        self.norm, self.head = nn.LayerNorm(C), Linear(C, n_classes, True, s.gains)
+
+    def forward(self, x):
+        h = x.permute(0, 2, 3, 1)                                                   # (B, H, W, C)
+        for norm, merge, query, blocks in zip(self.norms, self.merges, self.queries, self.stages):
+            h = merge(norm(h).permute(0, 3, 1, 2))                                  # (B, C or 2 C, H/2, W/2)
+            # GCViT's query of a stage comes from its image, averaged down to one window
+            q = query(F.adaptive_avg_pool2d(h, WINDOW).permute(0, 2, 3, 1))         # (B, 4, 4, C)
+            h = h.permute(0, 2, 3, 1)
+            for block in blocks:
+                h = block(h, q)
+        return self.head(self.norm(h).mean((1, 2)))
+
+
+class Swin(Pyramid):
+    def modular_tree(self):
+        """As of ViT. The biases of attention are 1-D and stand outside."""
+        norm, gelu, attention = optim.bond("layernorm"), optim.bond("gelu", 0.5**0.5), optim.bond("attention", 3.0)
+        parts = []
+        for merge, blocks in zip(self.merges, self.stages):
+            parts += [norm, optim.weight(merge)] if parts else []
+            parts.append(residuals([f for block in blocks for f in (
+                optim.weight(block.mixer.out) @ attention @ optim.weight(block.mixer.qkv) @ norm,
+                optim.weight(block.down) @ gelu @ optim.weight(block.up) @ norm)]))
+        return chain(optim.weight(self.merges[0]), chain(*parts).tare(5), norm, optim.weight(self.head))
+
+
 # A line for each name of --model: build(s, n_classes) -> a module; its usual width; its usual number of blocks, where
 # --depth can change it; whether --norm and --weight_standardization mean something to it.
 MODELS = {
@@ -873,6 +1192,19 @@ MODELS = {
     "resmlp": (lambda s, n_classes: WellNormed(s, n_classes, convolutional=False), 128, 3, False),
     "rescnn": (lambda s, n_classes: WellNormed(s, n_classes, convolutional=True), 128, 3, False),
     "vit": (ViT, 192, 12, False),
+    "densenet121": (DenseNet, 4, 2, True),
+    "gnn": (GNN, 64, 4, False),
+    "swin": (Swin, 16, 2, False),
+    "gcvit": (Pyramid, 16, 2, False),
+    "focalnet": (Pyramid, 16, 2, False),
+    "vmamba": (Pyramid, 16, 1, False),
+}
+
+# What the modular norm has no rule for, in the models without a modular_tree().
+NO_TREE = {
+    "gcvit": "its query goes into several blocks, so that it has no share of its own",
+    "focalnet": "a product of activations has no bounded sensitivity, and depthwise filters no known norm",
+    "vmamba": "products of activations have no bounded sensitivity, and depthwise filters no known norm",
 }
 
 

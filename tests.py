@@ -3906,6 +3906,307 @@ def test_translate_bleu():
     assert abs(translate_train.bleu(plain[1], plain[1]) - 100) < 1e-9
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# The test beds of the root-free paper
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def bed(*flags, classes=10):
+    """A model of cifar_train.py in float64, in eval mode, with weights so large that every part of it shows."""
+    torch.manual_seed(0)
+    model = cifar_train.make_model(settled(cifar_train, *flags), classes).double().eval()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.3)
+    return model
+
+
+def linear(layer, x):
+    """A Linear of the scripts, or a 1x1 Conv1d without groups, written out."""
+    weight = layer.weight if getattr(layer, "gain", None) is None else layer.gain[:, None] * layer.weight
+    return x @ weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def windows_by_hand(mixer, x, query, shifted, queried):
+    """Pixel by pixel: in which window does it lie, which pixels of the image are in it, and what do these say?"""
+    B, H, W, C = x.shape
+    heads, shift, out = mixer.heads, 2 if shifted and H > 4 else 0, torch.zeros_like(x)
+    table = mixer.bias.view(heads, 7, 7)            # offsets -3 to 3, from the one that is seen to the one that sees
+    qkv, query = linear(mixer.qkv, x).view(B, H, W, -1, heads, C // heads), query.view(B, 4, 4, heads, C // heads)
+    for i, j in itertools.product(range(H), range(W)):
+        top, left = (i - shift) // 4 * 4 + shift, (j - shift) // 4 * 4 + shift
+        rows, columns = (torch.arange(max(a, 0), min(a + 4, H)) for a in (top, left))
+        q = query[:, i - top, j - left] if queried else qkv[:, i, j, 0]                     # (B, heads, c)
+        k, v = (qkv[:, rows][:, :, columns, n - queried].flatten(1, 2) for n in (1, 2))     # (B, up to 16, heads, c)
+        score = torch.einsum("bhc,bnhc->bhn", q, k) / math.sqrt(C // heads)
+        score = score + table[:, i - rows + 3][:, :, j - columns + 3].flatten(1)
+        out[:, i, j] = torch.einsum("bhn,bnhc->bhc", score.softmax(2), v).flatten(1)
+    return linear(mixer.out, out)
+
+
+def depthwise_by_hand(conv, x):
+    """x (B, H, W, C): each channel with its own filter, pixel by pixel."""
+    B, H, W, C = x.shape
+    k, out = conv.weight.shape[-1], torch.zeros_like(x)
+    for i, j, a, b in itertools.product(range(H), range(W), range(k), range(k)):
+        y, z = i + a - k // 2, j + b - k // 2
+        if 0 <= y < H and 0 <= z < W:
+            out[:, i, j] += conv.weight[:, 0, a, b] * x[:, y, z]
+    return out + (0 if conv.bias is None else conv.bias)
+
+
+def focal_by_hand(mixer, x, query):
+    C = x.shape[-1]
+    z = linear(mixer.split, x)
+    q, context, gates, total = z[..., :C], z[..., C:2 * C], z[..., 2 * C:], 0
+    for level, conv in enumerate(mixer.convs):
+        context = F.gelu(depthwise_by_hand(conv, context))
+        total = total + gates[..., level, None] * context
+    total = total + gates[..., 2, None] * F.gelu(context.mean((1, 2)))[:, None, None]
+    return linear(mixer.out, q * linear(mixer.mix, total))
+
+
+def selective_scan_by_hand(mixer, x, query):
+    """One order after the other, one pixel after the other."""
+    B, H, W, C = x.shape
+    u, y, rank = F.silu(depthwise_by_hand(mixer.conv, linear(mixer.enter, x))), torch.zeros_like(x), mixer.rank
+    rows = [(i, j) for i in range(H) for j in range(W)]
+    columns = [(i, j) for j in range(W) for i in range(H)]
+    for d, order in enumerate((rows, columns, rows[::-1], columns[::-1])):
+        mine, state = slice(d * C, (d + 1) * C), torch.zeros(B, C, dtype=x.dtype)
+        select = mixer.select.weight[d * (rank + 2):(d + 1) * (rank + 2), :, 0]
+        for i, j in order:
+            z = u[:, i, j] @ select.T               # (B, rank + 2)
+            delta = z[:, :rank] @ mixer.delta.weight[mine, :, 0].T + mixer.delta.bias[mine]
+            delta = torch.log1p(torch.exp(delta))
+            state = torch.exp(-delta * mixer.A_log[mine].exp()) * state + delta * z[:, rank, None] * u[:, i, j]
+            y[:, i, j] += z[:, rank + 1, None] * state + mixer.D[mine] * u[:, i, j]
+    return linear(mixer.out, F.layer_norm(y, (C,), mixer.norm.weight, mixer.norm.bias))
+
+
+@torch.no_grad()
+def test_cifar_beds():
+    """Swin, GCViT, FocalNet and VMamba equal their mixers written out pixel by pixel, and the pyramid around them;
+    DenseNet its layers, the graph network its edges; windows do not leak across the border."""
+    by_hand = {"swin": lambda mixer, x, q, i: windows_by_hand(mixer, x, q, i % 2 == 1, False),
+               "gcvit": lambda mixer, x, q, i: windows_by_hand(mixer, x, q, False, i % 2 == 1),
+               "focalnet": lambda mixer, x, q, i: focal_by_hand(mixer, x, q),
+               "vmamba": lambda mixer, x, q, i: selective_scan_by_hand(mixer, x, q)}
+    x = normal(5, 2, 3, 32, 32)
+    for name, mix in by_hand.items():
+        model = bed(f"--model {name} --width 4 --depth 2 --gains 1")
+        h = x.permute(0, 2, 3, 1)
+        for stage, blocks in enumerate(model.stages):
+            h, merge = model.norms[stage](h) if stage else h, model.merges[stage]
+            h = sum(h[:, a::2, b::2] @ merge.weight[:, :, a, b].T for a in (0, 1) for b in (0, 1)) + merge.bias
+            side = h.shape[1] // 4
+            query = torch.stack([h[:, i * side:(i + 1) * side, j * side:(j + 1) * side].mean((1, 2))
+                                 for i in range(4) for j in range(4)], 1).view(2, 4, 4, -1)
+            if name == "gcvit":
+                query = linear(model.queries[stage], query)
+            for i, block in enumerate(blocks):
+                assert block.norm1.weight.shape == (4 * 2**stage,) and h.shape[1:3] == (16 >> stage, 16 >> stage)
+                expected = mix(block.mixer, block.norm1(h), query, i)
+                close(block.mixer(block.norm1(h), query), expected, 1e-9, f"{name}: mixer {i} of stage {stage}")
+                h = h + expected
+                h = h + linear(block.down, F.gelu(linear(block.up, block.norm2(h))))
+        close(model(x), linear(model.head, model.norm(h).mean((1, 2))), 1e-9, name)
+
+    shifted = bed("--model swin --width 4").stages[0][1].mixer
+    for i, j in ((0, 0), (1, 15), (15, 7), (5, 5)):     # what does a pixel look at?
+        x = normal(6, 1, 16, 16, 4).requires_grad_()
+        with torch.enable_grad():
+            shifted(x, None)[0, i, j].sum().backward()
+        near = {(a, b) for a in range(16) for b in range(16)
+                if (a + 2) // 4 == (i + 2) // 4 and (b + 2) // 4 == (j + 2) // 4}
+        assert {tuple(place) for place in x.grad[0].abs().sum(-1).nonzero().tolist()} == near, (i, j)
+
+    x, model = normal(7, 2, 3, 32, 32), bed("--model densenet121 --width 3 --depth 6").train()
+
+    def conv(layer, h):                             # norm, relu, convolution
+        norm, _, conv = layer
+        h = F.relu(F.batch_norm(h, None, None, norm.weight, norm.bias, training=True))
+        return F.conv2d(h, conv.weight, padding=conv.weight.shape[-1] // 2)
+    h, layers = F.conv2d(x, model.conv.weight, padding=1), iter(model.layers)
+    for stage, count in enumerate((6, 12, 24, 16)):
+        if stage:
+            h, channels = F.avg_pool2d(conv(next(layers)[:3], h), 2), h.shape[1]
+            assert h.shape[1] == channels // 2
+        for layer in itertools.islice(layers, count):
+            h = torch.cat([h, conv(layer[3:], conv(layer[:3], h))], 1)
+    h = F.relu(F.batch_norm(h, None, None, model.norm.weight, model.norm.bias, training=True)).mean((2, 3))
+    close(model(x), linear(model.head, h), 1e-7, "densenet121")
+    large = cifar_train.make_model(settled(cifar_train, "--model densenet121 --width 32 --depth 6"), 1000)
+    size = sum(p.numel() for p in large.parameters())           # torchvision's, with another stem
+    assert size == 7_978_856 - 64 * 3 * 7 * 7 - 2 * 64 + 64 * 3 * 3 * 3, size
+
+
+def test_cifar_graph_network():
+    """A^ has spectral norm 1 and equals edges counted one by one; the network equals sums over edges, and does not feel
+    the order of the nodes; its modular shares equal closed forms."""
+    x, model = normal(8, 2, 3, 32, 32), bed("--model gnn --width 6 --depth 3 --gains 1")
+    nodes, average = model.graph(x)
+    corners = [(4 * i, 4 * j) for i in range(8) for j in range(8)]
+    for image, found, known in zip(x, average, nodes):
+        patches = [image[:, i:i + 4, j:j + 4] for i, j in corners]
+        places = [torch.tensor([i, j]) / 14 - 1 for i, j in corners]        # -1 to 1
+        points = [torch.cat([patch.mean((1, 2)), 4 * place]) for patch, place in zip(patches, places)]
+        edges = {(n, n) for n in range(64)}
+        for n in range(64):
+            nearest = sorted(range(64), key=lambda m: (points[n] - points[m]).norm().item())
+            edges |= {pair for m in nearest[1:9] for pair in ((n, m), (m, n))}
+        degree = [sum((n, m) in edges for m in range(64)) for n in range(64)]
+        by_hand = torch.tensor([[((n, m) in edges) / math.sqrt(degree[n] * degree[m]) for m in range(64)]
+                                for n in range(64)], dtype=torch.float64)
+        close(found, by_hand, 1e-12, "A^")
+        close(torch.linalg.matrix_norm(found, 2), 1.0, 1e-12, "its spectral norm")
+        close(known, torch.stack([torch.cat([patch.flatten(), place]) for patch, place in zip(patches, places)]), 1e-6,
+              "what a node knows")
+    h = F.relu(linear(model.first, nodes))
+    for norm, layer in zip(model.norms, model.layers):
+        messages = torch.stack([sum(average[:, n, m, None] * norm(h)[:, m] for m in range(64)) for n in range(64)], 1)
+        h = h + F.relu(linear(layer, messages))
+    expected = linear(model.head, model.norms[-1](h).mean(1))
+    close(model(x), expected, 1e-9, "sums over edges")
+    order = torch.randperm(64)
+    with unittest.mock.patch.object(model, "graph", lambda x: (nodes[:, order], average[:, order][:, :, order])):
+        close(model(x), expected, 1e-9, "the nodes in another order")
+    with unittest.mock.patch.object(model, "graph", lambda x: (nodes[:, order], average)):
+        assert (model(x) - expected).abs().max() > 1e-6, "the edges matter"
+
+
+def test_scripts_beds_and_optimizers():
+    """Every bed trains with plain and rotational optimizers; biases of attention, A, D and delta's bias are no neurons;
+    Swin, DenseNet and the graph network have modular trees, and the others say why they have none."""
+    def shares_of(model):
+        leaves = [(leaf.layer.weight, share) for leaf, _, share in model.modular_tree().weights()]
+        assert sorted(id(p) for p, _ in leaves) == sorted(id(p) for p in model.parameters() if p.dim() > 1), type(model)
+        names = {id(p): name.removesuffix(".weight") for name, p in model.named_parameters()}
+        return {names[id(p)]: share for p, share in leaves}
+    relu, later = 0.5**0.5, [1, (3 + 0.5**0.5) / 4, (3 + 0.5**0.5) / 4 * (2 + 0.5**0.5) / 3]    # sensitivity behind
+    gnn = {f"layers.{k - 1}": 5 / 7 / 3 * (k + 1) / relu / later[3 - k] for k in (1, 2, 3)}
+    gnn |= {"head": 1 / 7, "first": 1 / 7 / relu / (later[2] * (1 + relu) / 2)}
+    for name, expected in (("gnn --depth 3", gnn), ("swin", {"head": 1 / 7}),
+                           ("densenet121", {"head": 1 / 22, "conv": 1 / 22})):
+        found = shares_of(bed(f"--model {name} --width 4 --opt modular_adam"))
+        close([found[key] for key in expected], list(expected.values()), 1e-9, name)
+    for name, words in (("focalnet", "product"), ("vmamba", "depthwise"), ("gcvit", "query")):
+        status, _, err = call_main(cifar_train, "--model", name, "--opt", "modular_adam")
+        assert status == 2 and words in err and len(err.splitlines()) == 1, err
+    status, _, err = call_main(nanogpt_train, "--arch", "lstm", "--opt", "modular_lion")
+    assert status == 2 and "every time step" in err and len(err.splitlines()) == 1, err
+
+    x, y = normal(9, 4, 3, 32, 32, dtype=torch.float32), torch.arange(4)
+    for name, opt in itertools.product(("gnn", "densenet121", "swin", "gcvit", "focalnet", "vmamba"),
+                                       ("adamw", "rotational_adamw")):
+        s = settled(cifar_train, f"--model {name} --width 4 --depth 2 --opt {opt}")
+        torch.manual_seed(0)
+        model = cifar_train.make_model(s, 10)
+        optimizer, losses = cifar_train.make_optimizer(s, model), []
+        for _ in range(4):
+            losses.append(cifar_train.gradients(model, x, y, s, contextlib.nullcontext())[0].item())
+            assert all(p.grad is not None for p in model.parameters()), f"{name}: every weight matters"
+            optimizer.step()
+            optimizer.zero_grad()
+        assert losses[-1] < losses[0], f"{name}, {opt}: {losses}"
+        plain = {name for name, p in model.named_parameters() if p.dim() < 2}
+        for key in ("A_log", "D", "delta.bias", "mixer.bias"):
+            names = {name for name, _ in model.named_parameters() if name.endswith(key)}
+            assert names <= plain, f"{names} look like neurons"
+
+
+def test_cifar_scan():
+    """Under autocast to bfloat16 the selective scan computes in float32, and equals float64 to 6 digits there; a is
+    close to 1 over 256 steps, close to 0, and exactly 0."""
+    for low, high in ((0.99, 1.0), (0.0, 1e-30), (0.0, 0.0), (0.0, 1.0)):
+        a = torch.rand(3, 256, 5, dtype=torch.float64) * (high - low) + low
+        b, h, expected = normal(10, 3, 256, 5), 0, []
+        for t in range(256):
+            h = a[:, t] * h + b[:, t]
+            expected.append(h)
+        expected = torch.stack(expected, 1)
+        close(cifar_train.scan(a, b), expected, 1e-13, "float64")
+        close(cifar_train.scan(a.float(), b.float()), expected, 1e-6, "float32", scale=expected.abs().max().item())
+    model, kinds = cifar_train.make_model(settled(cifar_train, "--model vmamba --width 4 --depth 1"), 10), []
+
+    def watched(a, b):
+        kinds.extend((a.dtype, b.dtype))
+        return b
+    with unittest.mock.patch.object(cifar_train, "scan", watched), torch.autocast("cpu", torch.bfloat16):
+        model(normal(11, 2, 3, 32, 32, dtype=torch.float32))
+    assert set(kinds) == {torch.float32}, kinds
+
+
+def test_nanogpt_lstm():
+    """The LSTM equals its gates written out, with gains, and starts each window from zero; a token does not change what
+    comes before it; a gain of 1 changes nothing; dropout is where it should be."""
+    torch.manual_seed(0)
+    V, L, C, T = 11, 2, 6, 7
+    model = nanogpt_train.LSTM(V, L, C, T, 0.4, True).double().eval()
+    for p in model.parameters():
+        nn.init.normal_(p)
+    x, y = torch.randint(V, (2, 4, T))
+    weights = {name: p.clone() for name, p in model.lstm.named_parameters()}
+    for gain, name in zip(model.gains, [name for name, p in weights.items() if p.dim() == 2], strict=True):
+        weights[name] *= gain[:, None]
+    inputs = model.tokens.weight[x]
+    for layer in range(L):
+        h, c, out = torch.zeros(4, C).double(), torch.zeros(4, C).double(), []
+        for t in range(T):
+            z = (inputs[:, t] @ weights[f"weight_ih_l{layer}"].T + weights[f"bias_ih_l{layer}"]
+                 + h @ weights[f"weight_hh_l{layer}"].T + weights[f"bias_hh_l{layer}"])
+            i, f, g, o = z.split(C, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+            out.append(h)
+        inputs = torch.stack(out, 1)
+    logits = inputs @ (model.head.gain[:, None] * model.tokens.weight).T
+    close(model(x), logits[:, -1], 1e-9, "logits of the last token")
+    close(model(x, y), F.cross_entropy(logits.flatten(0, 1), y.flatten()), 1e-9, "loss")
+    close(model(x[:, :4]), logits[:, 3], 1e-9, "what comes later does not matter")
+    plain = nanogpt_train.LSTM(V, L, C, T, 0.0, False).double()
+    plain.load_state_dict(model.state_dict(), strict=False)
+    for p in (*model.gains, model.head.gain):
+        nn.init.ones_(p)
+    close(model(x), plain(x), 1e-12, "gains of 1")
+    assert model.lstm.dropout == 0.4 and model.train()(x, y) != model(x, y), "dropout"
+    size = sum(p.numel() for p in nanogpt_train.make_model(settled(nanogpt_train, "--arch lstm"), 99).parameters())
+    assert size == 99 * 192 + 2 * 2 * 4 * 192 * 193, "the default's size: width 192, 2 layers"
+
+
+def test_cifar_imagenet32():
+    """ImageNet-32's archives are read pixel by pixel as documented, unpacked once, then mapped; damage is named."""
+    rng = np.random.default_rng(1)
+    with temporary_folder() as folder:
+        expected, parts = [], ([f"train_data_batch_{i}" for i in range(1, 11)], ["val_data"])
+        (folder / "in").mkdir()
+        for names in parts:
+            data = rng.integers(0, 256, (3 * len(names), 3072), dtype=np.uint8)
+            labels = rng.integers(1, 1001, len(data))
+            for name, pixels, some in zip(names, np.split(data, len(names)), np.split(labels, len(names))):
+                np.savez_compressed(folder / "in" / f"{name}.npz", data=pixels, labels=some, mean=np.zeros(3072))
+            n, row, column, colour = np.indices((len(data), 32, 32, 3))
+            expected += [data[n, 1024 * colour + 32 * row + column], labels.astype(np.int64) - 1]
+        name = f"imagenet32:{folder / 'in'}"
+        images = cifar_train.load_data(name, folder / "data")
+        same_bits(images[:4], map(torch.from_numpy, expected), name)
+        assert len(images.names) == 1000
+        with unittest.mock.patch.object(np.lib.npyio.NpzFile, "__getitem__", side_effect=AssertionError):
+            again = cifar_train.load_data(name, folder / "data")                # no archive is opened again
+        same_bits(again[:4], images[:4], name)
+        assert again.fingerprint == images.fingerprint and len(list((folder / "data").glob("imagenet32*"))) == 1
+        succeed(cifar_train, *CIFAR_TINY, "--model", "gnn", "--depth", "1", "--data", name, "--data_dir",
+                folder / "data", "--out_dir", folder / "run")
+        for damage, words in ((lambda path: path.write_bytes(path.read_bytes()[:200]), "val_data.npz"),
+                              (lambda path: np.savez(path, data=np.zeros((3, 12), np.uint8), labels=[1, 2, 3]), "3072"),
+                              (lambda path: np.savez(path, data=data, labels=np.zeros(3, int)), "1 to 1000"),
+                              (lambda path: np.savez(path, data=data, labels=np.array([None] * 3)), "val_data.npz"),
+                              (lambda path: path.unlink(), "val_data.npz: No such file")):
+            damage(folder / "in/val_data.npz")
+            check_refused(cifar_train, folder, ["--data", name, "--data_dir", folder / "data", "--out_dir",
+                                                folder / "never"], words)
+        assert len(list((folder / "data").glob("imagenet32*"))) == 1, "nothing half made stays"
+
+
 # ======================================================================================================================
 # sweep.py
 # ======================================================================================================================
