@@ -61,6 +61,26 @@ HERE = pathlib.Path(__file__).resolve().parent
 METRICS = {"bleu": dict(sign=-1, digits=2), "test_acc": dict(sign=-1, digits=4), "val_acc": dict(sign=-1, digits=4),
            "val_loss": dict(sign=1, digits=4)}      # sign: -1 if more is better; digits: as printed
 
+# What Lin et al. 2024 publish of their random search: its second stage, around the best of a first one that is not
+# published. cnn: ResNet-34 on CIFAR-100. vit: Swin on ImageWoof, whose lrs they multiply by 128/512, as is done here.
+# Their damping is eps in the adam and rmsprop families here, and their lr_cov is 1 - beta2 and 1 - alpha.
+PAPER_SPACES = {
+    "paper:cnn:sgd": "lr=log(5e-4,0.5) momentum=log(0.1,0.99) weight_decay=log(1e-4,0.05)",
+    "paper:cnn:adamw": "lr=log(1e-4,8e-3) eps=log(1e-12,1e-6) beta2=one_minus_log(5e-4,1e-2) beta1=log(0.1,0.99) "
+                       "weight_decay=log(5e-4,0.05)",
+    "paper:cnn:rf_rmsprop": "lr=log(2e-3,1e-2) eps=log(1e-5,1e-4) alpha=one_minus_log(8e-4,5e-3) "
+                            "momentum=log(0.1,0.99) weight_decay=log(1e-4,0.05)",
+    "paper:vit:sgd": "lr=log(0.025,0.25) momentum=log(0.1,0.99) weight_decay=log(1e-8,1e-5)",
+    "paper:vit:adamw": "lr=log(2.5e-5,7.5e-4) eps=log(1e-10,1e-7) beta2=one_minus_log(5e-4,0.1) beta1=log(0.5,0.99) "
+                       "weight_decay=log(5e-4,0.1)",
+    "paper:vit:rf_rmsprop": "lr=log(2.5e-5,5e-4) eps=log(5e-5,8e-4) alpha=one_minus_log(8e-3,0.1) "
+                            "momentum=log(0.5,0.99) weight_decay=log(5e-5,1e-3)",
+    "paper:vit:shampoo": "lr=log(1.25e-4,1.25e-2) damping=log(1e-10,1e-7) lr_cov=log(5e-4,0.1) momentum=log(0.5,0.99) "
+                         "weight_decay=log(5e-4,0.1)",
+    "paper:vit:if_shampoo": "lr=log(5e-5,2e-4) damping=log(5e-5,5e-4) lr_cov=log(0.2,0.8) momentum=log(0.5,0.9) "
+                            "weight_decay=log(1e-6,1e-3) riemannian_momentum=log(0.1,0.8)",
+}
+
 
 # ---- The command line ------------------------------------------------------------------------------------------------
 
@@ -90,7 +110,8 @@ def parse():
     p.add_argument("--fixed", metavar="KEY=VALUE", **several, help="the same for all runs")
     p.add_argument("--seeds", metavar="N", type=int, help="each setting N times, with seed=1 to N")
     p.add_argument("--space", metavar="KEY=RANGE", **several,
-                   help="log(1e-4,1e-1), uniform(0.5,0.99) or choice(a,b); in quotes, for the shell")
+                   help="log(1e-4,1e-1), one_minus_log(1e-3,0.5) for 0.5 to 0.999, uniform(0.5,0.99) or choice(a,b); "
+                        "in quotes, for the shell. Or a paper's: " + ", ".join(PAPER_SPACES))
     p.add_argument("--runs", metavar="N", type=int, help="of each stage of --two_stage (default 100)")
     p.add_argument("--seed", type=int, help="of the random draws (default 0)")
     p.add_argument("--scale", choices=("cpu", "gpu"), help="of an experiment: minutes on two cores (default), or a GPU")
@@ -179,42 +200,51 @@ def split(text):
 
 
 class Space(NamedTuple):
-    """Where one hyperparameter is drawn from. values: the two ends, or all choices."""
-    kind: str                                       # log, lin or choice
+    """Where one hyperparameter is drawn from. values: the two ends, or all choices. In one_minus_log they are ends of
+    1 - x, which is log-uniform: the way to draw a beta near 1."""
+    kind: str                                       # log, one_minus_log, lin or choice
     values: tuple
 
     @staticmethod
     def between(kind, a, b, where):
         with contextlib.suppress(ValueError):
             ends = float(a), float(b)
-            if math.isfinite(ends[1] - ends[0]) and ends[0] < ends[1] and (kind == "lin" or ends[0] > 0):
+            low, high = {"lin": (-math.inf, math.inf), "log": (0, math.inf), "one_minus_log": (0, 1)}[kind]
+            if low < ends[0] < ends[1] < high:
                 return Space(kind, ends)
-        fail(f"{where}: a range goes from one number to a larger one" + ", both above 0" * (kind == "log"))
+        fail(f"{where}: a range goes from one number to a larger one" + ", both above 0" * (kind != "lin")
+             + " and below 1" * (kind == "one_minus_log"))
 
     def at(self, u):
-        """The value at 0 <= u <= 1, as text with six digits."""
+        """The value at 0 <= u <= 1, as text with six digits, ten where it may be close to 1."""
         if self.kind == "choice":
             return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
         a, b = self.values
+        if self.kind == "one_minus_log":
+            return plain(f"{1 - a ** (1 - u) * b**u:.10g}")
         return plain(f"{a ** (1 - u) * b**u if self.kind == 'log' else a * (1 - u) + b * u:.6g}")
 
     def around(self, texts):
         """The smallest space of this kind that holds all these values."""
         if self.kind == "choice":
             return Space(self.kind, tuple(value for value in self.values if value in texts))
-        return Space(self.kind, (min(map(float, texts)), max(map(float, texts))))
+        values = [round(1 - float(text), 10) if self.kind == "one_minus_log" else float(text) for text in texts]
+        return Space(self.kind, (min(values), max(values)))
 
 
 def parse_space(texts):
-    """["lr=log(1e-4,1e-1)", ...] -> {"lr": Space, ...}."""
+    """["lr=log(1e-4,1e-1)", ...] -> {"lr": Space, ...}. paper:... stands for what PAPER_SPACES has under this name."""
     spaces = {}
-    for key, text in pairs(texts, "--space").items():
-        where, parts = f"--space {key}={text}", re.fullmatch(r"(log|uniform|choice)\((.*)\)", text)
+    texts = re.sub(r"paper:\S+", lambda name: PAPER_SPACES.get(name[0]) or fail(
+        f"--space {name[0]}: there is no such space, there are {', '.join(PAPER_SPACES)}"), " ".join(texts or []))
+    for key, text in pairs([texts], "--space").items():
+        where, parts = f"--space {key}={text}", re.fullmatch(r"(log|one_minus_log|uniform|choice)\((.*)\)", text)
         kind, values = (parts[1], split(parts[2])) if parts else ("", [])
         if not values or kind != "choice" and len(values) != 2:
-            fail(f"{where}: write log(a,b), uniform(a,b) or choice(a,b,...), in quotes; the rest is for --fixed")
+            fail(f"{where}: write log(a,b), one_minus_log(a,b), uniform(a,b) or choice(a,b,...), in quotes; the rest is"
+                 " for --fixed")
         spaces[key] = (Space(kind, tuple(dict.fromkeys(map(plain, values)))) if kind == "choice" else
-                       Space.between("log" if kind == "log" else "lin", *values, where))
+                       Space.between("lin" if kind == "uniform" else kind, *values, where))
     return spaces
 
 

@@ -4207,6 +4207,29 @@ def test_cifar_imagenet32():
         assert len(list((folder / "data").glob("imagenet32*"))) == 1, "nothing half made stays"
 
 
+def test_sweep_spaces_of_the_paper():
+    """1 - x is log-uniform under one_minus_log, and the box around some values holds them; every published space is one
+    of flags that cifar_train.py or the optimizer takes, within what it allows; a wrong name lists the right ones."""
+    space = sweep.parse_space(["beta2=one_minus_log(1e-4,1e-1)"])["beta2"]
+    x = np.sort([1 - float(flags["beta2"]) for flags in sweep.draws({"beta2": space}, 600, seed=3)])
+    assert np.abs(np.log10(x / 1e-4) / 3 - (np.arange(600) + 0.5) / 600).max() < 0.08
+    assert (space.at(0), space.at(1)) == ("0.9999", "0.9")
+    box = space.around(["0.9", "0.99", "0.9995"])
+    assert box == sweep.Space("one_minus_log", (0.0005, 0.1)) and (box.at(0), box.at(1)) == ("0.9995", "0.9")
+    for name in sweep.PAPER_SPACES:
+        opt = name.rpartition(":")[2]
+        for flags in sweep.draws(sweep.parse_space([name]), 3, seed=0):
+            run = sweep.Run.of("cifar_train.py", flags | {"opt": opt})
+            s = settled(cifar_train, *run.command(pathlib.Path("x"))[2:])
+            cifar_train.make_optimizer(s, nn.Linear(3, 3))
+    both = sweep.parse_space(["paper:cnn:sgd", "cutout=choice(0,8)"])
+    assert both.keys() == {"lr", "momentum", "weight_decay", "cutout"} and both["lr"] == sweep.Space("log", (5e-4, 0.5))
+    for space, words in (("paper:cnn:lion", "paper:cnn:rf_rmsprop"), ("beta1=one_minus_log(0.1,1.5)", "below 1"),
+                         ("beta1=one_minus_log(0,0.5)", "above 0"), ("paper:cnn:sgd lr=log(1,2)", "lr twice")):
+        status, out, err = call_main(sweep, "--random", "2", "--space", space, "--fixed", "opt=sgd")
+        assert status == 2 and words in err and len(err.splitlines()) == 1, f"{space}: {err}"
+
+
 # ======================================================================================================================
 # sweep.py
 # ======================================================================================================================
