@@ -3829,6 +3829,8 @@ def test_scripts_modular_trees():
         close(model.modular_tree().sensitivity, 1, 1e-12, f"{name} of {L} blocks: sensitivity")
     for name, mass in (("resnet20", 22), ("resnet34", 22), ("resnet50", 22), ("vgg16", 22), ("vit", 7)):
         check(make(f"--model {name} --width 4"), {"head": 1 / mass}, name)          # stem 1, blocks 20 or 5, head 1
+    for name in cifar_train.MODELS.keys() - cifar_train.NO_TREE.keys():
+        check(make(f"--model {name} --width 4"), {}, name)
     check(small_translator(modular=True), {"target": 1 / 12}, "translator")         # 5, 5, 1 and the tied head 1
     check(nanogpt_train.ModularGPT(11, 3, 2, 8, 16, 0.0), {"head": 1 / 7, "blocks.2.down": 6 * 5 / 18 / 7}, "modular")
 
