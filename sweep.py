@@ -680,25 +680,11 @@ RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 BEST = dict(color="black", linestyle=":", marker="*", markersize=16, zorder=9)
 
 
-class Panel(NamedTuple):
-    """One pair of axes. log: those that are logarithmic, as "x", "y" or "xy"; band: a shaded range of y; border: a line
-    at x."""
-    title: str
-    x: str
-    y: str
-    log: str = ""
-    band: tuple = ()
-    border: float = None
-
-
-class Curve(NamedTuple):
-    """y over x: numbers, or names, which stand side by side. y may be several lists: lines that share a label. low,
-    high: the ends of error bars, or of a band where there are many points. style: matplotlib's, beside the usual."""
-    x: list
-    y: list
-    low: list = ()
-    high: list = ()
-    style: dict = {}
+# One pair of axes. log: those that are logarithmic, as "x", "y" or "xy"; band: a shaded range of y
+Panel = collections.namedtuple("Panel", "title x y log band", defaults=("", ()))
+# y over x: numbers, or names, which stand side by side. y may be several lists: lines that share a label. low and high:
+# the ends of error bars, or of a band where there are many points. style: matplotlib's, beside the usual one
+Curve = collections.namedtuple("Curve", "x y low high style", defaults=([], [], {}))
 
 
 def escaped(text):
@@ -763,8 +749,6 @@ def fill(axes, panel, lines, labels):
             axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
     if panel.band:
         axes.axhspan(*panel.band, color="grey", alpha=0.2, linewidth=0)
-    if panel.border is not None:
-        axes.axvline(panel.border, color="grey", linestyle="--")
     if names:
         axes.set_xticks(range(len(names)), [escaped(textwrap.fill(name, 14, break_long_words=False)) for name in names],
                         **(dict(rotation=30, ha="right") if len(names) > 6 else {}))
@@ -948,27 +932,22 @@ BASE = {
     ("gpu", "gpt"): dict(device="cuda", preset="shakespeare", data="python_docs", dropout=0, compile=0, steps=1000,
                          warmup=100, eval_every=1000, eval_batches=100, track=0),
     ("cpu", "resnet"): dict(device="cpu", model="resnet18", width_mult=0.0625, split=0.9, batch_size=32, track=0),
-    ("gpu", "resnet"): dict(device="cuda", model="resnet18", width_mult=0.5, split=0.9, compile=0, track=0),
     # 1000 images, seen 13 times: so few that optimizers differ in accuracy
     ("cpu", "vgg"): dict(device="cpu", model="vgg16", width=8, split=0.05, crop=0, flip=0, batch_size=32, steps=400,
                          warmup=20, eval_every=400, track=0),
-    ("gpu", "vgg"): dict(device="cuda", model="vgg16", width=32, split=0.25, crop=0, flip=0, batch_size=128, steps=2000,
-                         warmup=100, eval_every=2000, compile=0, track=0),
     ("cpu", "resmlp"): dict(device="cpu", model="resmlp", width=64, depth=2, split=0.9, crop=0, flip=0, batch_size=64,
                             steps=300, eval_every=240, track=0),
-    ("gpu", "resmlp"): dict(device="cuda", model="resmlp", width=128, depth=2, split=0.9, crop=0, flip=0,
-                            batch_size=128, steps=2000, eval_every=1600, compile=0, track=0),
 }
+BASE |= {("gpu", net): BASE["cpu", net] | {"device": "cuda", "compile": 0} | larger for net, larger in {
+    "resnet": dict(width_mult=0.5, batch_size=64),
+    "vgg": dict(width=32, split=0.25, batch_size=128, steps=2000, warmup=100, eval_every=2000),
+    "resmlp": dict(width=128, batch_size=128, steps=2000, eval_every=1600)}.items()}
 LOSS, ACCURACY = "validation loss (nats)", "validation accuracy"
 
 
-class Finding(NamedTuple):
-    """What an experiment found. checks: [(what had to be so, with the measured numbers; whether it was)]; said: the
-    sentence for a lecture."""
-    text: str
-    checks: list
-    panels: dict
-    said: str
+# What an experiment found. checks: [(what had to be so, with the measured numbers; whether it was)]; said: the sentence
+# for a lecture
+Finding = collections.namedtuple("Finding", "text checks panels said")
 
 
 def model_run(lab, net, seed=0, **flags):
@@ -1002,9 +981,9 @@ def tuned(lab, net, grids, **shared):
 def searched(lab, spaces, n, flags):
     """The random search in two stages for each of {(net, opt): spaces}; flags(net, opt) are those of all its runs.
     -> {(net, opt): the flags of the best run}."""
-    def maker(net, opt):
-        return lambda drawn: [model_run(lab, net, **flags(net, opt), **drawn)]
-    results = two_stage(lab, {case: (maker(*case), space) for case, space in spaces.items()}, n, 0)
+    results = two_stage(lab, {(net, opt): (
+        lambda drawn, net=net, opt=opt: [model_run(lab, net, **flags(net, opt), **drawn)], space)
+        for (net, opt), space in spaces.items()}, n, 0)
     best = {case: by_setting(some)[0].flags for case, some in results.items()}
     return {case: flags(*case) | {key: best[case][key] for key in space} for case, space in spaces.items()}
 
@@ -1048,16 +1027,9 @@ def late_mean(values, share):
     return statistics.fmean(values[int(len(values) * (1 - share)):])
 
 
-# What `sweep.py --change NAME=VALUE SCRIPT FLAGS` changes in optim.py before it starts the script: {name: function}
-CHANGES = {}
+# ---- What an experiment may change in optim.py before a script starts ------------------------------------------------
 
 
-def change(f):
-    CHANGES[f.__name__] = f
-    return f
-
-
-@change
 def radial(optim, _):
     """The probe also measures how far gradients point along the weights: the mean over neurons of g.w / (|g| |w|)."""
     import torch
@@ -1073,7 +1045,6 @@ def radial(optim, _):
     optim.RotationProbe = Probe
 
 
-@change
 def turn(optim, factors):
     """Rotational matrices turn by multiples of their angle: a factor for each, in their order in the model. Or a single
     factor, for the first tenth of the neurons of each."""
@@ -1090,7 +1061,6 @@ def turn(optim, factors):
     optim.Rotational.move, optim.Rotational.by_row = move, lambda self, h: False        # no part of a matrix by itself
 
 
-@change
 def start(optim, batch_size):
     """The v of RMSProp starts at 1/B, as the s of rf_rmsprop does, in place of 0."""
     import torch
@@ -1098,9 +1068,13 @@ def start(optim, batch_size):
     optim.rmsprop.start = lambda self, w, h: zero(self, w, h) | {"square_avg": torch.full_like(w, first)}
 
 
-def run_changed(change, script, *flags):
+CHANGES = {f.__name__: f for f in (radial, turn, start)}
+
+
+def run_changed(name_and_value, script, *flags):
+    """`sweep.py --change NAME=VALUE SCRIPT FLAGS`: a script, after one of CHANGES."""
     import optim
-    name, _, value = change.partition("=")
+    name, _, value = name_and_value.partition("=")
     CHANGES[name](optim, value)
     sys.argv = [script, *flags]
     runpy.run_path(script, run_name="__main__")
@@ -1266,9 +1240,9 @@ def zero_shot(lab):
     best, text = tuned(lab, "gpt", {
         "adamw": ((2e-3, 4e-3, 8e-3), (0.03, 0.1, 0.3)), "sgd": ((0.1, 0.3, 1), (1e-4, 3e-4, 1e-3)),
         "lion": ((2.5e-4, 5e-4, 1e-3), (0.3, 1, 3))}, gains=1)
-    found = measured(lab, "gpt", {(kind, opt): h | {"opt": kind.replace("plain ", "") + opt} for opt, h in best.items()
-                                  for kind in ("plain ", "rotational_")}, (1, 2, 3))
-    pair = {opt: (found["plain ", opt], found["rotational_", opt]) for opt in best}
+    found = measured(lab, "gpt", {prefix + opt: h | {"opt": prefix + opt} for opt, h in best.items()
+                                  for prefix in ("", "rotational_")}, (1, 2, 3))
+    pair = {opt: (found[opt], found[f"rotational_{opt}"]) for opt in best}
     checks = [(f"{opt} {plain.words()}, rotational_{opt} {rotational.words()} at "
                f"{phrase(best[opt], ('lr', 'weight_decay'))}", at_most(rotational.score, plain.score + 0.02))
               for opt, (plain, rotational) in pair.items()]
@@ -1289,14 +1263,16 @@ def warmup(lab):
              with a warmup: with 50 steps of it and with none; four seeds. The cost of none: the mean increase of the
              loss.
     Held if  that cost is at least 0.02 for each plain optimizer, and at most half as large for its variant."""
-    tuned = ("adamw", (4e-3, 8e-3), 0.1), ("sgd", (0.15, 0.3), 1e-4)
-    hyper = {prefix + opt: (opt, lrs, decay) for opt, lrs, decay in tuned for prefix in ("", "rotational_")}
+    plain = ("adamw", (4e-3, 8e-3), 0.1), ("sgd", (0.15, 0.3), 1e-4)
+    hyper = {prefix + opt: (opt, lrs, decay) for opt, lrs, decay in plain for prefix in ("", "rotational_")}
     found = measured(lab, "gpt", {
         (name, lr, warm): dict(opt=name, lr=lr, weight_decay=decay, gains=1, steps=500, eval_every=500, warmup=warm)
         for name, (_, lrs, decay) in hyper.items() for lr in lrs for warm in (50, 0)}, (1, 2, 3, 4))
-    costs = {name: [statistics.fmean(of_seed) for of_seed in zip(*(
-        [cold - warm for warm, cold in zip(losses(found[name, lr, 50]), losses(found[name, lr, 0]))] for lr in lrs))]
-        for name, (_, lrs, _) in hyper.items()}     # {optimizer: of each seed, the mean over the lrs}
+    costs = {}                                      # {optimizer: of each seed, the mean over the lrs}
+    for name, (_, lrs, _) in hyper.items():
+        of_lrs = [[cold - warm for warm, cold in zip(losses(found[name, lr, 50]), losses(found[name, lr, 0]))]
+                  for lr in lrs]
+        costs[name] = list(map(statistics.fmean, zip(*of_lrs)))
     cost = {name: statistics.fmean(values) for name, values in costs.items()}
     checks = [(f"no warmup costs {opt} {spread(costs[opt])}, {name} {spread(costs[name])}",
                cost[opt] >= 0.02 and cost[name] <= cost[opt] / 2) for name, (opt, _, _) in hyper.items() if name != opt]

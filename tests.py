@@ -4629,7 +4629,7 @@ def test_sweep_report():
     """The table has numpy's means and deviations, best first; what failed or diverged is named, never averaged away,
     and --retry runs what failed, and nothing else."""
     with folder_with_toy() as folder:
-        grid = "--grid lr=0.001,0.01,10,666 --grid weight_decay,steps=(0,10),(0.5,10) --seeds 3 --fixed device=cpu".split()
+        grid = "--grid lr=0.001,0.01,10,666 weight_decay,steps=(0,10),(0.5,10) --seeds 3 --fixed device=cpu".split()
         grid += ["--out_dir", "out"]
         run_script(sweep, folder, *TOYS, *grid, status=1)
         begun = starts(folder / "out")
@@ -4956,11 +4956,12 @@ def test_sweep_changes():
     _, _, (w, _), (g, _), state = turned("start", "16")
     assert torch.allclose(state["square_avg"], 0.99 / 16 + 0.01 * (g + 0.1 * w) ** 2)
     with temporary_folder() as folder:
+        first = {}
         for change in ("radial", "turn=3"):
-            run_script(sweep, folder, "--change", change, HERE / "nanogpt_train.py", *TINY, "--opt", "rotational_adamw",
-                       "--track", "1", "--out_dir", change)
-        radial, turn = ([r["rotation"] for r in read_log(folder / name) if "rotation" in r] for name in ("radial", "turn=3"))
-        assert "radial" in radial[0]["head.weight"] and turn[0]["head.weight"]["angle"] > 1.1 * radial[0]["head.weight"]["angle"]
+            run_script(sweep, folder, "--change", change, sweep.HERE / "nanogpt_train.py", *TINY, "--track", "1",
+                       "--opt", "rotational_adamw", "--out_dir", change)
+            first[change] = next(r["rotation"] for r in read_log(folder / change) if "rotation" in r)["blocks.0.up.weight"]
+        assert "radial" in first["radial"] and first["turn=3"]["angle"] > 1.1 * first["radial"]["angle"]
 
 
 def rotation_log(f):
@@ -5003,7 +5004,7 @@ def test_sweep_verdicts():
     def needs(plain, turning):                      # how much the loss rises without warmup
         return lambda f: 1.5 + ((turning if f["opt"].startswith("rot") else plain) if f["warmup"] == "0" else 0)
 
-    def transfer(size, smallest, modular=0.0, gain=0.1):        # the plain optimum falls with the size, the modular less
+    def transfer(size, smallest, modular=0.0, gain=0.1):        # the plain optimum falls with the size
         def loss(f):
             if size == "n_layer" and "depth" in f:
                 return 1.5 - gain * math.log2(int(f["depth"])) * (1 if f["opt"].startswith("modular") else -1)
@@ -5016,7 +5017,8 @@ def test_sweep_verdicts():
         return lambda f: uneven if "change" in f else {"adam": adam, "adamw": adamw}.get(f["opt"], even)
 
     def roots(gpt, vgg):                            # of adamw, rmsprop, rmsprop from 1/B, rf_rmsprop
-        return lambda f: (vgg if "model" in f else gpt)["change" in f and 2 or ["adamw", "rmsprop", "", "rf_rmsprop"].index(f["opt"])]
+        return lambda f: (vgg if "model" in f else gpt)[
+            2 if "change" in f else ["adamw", "rmsprop", "", "rf_rmsprop"].index(f["opt"])]
 
     def precise(*kinds):
         return lambda f: dict(zip(("bfloat16", "float32", "shampoo"), kinds))[
@@ -5042,7 +5044,8 @@ def test_sweep_verdicts():
         ("lr_transfer_width", transfer("n_embd", 32), "yyyy"),
         ("lr_transfer_width", lambda f: bowl(f, 2**-4), "nnnn"),        # no optimizer depends on the size
         ("lr_transfer_width", transfer("n_embd", 32, modular=1), "nnnn"),       # both do: more than 0.03
-        ("lr_transfer_depth", transfer("n_layer", 2), "yyyy"), ("lr_transfer_depth", transfer("n_layer", 2, gain=0), "yynn"),
+        ("lr_transfer_depth", transfer("n_layer", 2), "yyyy"),
+        ("lr_transfer_depth", transfer("n_layer", 2, gain=0), "yynn"),
         ("root_free", roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84)), "yyyyyy"),
         ("root_free", roots((2.0, 2.02, 2.0, 2.04), (0.85, 0.83, 0.84, 0.82)), "nnnnnn"),
         ("root_free", roots((2.0, 2.2, 2.0, 2.02), (0.85, 0.73, 0.84, 0.84)), "yynyyy"),
@@ -5065,7 +5068,7 @@ def test_sweep_verdicts():
         assert held != (("resnet, sgd: the angle" in words) or ("gpt, lion: the norm" in words)), words
     flat = [line | {"rotation": {name: row | {"radial": 0.001} for name, row in line["rotation"].items()}}
             for line in rotation_log({"opt": "adamw"}) if "rotation" in line]
-    assert not sweep.equilibrium(ImaginedLab(lambda f: 1.5, lambda f: flat)).checks[-1][1], "nothing explains the misses"
+    assert not sweep.equilibrium(ImaginedLab(lambda f: 1.5, lambda f: flat)).checks[-1][1], "nothing explains them"
     found = sweep.balance(ImaginedLab(balanced(0.76, 0.85, 0.89, 0.8), turning_log))
     assert "adam 4.00, adamw 2.00" in found.checks[0][0] and "adam_0" not in found.text
     asked = []
