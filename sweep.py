@@ -1435,7 +1435,7 @@ def step_times():
         steps[kind] = optim.OPTIMIZERS[opt](weights, lr=1e-3, update_every=1, **extra).step
         steps[kind]()                               # the first makes the state
     half, full = (torch.randn(1024, 1024, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    return ({kind: optim.in_turn(step, steps[HALF]) for kind, step in steps.items()},
+    return ({kind: optim.in_turn(step, steps[HALF], repeats=3) for kind, step in steps.items()},
             optim.in_turn(lambda: half @ half, lambda: full @ full)[1])
 
 
