@@ -1448,8 +1448,7 @@ def half_precision(lab):
              search in two stages with the same number of runs of 300 steps. Three other seeds at the best, 300 steps
              and 1000, if_shampoo with all its state and arithmetic in bfloat16 and in float32. The time of an optimizer
              step with a refresh is measured on its own, on matrices 512 wide. It is a matter of the processor: where
-             products in bfloat16 are no faster than in float32, no times are
-             compared.
+             products in bfloat16 are no faster than in float32, no times are compared.
     Held if  after 1000 steps bfloat16's mean loss is at most 0.02 above float32's and shampoo's, and its step takes
              less time than either's."""
     momentum, log = Space("lin", (0.5, 0.95)), functools.partial(Space, "log")
