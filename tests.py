@@ -4305,9 +4305,9 @@ def starts(folder):
 
 def toy_lab(folder, **changes):
     """A Lab whose runs are in folder/out."""
-    return sweep.Lab(sweep.argparse.Namespace(**dict(
-        out_dir=folder / "out", scale="cpu", jobs=2, retry=False, keep_checkpoints=False, experiment=None, report=False,
-        print_commands=False, metric=None) | changes))
+    args = dict(out_dir=folder / "out", jobs=2, metric=None, seeds=None, scale="cpu")
+    return sweep.Lab(sweep.argparse.Namespace(**dict.fromkeys(
+        ("retry", "keep_checkpoints", "experiment", "report", "print_commands")) | args | changes))
 
 
 def imagined(loss, opt="x", log=(), metric="val_loss", **flags):
@@ -4319,12 +4319,13 @@ def imagined(loss, opt="x", log=(), metric="val_loss", **flags):
 
 
 class ImaginedLab:
-    """Gives the experiments results that we make up: loss(flags) is the val_loss or accuracy, nan if it diverged, and
+    """Gives the experiments results that we make up: loss(flags) is the loss or accuracy, nan if it diverged, and
     log(flags) the lines of the log."""
-    scale, mode, asked, out_dir = "cpu", "run", (), "imagined"
+    asked, out_dir = (), "imagined"
+    args = sweep.argparse.Namespace(scale="cpu", seeds=None, print_commands=False)
 
-    def __init__(self, loss, log=lambda flags: []):
-        self.loss, self.log = loss, log
+    def __init__(self, loss, log=None):
+        self.loss, self.log = loss, log or (lambda flags: [{"train_loss": loss(flags)}])
 
     def result(self, run):
         flags = dict(run.flags)
@@ -4358,6 +4359,8 @@ def test_sweep_values():
     assert np.abs(np.corrcoef([[math.log(float(f["a"])), float(f["b"])] for f in draws], rowvar=False)[0, 1]) < 0.15
     assert all(150 < sum(flags["c"] == c for flags in draws) < 250 for c in ("x", "y", "1.5"))
     assert sweep.Space("choice", ("a", "b", "c")).around(["c", "a", "c"]) == sweep.Space("choice", ("a", "c"))
+    assert sweep.grid_flags("lr,weight_decay", "(1e-3,1),(0.1, 0.01)") == [
+        {"lr": "0.001", "weight_decay": "1"}, {"lr": "0.1", "weight_decay": "0.01"}]
     one = sweep.Run.of("nanogpt_train.py", {"lr": "1e-3", "opt": "sgd"})
     assert one.name == sweep.Run.of("nanogpt_train.py", {"opt": "sgd", "lr": 0.001}).name
     for script, lr in (("nanogpt_train.py", 0.002), ("cifar_train.py", 0.001), ("else/nanogpt_train.py", 0.001)):
@@ -4376,7 +4379,7 @@ def test_sweep_report():
     """The table has numpy's means and deviations, best first; what failed or diverged is named, never averaged away,
     and --retry runs what failed, and nothing else."""
     with folder_with_toy() as folder:
-        grid = "--grid lr=0.001,0.01,10,666 --grid weight_decay=0,0.5 --seeds 3 --fixed device=cpu".split()
+        grid = "--grid lr=0.001,0.01,10,666 weight_decay,steps=(0,10),(0.5,10) --seeds 3 --fixed device=cpu".split()
         grid += ["--out_dir", "out"]
         run_script(sweep, folder, *TOYS, *grid, status=1)
         begun = starts(folder / "out")
@@ -4576,6 +4579,9 @@ def test_sweep_bad_input():
         --grid weight_decay=1:1e400:lin3 | from one number
         --grid lr=1,,2 | comma
         --grid lr=1 --grid lr=2 | twice
+        --grid lr,weight_decay=(1,2) --grid lr=2 | twice
+        --grid lr,weight_decay=(1,2),(3) | a value for each key
+        --fixed lr,weight_decay=(1,2) | KEY=VALUE
         --grid lr=1 --fixed lr=1 | once
         --grid opt_kwargs.seed=1,2 --fixed opt_kwargs.seed=3 | twice
         --grid learning_rat=1 | neither a flag
@@ -4594,6 +4600,7 @@ def test_sweep_bad_input():
         --experiment warmpu | warmup
         --experiment warmup --grid lr=1 | --grid
         --experiment warmup --fixed lr=1 | --fixed
+        --experiment warmup --print_commands --plot x.png | leave out --plot
         --curves x --jobs 2 | --jobs
         --curves no/such | no log.jsonl
         --grid lr=1 --scale gpu | --experiment
@@ -4642,83 +4649,74 @@ def test_sweep_of_the_real_script():
 
 
 def test_sweep_experiments_ask_for_runs_that_exist():
-    """Every flag that a named experiment uses is known to its script, at both scales, and takes its values."""
-    kinds = {}
+    """Every flag that a named experiment uses is known to its script, at both scales, and takes its values; --seeds
+    shifts all seeds, and seed 0, which tunes, never decides."""
+    kinds, lab = {}, ImaginedLab(None)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        for name, scale in itertools.product(sweep.EXPERIMENTS, ("cpu", "gpu")):
+        for name, scale in itertools.product(sweep.EXPERIMENTS.keys() - {"second_order"}, ("cpu", "gpu")):
             status, out, err = call_main(sweep, "--experiment", name, "--scale", scale, "--print_commands")
             assert status == 0 and out and not err, (name, err)
             for line in out.splitlines():
-                _, script, *flags = shlex.split(line)
+                words = shlex.split(line)[1:]
+                if "--change" in words:
+                    assert words[2].partition("=")[0] in sweep.CHANGES
+                    words = words[3:]
+                script, *flags = words
                 kinds[script, re.sub(r"=[\d.e-]+( |$)", "", " ".join(flags[:-1]))] = flags
     assert len({script for script, _ in kinds}) == 2
     for (script, _), flags in kinds.items():
         script = importlib.import_module(pathlib.Path(script).stem)
         with unittest.mock.patch.object(script, "pick_device", lambda name: name):
             script.settle(script.parse(flags))
+    with unittest.mock.patch.object(lab, "args", sweep.argparse.Namespace(scale="cpu", seeds=2)):
+        assert sweep.model_run(lab, "gpt")["seed"] == "30" and sweep.model_run(lab, "gpt", 1, steps=7)["seed"] == "31"
+    run = sweep.model_run(lab, "gpt", steps=7)
+    assert (run["seed"], run["steps"], run["n_embd"]) == ("10", "7", "64"), "flags come before BASE's"
 
 
-def verdicts(name, loss, log=lambda flags: []):
-    return [held for _, held in sweep.EXPERIMENTS[name](ImaginedLab(loss, log)).checks]
-
-
-def bowl(f, best):                                  # one minimum, at lr = best
-    return 1.5 + 0.02 * math.log2(float(f["lr"]) / best) ** 2
-
-
-def test_sweep_verdicts():
-    """The experiments say yes to numbers made up to agree with the claim, and no to others, for the right reason."""
-    def worse(opt, by, seed=None):
-        return lambda f: 1.5 + (by if f["opt"].endswith(opt) and seed in (None, f.get("seed")) else 0)
-
-    def needs(plain, turning):                      # how much the loss rises without warmup
-        return lambda f: 1.5 + ((turning if f["opt"].startswith("rot") else plain) if f["warmup"] == "0" else 0)
-
-    def transfer(size, smallest, modular=0.0):      # the plain optimum falls as the model grows, the modular one less
-        def loss(f):
-            falls = modular if f["opt"].startswith("modular") else 1
-            return bowl(f, {"adam": 2**-6, "sgd": 2.0}.get(f["opt"], 0.25) * (smallest / int(f[size])) ** falls)
-        return loss
-    uneven = needs(0.1, 0.16), needs(0.1, 0)        # the mean counts, over both seeds
-    cnn_gpt = {"sgd": 0, "adamw": 1, "rf_rmsprop": 2, "rf_adamw": 3}
-    for name, loss, held in (
-            ("zero_shot", lambda f: bowl(f, 0.004) + 0.01 * f["opt"].startswith("rot"), [True] * 3),
-            ("zero_shot", worse("rotational_sgd", 0.03), [True, False, True]),
-            ("zero_shot", worse("rotational_sgd", 0.09, seed="3"), [True, False, True]),
-            ("zero_shot", worse("rotational_lion", math.nan), [True, True, False]),
-            ("zero_shot", worse("lion", math.nan), [True, True, False]),        # if both diverge, neither is as good
-            ("warmup", needs(0.1, 0.04), [True] * 2), ("warmup", needs(0.1, 0.06), [False] * 2),
-            ("warmup", needs(0.01, 0), [False] * 2), ("warmup", needs(math.nan, 0), [True] * 2),
-            ("warmup", lambda f: uneven[f["seed"] == "1"](f), [False] * 2),
-            ("lr_transfer_width", transfer("n_embd", 32), [True] * 2),
-            ("lr_transfer_depth", transfer("n_layer", 1), [True] * 2),
-            ("lr_transfer_width", lambda f: bowl(f, 2**-4), [False] * 2),       # no optimizer depends on the size
-            ("lr_transfer_depth", transfer("n_layer", 1, modular=2 / 3), [False] * 2),         # both do: more than 0.03
-            *(("root_free", lambda f, rows=rows: rows["model" not in f][cnn_gpt[f["opt"]]], held) for rows, held in (
-                (((0.6, 0.55, 0.595, 0.5), (2, 1.5, 1.9, 1.52)), [True, True, True]),
-                (((0.6, 0.55, 0.5, 0.58), (2, 1.5, 1.52, 1.9)), [True, False, True]),
-                (((0.6, 0.61, 0.6, 0.5), (2, 1.5, 1.54, 1.9)), [False, False, False])))):
-        assert verdicts(name, loss) == held, (name, held)
-    found = sweep.zero_shot(ImaginedLab(lambda f: bowl(f, 0.004) + float(f["weight_decay"]) / 100))
-    assert "at lr 0.004, weight_decay 0.03" in found.checks[0][0], "not the best of the grid"
-    for loss, words in ((1.5, "The claim held"), (1.53, "did not hold at this scale: 2 of 3")):
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            sweep.experiment(ImaginedLab(worse("rotational_sgd", loss - 1.5)), "zero_shot", None)
-        assert words in out.getvalue() and ("NO" in out.getvalue()) == (loss > 1.5), out.getvalue()
-    run = sweep.model_run(ImaginedLab(None), "gpt", steps=7)
-    assert (run["steps"], run["n_embd"]) == ("7", "64"), "flags come before BASE's"
-    with temporary_folder() as folder:              # with a run that failed, or is missing, nothing is said
-        lab = toy_lab(folder, experiment="x", report=True)
-        refused(sweep.Unfinished, [], lambda: lab.results([run]))
-        write_run(folder / "out" / run.name, [])
-        (folder / "out" / run.name / "failed.json").write_text('{"status": 1, "message": "words"}')
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            refused(SystemExit, ["1"], lambda: lab.results([run]))
-        assert "words. Mend it" in err.getvalue()
+def test_sweep_changes():
+    """What an experiment changes in a run: the first tenth of the neurons turns 3 times as far, or each matrix by its
+    own factor; the measured radial part is torch's; RMSProp's average starts at 1/B. Through the command line, too."""
+    def turned(change, value):
+        with contextlib.ExitStack() as stack:
+            for kind, name in ((optim.Rotational, "move"), (optim.Rotational, "by_row"), (optim.rmsprop, "start"),
+                               (optim, "RotationProbe")):
+                stack.enter_context(unittest.mock.patch.object(kind, name, getattr(kind, name)))
+            sweep.CHANGES[change](optim, value)
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(8, 20), torch.nn.Linear(20, 5))
+            optimizer = optim.build("rmsprop" if change == "start" else "rotational_adamw", model, lr=0.1,
+                                    weight_decay=0.1)
+            probe, before = optim.RotationProbe(optimizer), [layer.weight.detach().clone() for layer in model]
+            model(torch.randn(4, 8)).square().sum().backward()
+            probe.measure_next_step()
+            optimizer.step()
+            state = optimizer.state[model[0].weight]
+            angles = [torch.acos(torch.cosine_similarity(old, layer.weight.detach(), dim=1))
+                      for old, layer in zip(before, model)]
+            return angles, probe.rows, before, [layer.weight.grad for layer in model], state
+    even, *_ = turned("turn", "1")
+    for value, factors in (("3", [[3] * 2 + [1] * 18, [3] + [1] * 4]), ("2,0.5", [[2] * 20, [0.5] * 5])):
+        angles, *_ = turned("turn", value)
+        for a, b, factor in zip(angles, even, factors):
+            assert torch.allclose(a.tan(), b.tan() * torch.tensor(factor), rtol=0.02), value
+    _, rows, before, grads, _ = turned("radial", "")
+    for row, w, g in zip(rows, before, grads):
+        assert abs(row["radial"] - ((w * g).sum(1) / w.norm(dim=1) / g.norm(dim=1)).mean().item()) < 1e-6
+    _, _, (w, _), (g, _), state = turned("start", "16")
+    assert torch.allclose(state["square_avg"], 0.99 / 16 + 0.01 * (g + 0.1 * w) ** 2)
+    with temporary_folder() as folder:
+        first = {}
+        for change in ("radial", "turn=3"):
+            run_script(sweep, folder, "--change", change, sweep.HERE / "nanogpt_train.py", *TINY, "--track", "1",
+                       "--opt", "rotational_adamw", "--out_dir", change)
+            first[change] = next(r["rotation"] for r in read_log(folder / change) if "rotation" in r)["blocks.0.up.weight"]
+        assert "radial" in first["radial"] and first["turn=3"]["angle"] > 1.1 * first["radial"]["angle"]
 
 
 def rotation_log(f):
-    """Two hidden matrices of ten are off, or three; records with rotation alone stand between those with losses."""
+    """Two hidden matrices of ten are off, or three, and gradients are radial where they are (or, for lr 9, nowhere);
+    records with rotation alone stand between those with losses. Under balance the angles are as TURNING says."""
     three, lines = [("sgd", True, "angle"), ("lion", False, "norm")], [{"step": 0, "val_loss": 5.0}]
     for k in range(8):
         rows = {}
@@ -4728,48 +4726,125 @@ def rotation_log(f):
                 off = i < 4 + ((f["opt"], "model" in f, what) in three)
                 factor = (0.5 if f["opt"] == "lion" else 1.3) if off else 0.8
                 row[what] = row[f"predicted_{what}"] * (factor if k > 5 else 7.0)
-        lines += [{"step": 50 * k, "rotation": rows}, {"step": 50 * k, "val_loss": 5.0 - k, "seconds": 1.0 + k}]
+                row["radial"] = (-0.02 if i % 2 else 0.02) * (i < 5) + 0.001
+        lines += [{"step": 50 * k, "rotation": rows}, {"step": 50 * k, "val_loss": 5.0 - k, "train_loss": 5.0 - k}]
     return lines
 
 
-def test_sweep_verdicts_of_rotation():
-    """equilibrium: norms and angles of the last quarter, four hidden matrices in five within 25 %; balance: the spread
-    of the angles in the second half, at the best setting with decay, and the best losses; half_precision: mean losses
-    of three seeds at the best lr, and milliseconds of a step of the second half, measured one run at a time."""
-    for words, held in sweep.equilibrium(ImaginedLab(lambda f: 1.5, rotation_log)).checks:
-        assert held != (("cnn, sgd: the angle" in words) or ("gpt, lion: the norm" in words)), words
+def turning_log(f):
+    """Angles of four matrices in the second half: under adam the first is a quarter of the others, under adamw half."""
+    least = {"adam": 0.1, "adamw": 0.2}.get(f["opt"], 0.4)
+    rows = [{f"blocks.{i}": {"angle": angle, "predicted_angle": 0.1} for i, angle in enumerate(angles)}
+            for angles in ((1, 2, 3, 4), (least, 0.4, 0.4, 0.4))]
+    return [{"step": 0, "val_loss": 5.0}, *({"step": k, "rotation": rows[k > 3]} for k in range(8))]
 
-    def turning(f):
-        least = {"adam": 0.1 if f["weight_decay"] != "0" else 0.4, "adamw": 0.2}.get(f["opt"], 0.4)
-        rows = [{f"blocks.{i}": {"angle": angle, "predicted_angle": 0.1} for i, angle in enumerate(angles)}
-                for angles in ((1, 2, 3, 4), (least, 0.4, 0.4, 0.4))]
-        return [{"step": 0, "val_loss": 5.0}, *({"step": k, "rotation": rows[k > 3]} for k in range(8))]
-    for best, held in (((1.52, 1.5, 1.505), [True] * 3), ((1.505, 1.5, 1.505), [True, False, True]),
-                       ((1.52, 1.5, 1.52), [True, True, False])):
-        losses = dict(zip(("adam", "adamw", "rotational_adam"), best))
-        found = sweep.balance(ImaginedLab(lambda f: losses[f["opt"]] + float(f["weight_decay"]) / 10, turning))
-        assert [held for _, held in found.checks] == held and "adam 4.00, adamw 2.00, rotational_adam 1.00" in \
-            found.checks[0][0], found.checks
-    assert not verdicts("balance", lambda f: 1.0, lambda f: turning(f | {"opt": "adamw"}))[0], "2 is not twice 2"
 
-    def seconds(f, swap):                           # a second half of 150 steps of 10, 20 or 30 ms
-        step = 0.01 if f.get("opt_kwargs.dtype") == "bfloat16" else 0.02 if f["opt"] == "if_shampoo" else 0.03
-        step = step if swap > 0 else 1 / step
-        return [{"step": 0, "val_loss": 5.0, "seconds": 0.0}, {"step": 150, "val_loss": 4.0, "seconds": 100.0},
-                {"step": 200, "rotation": {}}, {"step": 300, "val_loss": 3.0, "seconds": 100 + 150 * step}]
-    for swap, losses, held in ((1, (1.5, 1.49, 1.6), [True, True, True, True]),
-                               (1, (1.5, 1.45, 1.6), [False, True, True, True]),
-                               (1, (1.5, 1.6, 1.45), [True, False, True, True]),
-                               (-1, (1.5, 1.6, 1.6), [True, True, False, False])):
+def bowl(f, best):                                  # one minimum, at lr = best
+    return 1.5 + 0.02 * math.log2(float(f["lr"]) / best) ** 2
+
+
+def test_sweep_verdicts():
+    """The experiments say yes to numbers made up to agree with the claim, and no to others, for the right reason."""
+    def by(key, numbers, default=0.0):              # a number for each value of a flag
+        return lambda f: next((x for value, x in numbers.items() if value == f.get(key, "-")), default)
+
+    def worse(opt, more, seed=None):
+        return lambda f: 1.5 + (more if f["opt"].endswith(opt) and seed in (None, f.get("seed")) else 0)
+
+    def needs(plain, turning):                      # how much the loss rises without warmup
+        return lambda f: 1.5 + ((turning if f["opt"].startswith("rot") else plain) if f["warmup"] == "0" else 0)
+
+    def transfer(size, smallest, modular=0.0, gain=0.1):        # the plain optimum falls with the size
         def loss(f):
-            dtype = f.get("opt_kwargs.dtype", "float32")
-            by_dtype = {"bfloat16": losses[0], "float32": losses[1 if f["opt"] == "if_shampoo" else 2]}
-            wrong = f["lr"] != {"if_shampoo": "0.008", "shampoo": "0.0012"}[f["opt"]]
-            return by_dtype[dtype] + wrong + 0.1 * (int(f["seed"]) - 2) * (dtype == "bfloat16")
-        lab = ImaginedLab(loss, lambda f: seconds(f, swap))
-        found = sweep.half_precision(lab)
-        assert [held for _, held in found.checks] == held and lab.jobs == 1, found.checks
-        assert swap < 0 or "10.0 ms per step in bfloat16, 20.0 of if_shampoo" in found.checks[2][0], found.checks
+            if size == "n_layer" and "depth" in f:
+                return 1.5 - gain * math.log2(int(f["depth"])) * (1 if f["opt"].startswith("modular") else -1)
+            falls = modular if f["opt"].startswith("modular") else 1
+            ratio = smallest / int(f[size] if size in f else f["width"])
+            return bowl(f, {"adam": 2**-6, "sgd": 2.0**-2}.get(f["opt"], 0.5) * ratio ** falls)
+        return loss
+
+    def balanced(adam, adamw, even, uneven):
+        return lambda f: uneven if "change" in f else {"adam": adam, "adamw": adamw}.get(f["opt"], even)
+
+    def roots(gpt, vgg):                            # of adamw, rmsprop, rmsprop from 1/B, rf_rmsprop
+        return lambda f: (vgg if "model" in f else gpt)[
+            2 if "change" in f else ["adamw", "rmsprop", "", "rf_rmsprop"].index(f["opt"])]
+
+    def precise(*kinds):
+        return lambda f: dict(zip(("bfloat16", "float32", "shampoo"), kinds))[
+            "shampoo" if f["opt"] == "shampoo" else f.get("opt_kwargs.dtype", "float32")]
+    uneven, alike = (needs(0.1, 0.16), needs(0.1, 0)), {"turn=0.333": 0.9, "turn=3": 0.9, "turn=1": 0.9}
+    cases = [                                       # experiment, losses or accuracies, what is to be said of each check
+        ("zero_shot", lambda f: bowl(f, 0.004) + 0.01 * f["opt"].startswith("rot"), "yyy"),
+        ("zero_shot", worse("rotational_sgd", 0.03), "yny"), ("zero_shot", worse("rotational_sgd", 0.09, "13"), "yny"),
+        ("zero_shot", worse("rotational_lion", math.nan), "yyn"),
+        ("zero_shot", worse("lion", math.nan), "yyn"),          # if both diverge, neither is as good
+        ("warmup", needs(0.1, 0.04), "yy"), ("warmup", needs(0.1, 0.06), "nn"), ("warmup", needs(0.01, 0), "nn"),
+        ("warmup", needs(math.nan, 0), "yy"),
+        ("warmup", lambda f: uneven[f["seed"] == "11"](f), "nn"),       # the mean over the seeds counts
+        ("balance", balanced(0.76, 0.85, 0.89, 0.8), "yyyy"), ("balance", balanced(0.84, 0.85, 0.89, 0.8), "ynyy"),
+        ("balance", balanced(0.76, 0.85, 0.82, 0.7), "yyny"), ("balance", balanced(0.76, 0.85, 0.89, 0.84), "yyyn"),
+        ("balance", balanced(0.9, 0.85, 0.89, 0.8), "ynyn"), ("balance", balanced(0.76, math.nan, 0.89, 0.8), "ynyy"),
+        ("imbalance", by("change", alike | {"turn=10": 0.8, "turn=0.1": 0.88}), "yyyy"),
+        ("imbalance", by("change", alike | {"turn=10": 0.895, "turn=0.1": 0.88}), "nyyy"),
+        ("imbalance", by("change", alike | {"turn=10": 0.8, "turn=0.1": 0.88, "turn=3": 0.92}), "yyny"),
+        ("lr_against_decay", lambda f: 1.5 + abs(math.log10(float(f["lr"]) / 4e-3)) * (
+            0.1 if f["opt"] == "adamw" else 0.04), "yy"),
+        ("lr_against_decay", lambda f: bowl(f, 0.004), "yn"), ("lr_against_decay", lambda f: 1.5, "ny"),
+        ("lr_transfer_width", transfer("n_embd", 32), "yyyy"),
+        ("lr_transfer_width", lambda f: bowl(f, 2**-4), "nnnn"),        # no optimizer depends on the size
+        ("lr_transfer_width", transfer("n_embd", 32, modular=1), "nnnn"),       # both do: more than 0.03
+        ("lr_transfer_depth", transfer("n_layer", 2), "yyyy"),
+        ("lr_transfer_depth", transfer("n_layer", 2, gain=0), "yynn"),
+        ("root_free", roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84)), "yyyyyy"),
+        ("root_free", roots((2.0, 2.02, 2.0, 2.04), (0.85, 0.83, 0.84, 0.82)), "nnnnnn"),
+        ("root_free", roots((2.0, 2.2, 2.0, 2.02), (0.85, 0.73, 0.84, 0.84)), "yynyyy"),
+        ("half_precision", precise(1.5, 1.49, 1.6), "yyyy"), ("half_precision", precise(1.5, 1.45, 1.6), "nyyy"),
+        ("half_precision", precise(1.5, 1.6, 1.45), "ynyy"), ("half_precision", precise(1.5, math.nan, 1.6), "ynyy")]
+    times = {sweep.HALF: (10, 1.0), sweep.FULL: (20, 2.0), sweep.SHAMPOO: (30, 3.0)}
+    for name, loss, held in cases[:-1]:
+        log = turning_log if name == "balance" else None
+        with unittest.mock.patch.object(sweep, "step_times", lambda: (times, 0.5)):
+            found = sweep.EXPERIMENTS[name](ImaginedLab(loss, log))
+        assert "".join("ny"[bool(held)] for _, held in found.checks) == held, (name, held, found.checks)
+        assert found.said.endswith(".") and found.text
+    for product, kinds, held in ((0.5, (2.0, 0.9), "yyyn"), (0.5, (0.9, 2.0), "yyny"), (1.5, (0.9, 2.0), "yy")):
+        slow = {sweep.HALF: (10, 1.0), sweep.FULL: (1, kinds[0]), sweep.SHAMPOO: (1, kinds[1])}
+        with unittest.mock.patch.object(sweep, "step_times", lambda: (slow, product)):
+            checks = sweep.half_precision(ImaginedLab(precise(1.5, 1.5, 1.5))).checks
+        assert "".join("ny"[held] for _, held in checks) == held, (product, checks)     # without bfloat16: not compared
+
+    for words, held in sweep.equilibrium(ImaginedLab(lambda f: 1.5, rotation_log)).checks:
+        assert held != (("resnet, sgd: the angle" in words) or ("gpt, lion: the norm" in words)), words
+    flat = [line | {"rotation": {name: row | {"radial": 0.001} for name, row in line["rotation"].items()}}
+            for line in rotation_log({"opt": "adamw"}) if "rotation" in line]
+    assert not sweep.equilibrium(ImaginedLab(lambda f: 1.5, lambda f: flat)).checks[-1][1], "nothing explains them"
+    found = sweep.balance(ImaginedLab(balanced(0.76, 0.85, 0.89, 0.8), turning_log))
+    assert "adam 4.00, adamw 2.00" in found.checks[0][0]
+    asked = []
+    lab = ImaginedLab(lambda f: asked.append(f.get("change")) or 0.8, turning_log)
+    sweep.balance(lab)
+    assert "turn=0.354,1.41,1.41,1.41,1" in asked, "each layer's angle over the geometric mean, the output's as it is"
+    assert not sweep.balance(ImaginedLab(lambda f: 1.0, lambda f: turning_log(f | {"opt": "adamw"}))).checks[0][1]
+    with unittest.mock.patch.object(optim.rf_rmsprop, "start", lambda self, w, h: {
+            "momentum_buffer": torch.zeros_like(w), "square_avg": torch.full_like(w, 100.0)}):
+        assert [held for _, held in sweep.second_order(ImaginedLab(None)).checks] == [False, True, False, True, False]
+
+    found = sweep.zero_shot(ImaginedLab(lambda f: bowl(f, 0.004) + float(f["weight_decay"]) / 100))
+    assert "at lr 0.004, weight_decay 0.03" in found.checks[0][0] and "decay is at the edge" in found.text
+    for loss, words in ((1.5, "The claim held"), (1.53, "did not hold at this scale: 2 of 3")):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            sweep.experiment(ImaginedLab(worse("rotational_sgd", loss - 1.5)), "zero_shot", None)
+        assert words in out.getvalue() and ("NO" in out.getvalue()) == (loss > 1.5), out.getvalue()
+    with temporary_folder() as folder:              # with a run that failed, or is missing, nothing is said
+        lab = toy_lab(folder, experiment="x", report=True)
+        run = sweep.model_run(lab, "gpt")
+        refused(sweep.Unfinished, [], lambda: lab.results([run]))
+        write_run(folder / "out" / run.name, [])
+        (folder / "out" / run.name / "failed.json").write_text('{"status": 1, "message": "words"}')
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            refused(SystemExit, ["1"], lambda: lab.results([run]))
+        assert "words. Mend it" in err.getvalue()
 
 
 def look_at(figure):
@@ -4816,11 +4891,13 @@ def drawn(call):
 
 
 def test_sweep_pictures():
-    """Every picture is fit to be seen: of the eight experiments, with claim and verdict in the title; of grids, draws
+    """Every picture is fit to be seen: of all experiments, with claim and verdict in the title; of grids, draws
     and seeds, with the best marked, diverged seeds crossed, and a $ where somebody wrote one."""
+    times = {sweep.HALF: (10, 1.0), sweep.FULL: (20, 2.0), sweep.SHAMPOO: (30, 3.0)}
     for name in sweep.EXPERIMENTS:
         lab = ImaginedLab(lambda f: math.nan if f["lr"] == "0.008" else bowl(f, 0.004), rotation_log)
-        texts = look_at(drawn(lambda path: sweep.experiment(lab, name, path)))
+        with unittest.mock.patch.object(sweep, "step_times", lambda: (times, 0.5)):
+            texts = look_at(drawn(lambda path: sweep.experiment(lab, name, path)))
         assert any("at this scale" in text and "\n" in text for text in texts), (name, texts)
     failed = ["a seed diverged or failed"]
     for flags, seeds, lines in (
