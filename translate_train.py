@@ -202,6 +202,7 @@ for direction, plain, rotational, modular, shared in (          # lr and weight_
         ("rmsprop", (2e-3, 0.0), (1e-2, 7e-3), (0.08, 0.0), dict(alpha=0.99)),
         ("rf_rmsprop", (1.2e-3, 0.0), (1.25e-4, 0.28), (0.08, 0.0), dict(alpha=0.97, momentum=0.9, eps=1e-3)),
         ("rf_adamw", (1e-2, 0.1), (1.5e-3, 0.46), (0.08, 0.0), dict(beta1=0.9, beta2=0.97, eps=1e-3)),
+        ("muon", (0.02, 0.05), (0.02, 0.1), (0.08, 0.0), dict(momentum=0.95, beta1=0.9, beta2=0.99, adamw_lr_scale=0.1)),
         ("shampoo", (1.5e-4, 0.0), (1e-3, 0.07), (0.08, 0.0),
          dict(momentum=0.9, lr_cov=0.05, damping=1e-6, update_every=10, max_dim=512)),
         ("if_shampoo", (1e-3, 0.0), (2e-3, 0.05), (0.08, 0.0),
@@ -210,6 +211,7 @@ for direction, plain, rotational, modular, shared in (          # lr and weight_
         if pair:
             TUNED[geometry + direction] = dict(lr=pair[0], weight_decay=pair[1], **shared)
 TUNED["modular_rmsprop"]["momentum"] = 0.9
+TUNED["modular_muon"]["adamw_lr_scale"] = 1.0
 TUNED["shampoo"]["graft"] = TUNED["rotational_shampoo"]["graft"] = "adam"
 TUNED["modular_lion"]["beta2"] = 0.9
 
