@@ -157,10 +157,10 @@ def row(direction):
 class Direction:
     """One row of the table. Classes of rows are named as on the command line.
 
-    To add a row, write one class with `@row` above it, anywhere before section 10. `lion` below is a good model, and its
-    first ten lines are enough. (In a file of your own, also call compose(DIRECTIONS["mine"], PLAIN) and the like.) The
-    defaults are safe. A row without a kappa refuses to rotate, a row without a contribution predicts no norm, and no
-    tensor is cut into blocks of rows.
+    To add a row, write one class with `@row` above it, anywhere before section 10. `lion` below is a good model, and
+    its first ten lines are enough. (In a file of your own, also call compose(DIRECTIONS["mine"], PLAIN) and the like.)
+    The defaults are safe. A row without a kappa refuses to rotate, a row without a contribution predicts no norm, and
+    no tensor is cut into blocks of rows.
     """
     formula = ""            # d in one line, for the printed table
     defaults = {}           # hyperparameters, lr first: those of torch.optim where it has the method
@@ -530,8 +530,8 @@ class Rotational(Geometry):
     State    radius = n: kept for ever; update_norm_sq = U = 0 at first
     Units    angle: radians per step. lr and wd act through their product alone (but in adam, whose v sees wd w). The
              scale of d does not matter, until eps is felt
-    Turns    neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0 (settled at a weight's first
-             step). The others (biases, gains) follow the plain geometry, with their group's decay and lr
+    Turns    neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0 (settled at a weight's
+             first step). The others (biases, gains) follow the plain geometry, with their group's decay and lr
     Options  per_neuron=False keeps the norm of the whole tensor instead. zero_mean: neurons and updates are centred
              (weights at construction, keeping their norm). rotational, in a group: True or False overrules the choice
              by shape and decay
@@ -786,8 +786,8 @@ class Modular(Geometry):
     Shapes   w, d: (out, in, ...), or (rows, dim)            State   u: the vector of the power iteration
     Units    none: the size of d does not matter. At lr = 1 an update would be as large as the weight, times its share
     Groups   norm: "spectral", or "rows" for embeddings; share; scale: the norm of the weights, None: their usual one.
-             `build` takes them from the model's modular_tree(). Without groups every weight is taken for a Linear's or a
-             Conv's, with share 1: layers are balanced, but not by what they do to each other
+             `build` takes them from the model's modular_tree(). Without groups every weight is taken for a Linear's or
+             a Conv's, with share 1: layers are balanced, but not by what they do to each other
     Options  seed: of the vector that power iteration starts from
     Notice   A zero update, or a zero row of one, adds nothing. Decay and putting rows back happen all the same
     """
@@ -1357,7 +1357,7 @@ RANGES = {
     "share": "[0, inf)", "norm": ("spectral", "rows"), "scale": "None or in (0, inf)",
     "seed": "a whole number in [0, 9e18)",
 }
-PER_GROUP = {"rotational", "lr_cov_scale", "use_muon", "share", "norm", "scale"}        # what differs from weight to weight
+PER_GROUP = {"rotational", "lr_cov_scale", "use_muon", "share", "norm", "scale"}    # what differs from weight to weight
 
 
 def within(value, allowed):
@@ -1785,8 +1785,8 @@ class RMSProp(Optimizer):
 class Muon(Optimizer):
     """For all parameters of a model: matrices by muon, the others by adamw (use_muon, in a group). With
     dtype=torch.bfloat16 equal to torch.optim.Muon for what is a matrix.
-    Settles ("original") at ||w||^2 ~ lr / (2 wd S) and an angle of ~ sqrt(2 lr wd S), S from `muon.power`. Both feel the
-    shape of the matrix a little (`muon.on_noise`), and neither feels the gradient's size."""
+    Settles ("original") at ||w||^2 ~ lr / (2 wd S) and an angle of ~ sqrt(2 lr wd S), S from `muon.power`. Both feel
+    the shape of the matrix (`muon.on_noise`), and neither feels the gradient's size."""
     direction = DIRECTIONS["muon"]
 
 
@@ -1816,8 +1816,8 @@ class RotationalLion(Optimizer):
 
 
 class RotationalMuon(Optimizer):
-    """Neurons of matrices turn by sqrt(2 lr wd S) radians a step, S from `muon.power`. Those of embeddings turn as under
-    RotationalAdamW at adamw_lr_scale * lr. `adjust` is not felt, since the angle says how far."""
+    """Neurons of matrices turn by sqrt(2 lr wd S) radians a step, S from `muon.power`. Those of embeddings turn as
+    under RotationalAdamW at adamw_lr_scale * lr. `adjust` is not felt, since the angle says how far."""
     direction, geometry = DIRECTIONS["muon"], ROTATIONAL
     overrides = {"weight_decay": 0.1}
 
@@ -1834,8 +1834,8 @@ class ModularAdam(Optimizer):
 
 class ModularMuon(Optimizer):
     """Muon's direction has a spectral norm of about 1 already. So for a Linear this geometry does little more than to
-    share the update out among the layers. (For a Conv it measures each kernel position, where muon takes all of them for
-    one matrix.)"""
+    share the update out among the layers. (For a Conv it measures each kernel position, where muon takes all of them
+    for one matrix.)"""
     direction, geometry = DIRECTIONS["muon"], MODULAR
     overrides = {"adamw_lr_scale": 1.0}             # rows are rescaled, and `build` sees to the vectors
 
@@ -1911,9 +1911,9 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
                                                      decay would only make them smaller
 
     Embeddings count as matrices: the row of a token is a neuron. ([RE]'s GPT2-124M runs on OpenWebText did the same,
-    its Wikitext runs left them out.) Tied weights are one parameter. Muon leaves
-    embeddings, and a head tied to one, to adamw: a step feels few of their rows, which are no matrix. In a ConvTranspose dim 0 is the input, so its
-    filters are no neurons: exempt it if that matters.
+    its Wikitext runs left them out.) Tied weights are one parameter. Muon leaves embeddings, and a head tied to one, to
+    adamw: a step feels few of their rows, which are no matrix. In a ConvTranspose dim 0 is the input, so its filters are
+    no neurons: exempt it if that matters.
 
     Under a modular geometry model.modular_tree(), or `tree`, gives each weight of 2 dims or more a norm, a scale and
     its share. Biases and gains take the plain rule with a hundredth of lr: a modular lr (0.1 to 2) is relative to the

@@ -229,7 +229,7 @@ class Single(nn.Linear):
 # The same numbers by hand: the papers' algorithms in numpy, one weight at a time
 # ======================================================================================================================
 
-DECOUPLED = ("adamw", "lion", "rf_adamw", "muon", "modular_sgd", "modular_adam")        # the decay bypasses the direction
+DECOUPLED = ("adamw", "lion", "rf_adamw", "muon", "modular_sgd", "modular_adam")    # decay bypasses the direction
 HEAVY_BALL = ("sgd", "rmsprop", "rf_rmsprop", "shampoo", "if_shampoo")
 
 
@@ -645,7 +645,7 @@ def impulse_response(name, h, lags):
     on the direction itself, by feeding a 1 and then zeros. Lion's are read off its average, which the sign hides."""
     # With the second moment frozen at 1 (its factor is 1) and no bias correction (a late step), the direction is
     # linear. So it is for the Shampoos on a single weight as long as their factors stay at 1.
-    direction, w, response = optim.DIRECTIONS[name], torch.zeros(1, dtype=torch.float64), []
+    direction, w, response = optim.DIRECTIONS[name], torch.zeros((1,) * (1 + (name == "muon")), dtype=torch.float64), []
     h = direction.defaults | {"eps": 0.0, "alpha": 1.0, "batch_size": 1, "lr_cov": 0.0, "update_every": 7} | h
     b1, b2 = h.get("betas", (0.0, 0.0))
     h |= direction.scalars(h | {"betas": (b1, 0.0)}, 10**9) | {"betas": (b1, b2 if name == "lion" else 1.0)}
@@ -665,8 +665,10 @@ def test_kappa_is_the_shape_of_the_impulse_response():
     averages = [{"betas": betas} for betas in ((0.0, 0.9), (0.9, 0.99), (0.8, 0.98))]
     for name in DIRECTIONS:
         direction = optim.DIRECTIONS[name]
-        for h in balls if name in HEAVY_BALL else averages:
-            c = impulse_response(name, h, 2500 if name == "lion" else 300)
+        muons = [ball | {"nesterov": nesterov} for ball in balls for nesterov in (True, False)]
+        for h in muons if name == "muon" else balls if name in HEAVY_BALL else averages:
+            with unittest.mock.patch.object(optim, "orthogonalise", lambda x: x):           # linear, up to a length
+                c = impulse_response(name, h, 2500 if name == "lion" else 300)
             sign = math.sqrt(math.pi / 2) if name == "lion" else 1          # what the sign itself takes away
             close(direction.kappa(h), sign * math.sqrt((c**2).sum()) / c.sum(), 1e-9, f"kappa of {name} {h}")
             if "momentum" in h:
@@ -1154,7 +1156,7 @@ def test_muon_equals_torch():
 
 def test_muon_singular_values():
     """Muon's d has the singular vectors of the gradient, and singular values in [0.6, 1.3] from 0.0015 of its norm
-    upwards, none above 1.3: noise, a condition of 1e6, rank one, 1e-20 in size; zero gives zero. So in bfloat16."""
+    upwards, none above 1.3: of noise, a condition of 1e6, rank one, 1e-20 in size; zero gives zero. So in bfloat16."""
     one, sizes = normal(3, 24, 1) @ normal(4, 1, 10), torch.logspace(0, -6, 10, dtype=torch.float64)
     spread = torch.linalg.qr(normal(1, 24, 10))[0] @ torch.diag(sizes) @ torch.linalg.qr(normal(2, 10, 10))[0]
     for what, g in (("noise", normal(0, 24, 10)), ("wide", normal(0, 10, 24)), ("square", normal(1, 16, 16)),
@@ -1165,7 +1167,7 @@ def test_muon_singular_values():
             on_modes = U.T @ d @ Vh.T
             values, felt = on_modes.diagonal(), S / S.norm() > 0.0015
             assert values[felt].min() > 0.6 - slack and values.max() < 1.3 + slack, f"{what} {dtype}: {values}"
-            close(on_modes, torch.diag(values), 0.2 if dtype == torch.bfloat16 else 1e-4, f"{what} {dtype}", scale=1)
+            close(on_modes, torch.diag(values), 0.3 if dtype == torch.bfloat16 else 1e-4, f"{what} {dtype}", scale=1)
     assert optim.orthogonalise(torch.zeros(4, 3)).abs().max() == 0
     for x, y in ((0.447214, 1.114), (0.894427, 0.689)):     # the figures beside the 2 x 2 example
         close(optim.orthogonalise(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).diagonal()[int(x > 0.5)], y, 1e-3, "example")
