@@ -1912,8 +1912,8 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
 
     Embeddings count as matrices: the row of a token is a neuron. ([RE]'s GPT2-124M runs on OpenWebText did the same,
     its Wikitext runs left them out.) Tied weights are one parameter. Muon leaves embeddings, and a head tied to one, to
-    adamw: a step feels few of their rows, which are no matrix. In a ConvTranspose dim 0 is the input, so its filters are
-    no neurons: exempt it if that matters.
+    adamw: a step feels few of their rows, which are no matrix. In a ConvTranspose dim 0 is the input, so its filters
+    are no neurons: exempt it if that matters.
 
     Under a modular geometry model.modular_tree(), or `tree`, gives each weight of 2 dims or more a norm, a scale and
     its share. Biases and gains take the plain rule with a hundredth of lr: a modular lr (0.1 to 2) is relative to the

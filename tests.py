@@ -85,7 +85,7 @@ STRONG = {"lr": 0.02, "momentum": 0.8, "betas": (0.9, 0.97), "alpha": 0.95, "wei
 OWN = {"sgd": {"lr": 0.05}, "adam": {"weight_decay": 0.2}, "adamw": {"weight_decay": 0.2}, "rmsprop": {"lr": 0.01},
        "lion": {"lr": 0.005, "weight_decay": 0.5}, "rf_rmsprop": {"lr": 0.05, "eps": 1e-3},
        "rf_adamw": {"lr": 0.1, "eps": 1e-3, "weight_decay": 0.2}, "if_shampoo": {"lr": 0.05, "lr_cov": 0.2},
-       "muon": {"weight_decay": 0.2, "adamw_lr_scale": 0.5},
+       "muon": {"weight_decay": 0.2, "adamw_lr_scale": 1.5},
        "modular_sgd": {"lr": 0.2}, "modular_adam": {"lr": 0.2, "weight_decay": 0.1}}
 DIRECTIONS = ("sgd", "adam", "adamw", "lion", "rmsprop", "rf_rmsprop", "rf_adamw", "muon", "shampoo",
               "if_shampoo")
@@ -500,11 +500,13 @@ def test_every_optimizer_equals_its_transcription():
                  "max_dim": r.choice([0, 3, 2048]), "graft": r.choice([None, "sgd", "adam"]),
                  "zero_mean": r.random() < 0.5,
                  "nesterov": r.random() < 0.5, "adjust": r.choice(["original", "match_rms_adamw"]),
-                 "adamw_lr_scale": r.random(), "per_neuron": r.random() < 0.5, "update_norm_decay_factor": r.choice([0.0, r.random()])}
+                 "adamw_lr_scale": r.random(), "per_neuron": r.random() < 0.5,
+                 "update_norm_decay_factor": r.choice([0.0, r.random()])}
         h, own = {key: value for key, value in drawn.items() if key in known}, {}
         for i, shape in enumerate(shapes):
             drawn = {"weight_decay": r.choice([0.0, 0.3]), "lr_cov_scale": r.choice([0.25, 2.0]), "share": r.random(),
-                     "use_muon": r.random() < 0.5, "norm": r.choice(["spectral", "rows"]) if len(shape) == 2 else "spectral"}
+                     "norm": r.choice(["spectral", "rows"]) if len(shape) == 2 else "spectral",
+                     "use_muon": r.random() < 0.5}
             own[i] = {key: value for key, value in drawn.items() if key in known and r.random() < 0.5}
             if turns(name) and len(shape) > 1 and (math.prod(shape[h["per_neuron"]:]) < 2 + h["zero_mean"] or i == 2):
                 own[i]["rotational"] = False
@@ -730,7 +732,7 @@ def lion_power_by_arcsine(h, lags=2000):
 
 def test_random_walks_settle_where_theory_says():
     """Random walks settle at the closed-form norm and angle: within 1.5 %, Muon and the root-free 2 %, Lion 4 % and 1 %
-    with the arcsine law. So AdamW's angle depends on lr * wd alone, and four times larger gradients halve that of Adam+L2."""
+    with the arcsine law. So AdamW's angle depends on lr * wd alone; four times larger gradients halve Adam+L2's."""
     # Two things limit the root-free, 1 % each: g takes part in the s that divides it, with weight 1-a; and what is left
     # of the long early steps, before s (or K) has forgotten its start, which was 1 where B sigma^2 + damping is 2.5.
     adam, ball = {"lr": 0.01, "betas": (0.8, 0.999), "weight_decay": 0.2}, {"momentum": 0.8, "batch_size": 4}
@@ -1145,10 +1147,11 @@ def test_muon_equals_torch():
         for adjust in ("original", "match_rms_adamw"):
             ours, theirs = (parameters([*shapes, (9,)], torch.float32) for _ in range(2))
             decay = hyper.get("weight_decay", 0.1)
-            run(optim.Muon(ours, dtype=torch.bfloat16, adjust=adjust, **hyper), noise([*shapes, (9,)], 20, torch.float32))
-            run(torch.optim.Muon(theirs[:-1], adjust_lr_fn=adjust, **hyper), noise(shapes, 20, torch.float32))
-            vector = [step[-1:] for step in noise([*shapes, (9,)], 20, torch.float32)]
-            run(torch.optim.AdamW(theirs[-1:], lr=hyper.get("lr", 1e-3) / 10, weight_decay=decay), vector)
+            gradients = noise([*shapes, (9,)], 20, torch.float32)
+            run(optim.Muon(ours, dtype=torch.bfloat16, adjust=adjust, **hyper), gradients)
+            run(torch.optim.Muon(theirs[:-1], adjust_lr_fn=adjust, **hyper), [step[:-1] for step in gradients])
+            adamw = torch.optim.AdamW(theirs[-1:], lr=hyper.get("lr", 1e-3) / 10, weight_decay=decay)
+            run(adamw, [step[-1:] for step in gradients])
             for p, q, start in zip(ours, theirs, parameters([*shapes, (9,)], torch.float32)):
                 close(p, q, 0.01 if p.dim() > 1 else 1e-5, f"{hyper} {adjust} {tuple(p.shape)}",
                       scale=(q - start).abs().max().item())
