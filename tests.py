@@ -2740,7 +2740,7 @@ BAD = {
         ("--data @/lacking", "data_batch_2.bin is missing"), ("--data cifar10 --data_dir @/stale", "delete it"),
         ("--data cifar100 --data_dir @/file", "cannot download"), ("--width 9 --width_mult 1", "give one"),
         ("--data shapes --data_dir @/file; --data shapes --data_dir /dev/null/data", "--data_dir"),
-        ("--model resnet18", "resmlp"), ("--model resmlp --norm group", "resmlp has"),
+        ("--model resnet18", "only the depth in its name"), ("--model resmlp --norm group", "resmlp has"),
         ("--model vit --width 200", "multiple of 64"), ("--loss mse --label_smoothing 0.1", "leave it out"),
         ("--resume --out_dir @/run --model vit", "is not what")),
     "T": (
