@@ -2248,6 +2248,21 @@ class unranged(normalised_sgd):
 """
 
 
+def test_readme_snippets():
+    """README's snippets run as pasted, behind a model and a loss of one's own: the probe's text has the layer's names,
+    and the modular network turns inputs of RMS 1 into outputs of no more."""
+    blocks = re.findall(r"```python\n(.*?)```", pathlib.Path(__file__).with_name("README.md").read_text(), re.S)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), normal(0, 16, 8, dtype=torch.float32)
+    loss = types.SimpleNamespace(backward=lambda: model(x).square().mean().backward())
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(blocks[0], {"model": model, "loss": loss})
+        exec(blocks[1], own := {"nn": nn, "optim": optim})
+    assert out.getvalue().count("2.weight") == 2 and "share" in out.getvalue(), out.getvalue()
+    x = normal(1, 64, 784, dtype=torch.float32)
+    y = own["model"](x / x.square().mean(1, keepdim=True).sqrt())
+    assert y.square().mean().sqrt() < 1 and type(own["optimizer"]) is optim.ModularAdam
+
+
 def test_rows_of_ones_own():
     """The rows in README's recipe, pasted into a copy of optim.py, work under all three geometries: Signum has its
     kappa in closed form, and turns by it. The defaults are safe: normalised SGD, which says nothing of its kappa,
