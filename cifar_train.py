@@ -203,13 +203,12 @@ PRESETS = {
 
     # Kosson et al., ImageNet: here in 32 x 32 pixels; theirs have 224 x 224, random crops of any size and, for DeiT,
     # RandAugment, mixup and cutmix. rotational_sgd has the values of sgd, as theirs are not published.
-    **{f"paper_imagenet32_{model}_{geometry}{opt}": paper(
-        dict(data="imagenet32:data/imagenet32", **setup), geometry + opt, **hyper)
-       for geometry in ("", "rotational_") for model, setup, opt, hyper in (
-           ("resnet50", dict(model="resnet50", epochs=90, batch_size=256, warmup=5004, gains=False),
-            "sgd", dict(lr=0.1, momentum=0.9, weight_decay=1e-4)),
-           ("deit_tiny", dict(model="vit", epochs=300, batch_size=1024, warmup=6255, label_smoothing=0.1),
-            "adamw", dict(lr=5e-4, beta1=0.9, beta2=0.999, weight_decay=0.05)))},
+    **{f"paper_imagenet32_{name}_{geometry}{opt}": paper(setup | dict(data="imagenet32:data"), geometry + opt, **hyper)
+       for geometry in ("", "rotational_") for name, opt, hyper, setup in (
+           ("resnet50", "sgd", dict(lr=0.1, momentum=0.9, weight_decay=1e-4),
+            dict(model="resnet50", epochs=90, batch_size=256, warmup=5004, gains=False)),
+           ("deit_tiny", "adamw", dict(lr=5e-4, beta1=0.9, beta2=0.999, weight_decay=0.05),
+            dict(model="vit", epochs=300, batch_size=1024, warmup=6255, label_smoothing=0.1)))},
 
     # Large et al.: the lr with the lowest training loss at this size, in their stored figures.
     **{f"paper_{model}_{opt}": paper(LARGE | dict(model=model), opt, weight_decay=0.0, **hyper)
@@ -428,9 +427,10 @@ def load_data(name, data_dir):
     """-> Images, by the name of a data set or from a folder with CIFAR's .bin files."""
     data_dir = pathlib.Path(data_dir)
     try:
-        arrays, names = (load_shapes(data_dir) if name == "shapes" else load_cifar(name, data_dir)
-                         if not name.startswith("imagenet32:") else
-                         load_imagenet32(pathlib.Path(name.removeprefix("imagenet32:")), data_dir))
+        if name.startswith("imagenet32:"):
+            arrays, names = load_imagenet32(pathlib.Path(name.removeprefix("imagenet32:")), data_dir)
+        else:
+            arrays, names = load_shapes(data_dir) if name == "shapes" else load_cifar(name, data_dir)
     except OSError as error:
         fail(f"cannot read or write {error.filename or data_dir}: {error.strerror or error}. Choose another place with "
              "--data or --data_dir")
@@ -479,34 +479,31 @@ def load_imagenet32(folder, data_dir):
     """ImageNet in 32 x 32 pixels (Chrabaszcz et al. 2017), a substitute for ImageNet-1k -> four arrays, the classes. An
     archive holds data (N, 3072), planes as CIFAR's, and labels from 1. They are unpacked once, as bytes under data_dir
     (3.9 GB), and memory-mapped."""
-    sets = {"train": [f"train_data_batch_{i}.npz" for i in range(1, 11)], "val": ["val_data.npz"]}
+    names = {f"train_data_batch_{i}.npz": "train" for i in range(1, 11)} | {"val_data.npz": "val"}
     known = str([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.npz"))])
     unpacked = data_dir / f"imagenet32-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
-    own = unpacked.with_suffix(".part")             # renamed when it is whole
     only_one = None if unpacked.exists() else lock(data_dir, "--data_dir", wait=True)       # another run may unpack now
-    try:
-        if not unpacked.exists():
-            shutil.rmtree(own, ignore_errors=True)  # a killed run's
-            own.mkdir()
-            for part, name in tqdm([(part, name) for part in sets for name in sets[part]], desc="unpacking", delay=2):
+    if not unpacked.exists():
+        part = data_dir / "imagenet32.part"         # renamed when it is whole
+        shutil.rmtree(part, ignore_errors=True)     # what a killed run left
+        part.mkdir()
+        for name, use in tqdm(names.items(), desc="unpacking", delay=2):
+            try:
                 with np.load(folder / name) as archive:
-                    data, labels = archive["data"], archive["labels"].astype(np.int64) - 1
-                if data.dtype != np.uint8 or data.shape != (len(labels), 3 * SIZE * SIZE) or {*labels} - {*range(1000)}:
-                    raise ValueError
-                with open(own / f"{part}.images", "ab") as images, open(own / f"{part}.labels", "ab") as file:
-                    images.write(data.reshape(-1, 3, SIZE, SIZE).transpose(0, 2, 3, 1).tobytes())
-                    file.write(labels.tobytes())
-            os.rename(own, unpacked)
-    except OSError:
-        raise
-    except Exception:                               # numpy and zipfile raise half a dozen kinds
-        fail(f"--data imagenet32:{folder}: {name} must hold data, bytes of shape (N, 3072), and labels from 1 "
-             "to 1000. Is it damaged?")
-    finally:
-        shutil.rmtree(own, ignore_errors=True)
+                    labels, data = archive["labels"].astype(np.int64) - 1, archive["data"].reshape(-1, 3, SIZE, SIZE)
+                good = data.dtype == np.uint8 and len(data) == len(labels) and {*labels} <= {*range(1000)}
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+                good = False
+            if not good:
+                fail(f"--data imagenet32:{folder}: {name} must hold data, bytes of shape (N, 3072), and labels from 1 "
+                     "to 1000. Is it damaged?")
+            for kind, array in (("images", data.transpose(0, 2, 3, 1)), ("labels", labels)):
+                with open(part / f"{use}.{kind}", "ab") as file:
+                    file.write(array.tobytes())
+        os.rename(part, unpacked)
     kinds = ("images", np.uint8, (SIZE, SIZE, 3)), ("labels", np.int64, ())
-    return [np.memmap(unpacked / f"{part}.{kind}", dtype, "c").reshape(-1, *shape)
-            for part in sets for kind, dtype, shape in kinds], [str(k) for k in range(1000)]
+    return [np.memmap(unpacked / f"{use}.{kind}", dtype, "c").reshape(-1, *shape)
+            for use in ("train", "val") for kind, dtype, shape in kinds], [str(k) for k in range(1000)]
 
 
 def inside(shape, u, v):

@@ -4228,7 +4228,7 @@ def test_cifar_imagenet32():
             damage(folder / "in/val_data.npz")
             check_refused(cifar_train, folder, ["--data", name, "--data_dir", folder / "data", "--out_dir",
                                                 folder / "never"], words)
-        assert len(list((folder / "data").glob("imagenet32*"))) == 1, "nothing half made stays"
+        assert len(list((folder / "data").glob("imagenet32-*"))) == 1, "nothing half made is taken for the whole"
 
 
 def test_sweep_spaces_of_the_paper():
