@@ -4231,6 +4231,26 @@ def test_cifar_imagenet32():
         assert len(list((folder / "data").glob("imagenet32-*"))) == 1, "nothing half made is taken for the whole"
 
 
+def test_scripts_beds_resume():
+    """Every bed, broken off in mid-run, goes on from its checkpoint and ends with the bits of a run left alone."""
+    def broken_off(*args):
+        if next(count) == 10:
+            raise EOFError
+        return gradients(*args)
+    for script, model in ((nanogpt_train, ()), *((cifar_train, (name, "--depth", "2")) for name in (
+            "gnn", "densenet121", "swin", "gcvit", "focalnet", "vmamba"))):
+        gradients, count = script.gradients, itertools.count(1)
+        with temporary_folder() as folder:
+            flags = "--steps 12 --opt rotational_adamw" + " --arch lstm" * (script is nanogpt_train)
+            flags = [*tiny(script, folder, model), *flags.split()]
+            succeed(script, *flags, "--out_dir", folder / "calm")
+            with unittest.mock.patch.object(script, "gradients", broken_off), contextlib.suppress(EOFError):
+                call_main(script, *flags, "--out_dir", folder / "broken")
+            assert checkpoint(folder / "broken")["step"] == 6
+            succeed(script, *flags, "--out_dir", folder / "broken", "--resume")
+            same_run(folder / "calm", folder / "broken")
+
+
 def test_sweep_spaces_of_the_paper():
     """1 - x is log-uniform under one_minus_log, and the box around some values holds them; every published space is one
     of flags that cifar_train.py or the optimizer takes, within what it allows; a wrong name lists the right ones."""
