@@ -963,10 +963,9 @@ class GNN(nn.Module):
     """A graph network, in the manner of Kipf, Welling 2017: a bed of the kind that Lin et al. name. Theirs is not
     published. Nodes are 64 patches of 4x4 pixels, each tied to its 8 nearest in (mean colour, place), and they to it.
 
-        h <- h + relu(W A^ norm(h)),      A^ = D^-1/2 (A + I) D^-1/2,      D: the row sums of A + I
+        h = relu(W x);      h <- h + relu(W A^ norm(h)),      A^ = D^-1/2 (A + I) D^-1/2,      D: the row sums of A + I
 
-    The largest eigenvalue of A^ is exactly 1, since  A^ (D^1/2 1) = D^1/2 1.  So to the modular tree it is a bond of
-    sensitivity 1, and no estimate.
+    The largest eigenvalue of A^ is exactly 1, as  A^ (D^1/2 1) = D^1/2 1.  To the modular tree it is a bond of 1.
     """
 
     def __init__(self, s, n_classes):
@@ -1023,8 +1022,8 @@ class WindowAttention(nn.Module):
         self.heads, self.shift = max(1, s.width // 32) * C // s.width, WINDOW // 2 * (shifted and side > WINDOW)
         self.qkv, self.out = Linear(C, (2 if queried else 3) * C, True, s.gains), Linear(C, C, True, s.gains)
         self.bias = nn.Parameter(torch.zeros(self.heads * (2 * WINDOW - 1) ** 2))   # 1-D: no neurons, no decay
-        places = torch.cartesian_prod(*[torch.arange(side).roll(-self.shift)] * 2).view(1, side, side, 2)
-        places = windows(places)[0]                                                 # (windows, 16, 2): row, column
+        rows = torch.arange(side).roll(-self.shift)
+        places = windows(torch.cartesian_prod(rows, rows).view(1, side, side, 2))[0]        # (windows, 16, 2)
         apart = places[:, :, None] - places[:, None]                                # (windows, 16, 16, 2)
         self.register_buffer("near", (apart.abs() < WINDOW).all(-1)[:, None], persistent=False)
         y, x = (apart[0] + WINDOW - 1).unbind(-1)                                   # no border cuts the first window
@@ -1103,8 +1102,8 @@ class SelectiveScan(nn.Module):
         rows, columns = u.flatten(1, 2), u.transpose(1, 2).flatten(1, 2)            # (B, T, C), T = H W
         u = torch.cat([rows, columns, rows.flip(1), columns.flip(1)], 2)            # (B, T, 4 C)
         low, b, c = self.select(u.mT).mT.unflatten(2, (4, -1)).split([self.rank, 1, 1], 3)     # b, c: (B, T, 4, 1)
-        delta = self.delta(low.flatten(2).mT).mT.to(self.A_log.dtype)               # float32, also under autocast
-        delta, b, c = F.softplus(delta), *(z.squeeze(3).repeat_interleave(C, 2) for z in (b, c))      # (B, T, 4 C)
+        b, c = (z.squeeze(3).repeat_interleave(C, 2) for z in (b, c))               # (B, T, 4 C)
+        delta = F.softplus(self.delta(low.flatten(2).mT).mT.to(self.A_log.dtype))   # float32, under autocast, too
         y = c * scan(torch.exp(-delta * self.A_log.exp()), delta * b * u) + self.D * u
         rows, columns = (y[..., :2 * C] + y[..., 2 * C:].flip(1)).split(C, 2)       # (B, T, C)
         y = rows.unflatten(1, (H, W)) + columns.unflatten(1, (W, H)).transpose(1, 2)           # (B, H, W, C)
@@ -1142,16 +1141,14 @@ class Pyramid(nn.Module):
         super().__init__()
         if s.width % max(1, s.width // 32):
             fail(f"--width {s.width}: {s.model} has a head for every 32 channels, use a multiple of 32")
-        self.norms, self.merges, self.queries, self.stages = (nn.ModuleList() for _ in range(4))
-        n_in = 3
+        n_in, self.norms, self.merges, self.queries, self.stages = 3, *(nn.ModuleList() for _ in range(4))
         for stage in range(3):
             C, side = s.width * 2**stage, SIZE // 2 >> stage
             self.norms.append(nn.LayerNorm(n_in) if stage else nn.Identity())
             self.merges.append(nn.Conv2d(n_in, C, 2, 2))
-            queried = s.model == "gcvit" and s.depth > 1
-            self.queries.append(Linear(C, C, True, s.gains) if queried else nn.Identity())
-            blocks = (PyramidBlock(s, C, MIXERS[s.model](s, C, side, i)) for i in range(s.depth))
-            self.stages.append(nn.ModuleList(blocks))
+            self.queries.append(Linear(C, C, True, s.gains) if s.model == "gcvit" and s.depth > 1 else nn.Identity())
+            self.stages.append(nn.ModuleList(PyramidBlock(s, C, MIXERS[s.model](s, C, side, i))
+                                             for i in range(s.depth)))
             n_in = C
         self.norm, self.head = nn.LayerNorm(C), Linear(C, n_classes, True, s.gains)
 
