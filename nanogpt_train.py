@@ -203,7 +203,7 @@ for direction, plain, rotational, modular, shared in (          # lr and weight_
         ("rmsprop", (2e-3, 0.0), (4e-2, 7e-3), (0.25, 0.0), dict(alpha=0.99)),
         ("rf_rmsprop", (1e-3, 0.0), (5e-4, 0.28), (0.25, 0.0), dict(alpha=0.97, momentum=0.9, eps=1e-3)),
         ("rf_adamw", (1e-2, 0.1), (3e-3, 0.46), (0.25, 0.0), dict(beta1=0.9, beta2=0.97, eps=1e-3)),
-        ("muon", (0.02, 0.05), (0.02, 0.1), (0.3, 0.0),
+        ("muon", (0.02, 0.05), (0.03, 0.15), (0.15, 0.0),
          dict(momentum=0.95, beta1=0.9, beta2=0.99, adamw_lr_scale=0.25)),
         ("shampoo", (3e-4, 0.0), (2e-3, 0.07), (0.25, 0.0),
          dict(momentum=0.9, lr_cov=0.05, damping=1e-6, update_every=10)),
