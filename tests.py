@@ -4326,7 +4326,7 @@ def imagined(loss, opt="x", log=(), metric="val_loss", **flags):
 class ImaginedLab:
     """Gives the experiments results that we make up: loss(flags) is the loss or accuracy, nan if it diverged, and
     log(flags) the lines of the log."""
-    asked, out_dir = (), "imagined"
+    asked, out_dir = (), pathlib.Path("imagined")
     args = sweep.argparse.Namespace(scale="cpu", seeds=None, print_commands=False)
 
     def __init__(self, loss, log=None):
@@ -4829,14 +4829,17 @@ def test_sweep_verdicts():
     times = {sweep.HALF: (10, 1.0), sweep.FULL: (20, 2.0), sweep.SHAMPOO: (30, 3.0)}
     for name, loss, held in cases:
         log = turning_log if name == "balance" else None
-        with unittest.mock.patch.object(sweep, "step_times", lambda: (times, 0.5)):
+        with unittest.mock.patch.object(sweep, "step_times", lambda path: (times, 0.5)):
             found = sweep.EXPERIMENTS[name](ImaginedLab(loss, log))
         assert "".join("ny"[bool(held)] for _, held in found.checks) == held, (name, held, found.checks)
         assert found.said.endswith(".") and found.text
     for product, kinds, held in ((0.5, (2.0, 0.9), "yyyn"), (0.5, (0.9, 2.0), "yyny"), (1.5, (0.9, 2.0), "yy")):
         slow = {sweep.HALF: (10, 1.0), sweep.FULL: (1, kinds[0]), sweep.SHAMPOO: (1, kinds[1])}
-        with unittest.mock.patch.object(sweep, "step_times", lambda: (slow, product)):
+        with unittest.mock.patch.object(sweep, "step_times", lambda path: (slow, product)):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                sweep.experiment(ImaginedLab(precise(1.5, 1.5, 1.5)), "half_precision", None)
             checks = sweep.half_precision(ImaginedLab(precise(1.5, 1.5, 1.5))).checks
+        assert ("Not compared: the times" in out.getvalue()) == (product > 1), out.getvalue()
         assert "".join("ny"[held] for _, held in checks) == held, (product, checks)     # without bfloat16: not compared
 
     for words, held in sweep.equilibrium(ImaginedLab(lambda f: 1.5, rotation_log)).checks:
@@ -4858,6 +4861,13 @@ def test_sweep_verdicts():
                   for line in rotation_log({"opt": "adamw"}) if "rotation" in line]
     checks = sweep.equilibrium(ImaginedLab(lambda f: 1.5, lambda f: everywhere)).checks
     assert not any(held for words, held in checks if "radial" in words), "no matrix without a miss to compare with"
+    drawn = []
+    for seeds in (None, 1):
+        lab, lrs = ImaginedLab(lambda f: lrs.append(f["lr"]) or 1.5), []
+        with unittest.mock.patch.object(lab, "args", sweep.argparse.Namespace(scale="cpu", seeds=seeds)):
+            sweep.searched(lab, {("gpt", "sgd"): {"lr": sweep.Space("log", (0.1, 1))}}, 4, lambda net, opt: {"opt": opt})
+        drawn.append({*lrs})
+    assert not drawn[0] & drawn[1], "--seeds N draws anew"
     assert sweep.spread([1.0, math.nan, 2.0]) == "1.500 +- 0.707" and sweep.spread([1.0, math.nan]) == "-"
     found = sweep.imbalance(ImaginedLab(lost(by("change", alike, 0.8), change="turn=10")))
     assert "1 of 4 diverged" in found.text and "1 of 4 diverged" in found.checks[0][0]
@@ -4879,10 +4889,16 @@ def test_sweep_verdicts():
 
     found = sweep.zero_shot(ImaginedLab(lambda f: bowl(f, 0.004) + float(f["weight_decay"]) / 100))
     assert "at lr 0.004, weight_decay 0.03" in found.checks[0][0] and "decay is at the edge" in found.text
+    assert "adamw, tuned with one seed, the best weight_decay" in found.text and "the best lr is at" in found.text
     for loss, words in ((1.5, "The claim held"), (1.53, "did not hold at this scale: only 2 of 3 checks")):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             sweep.experiment(ImaginedLab(worse("rotational_sgd", loss - 1.5)), "zero_shot", None)
         assert words in out.getvalue() and ("NO" in out.getvalue()) == (loss > 1.5), out.getvalue()
+    with temporary_folder() as folder:              # steps are timed once
+        once = [{"times": times, "product": 0.5}]
+        with unittest.mock.patch.object(sweep, "time_steps", once.pop):
+            first, again = (sweep.step_times(folder / "step_times.json") for _ in range(2))
+        assert first == again == ({kind: list(pair) for kind, pair in times.items()}, 0.5)
     with temporary_folder() as folder:              # with a run that failed, or is missing, nothing is said
         lab = toy_lab(folder, experiment="x", report=True)
         run = sweep.model_run(lab, "gpt")
@@ -4943,7 +4959,7 @@ def test_sweep_pictures():
     times = {sweep.HALF: (10, 1.0), sweep.FULL: (20, 2.0), sweep.SHAMPOO: (30, 3.0)}
     for name in sweep.EXPERIMENTS:
         lab = ImaginedLab(lambda f: math.nan if f["lr"] == "0.008" else bowl(f, 0.004), rotation_log)
-        with unittest.mock.patch.object(sweep, "step_times", lambda: (times, 0.5)):
+        with unittest.mock.patch.object(sweep, "step_times", lambda path: (times, 0.5)):
             texts = look_at(drawn(lambda path: sweep.experiment(lab, name, path)))
         assert any("at this scale" in text and "\n" in text for text in texts), (name, texts)
     failed = ["a seed diverged or failed"]
