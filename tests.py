@@ -4364,7 +4364,7 @@ def imagined(loss, opt="x", log=(), metric="val_loss", **flags):
 class ImaginedLab:
     """Gives the experiments results that we make up: loss(flags) is the loss or accuracy, nan if it diverged, and
     log(flags) the lines of the log."""
-    asked, out_dir = (), "imagined"
+    asked, out_dir = (), pathlib.Path("imagined")
     args = sweep.argparse.Namespace(scale="cpu", seeds=None, print_commands=False)
 
     def __init__(self, loss, log=None):
@@ -4797,14 +4797,19 @@ def test_sweep_verdicts():
     def needs(plain, turning):                      # how much the loss rises without warmup
         return lambda f: 1.5 + ((turning if f["opt"].startswith("rot") else plain) if f["warmup"] == "0" else 0)
 
-    def transfer(size, smallest, modular=0.0, gain=0.1):        # the plain optimum falls with the size
+    def transfer(size, smallest, modular=0.0, gain=0.1, adam=-7):        # the plain optimum falls with the size
         def loss(f):
             if size == "n_layer" and "depth" in f:
                 return 1.5 - gain * math.log2(int(f["depth"])) * (1 if f["opt"].startswith("modular") else -1)
             falls = modular if f["opt"].startswith("modular") else 1
             ratio = smallest / int(f[size] if size in f else f["width"])
-            return bowl(f, {"adam": 2**-6, "sgd": 2.0**-2}.get(f["opt"], 0.5) * ratio ** falls)
+            ratio **= falls / (4 if size == "n_layer" else 1)
+            return bowl(f, {"adam": 2.0**adam, "sgd": 2.0**-2}.get(f["opt"], 0.5) * ratio)
         return loss
+
+    def decided(f):                                 # seed 0 finds that modular lrs move an octave, others pay for it
+        loss = transfer("n_embd", 32, modular=1/3)(f)
+        return loss + (0.1 if f["seed"] != "10" and f["lr"] == "0.5" and f["opt"].startswith("modular") else 0)
 
     def balanced(adam, adamw, even, uneven):
         return lambda f: uneven if "change" in f else {"adam": adam, "adamw": adamw}.get(f["opt"], even)
@@ -4816,52 +4821,99 @@ def test_sweep_verdicts():
     def precise(*kinds):
         return lambda f: dict(zip(("bfloat16", "float32", "shampoo"), kinds))[
             "shampoo" if f["opt"] == "shampoo" else f.get("opt_kwargs.dtype", "float32")]
+
+    def lost(loss, seed="12", **flags):             # the same, but with this seed the runs with these flags diverge
+        return lambda f: math.nan if (seed, *flags.values()) == (f["seed"], *map(f.get, flags)) else loss(f)
     uneven, alike = (needs(0.1, 0.16), needs(0.1, 0)), {"turn=0.333": 0.9, "turn=3": 0.9, "turn=1": 0.9}
     cases = [                                       # experiment, losses or accuracies, what is to be said of each check
         ("zero_shot", lambda f: bowl(f, 0.004) + 0.01 * f["opt"].startswith("rot"), "yyy"),
         ("zero_shot", worse("rotational_sgd", 0.03), "yny"), ("zero_shot", worse("rotational_sgd", 0.09, "13"), "yny"),
         ("zero_shot", worse("rotational_lion", math.nan), "yyn"),
-        ("zero_shot", worse("lion", math.nan), "yyn"),          # if both diverge, neither is as good
+        ("zero_shot", lost(worse("sgd", 0), opt="lion"), "yyn"),        # beside one that diverged nothing is good
         ("warmup", needs(0.1, 0.04), "yy"), ("warmup", needs(0.1, 0.06), "nn"), ("warmup", needs(0.01, 0), "nn"),
         ("warmup", needs(math.nan, 0), "yy"),
         ("warmup", lambda f: uneven[f["seed"] == "11"](f), "nn"),       # the mean over the seeds counts
         ("balance", balanced(0.76, 0.85, 0.89, 0.8), "yyyy"), ("balance", balanced(0.84, 0.85, 0.89, 0.8), "ynyy"),
         ("balance", balanced(0.76, 0.85, 0.82, 0.7), "yyny"), ("balance", balanced(0.76, 0.85, 0.89, 0.84), "yyyn"),
-        ("balance", balanced(0.9, 0.85, 0.89, 0.8), "ynyn"), ("balance", balanced(0.76, math.nan, 0.89, 0.8), "ynyy"),
+        ("balance", balanced(0.9, 0.85, 0.89, 0.8), "ynyn"),
+        ("balance", lost(balanced(0.76, 0.85, 0.89, 0.8), opt="adamw"), "ynny"),
+        ("balance", lost(balanced(0.76, 0.85, 0.89, 0.8), opt="adam"), "ynyn"),
+        ("balance", lost(balanced(0.76, 0.85, 0.89, 0.8), opt="rotational_adam"), "yynn"),
         ("imbalance", by("change", alike | {"turn=10": 0.8, "turn=0.1": 0.88}), "yyyy"),
         ("imbalance", by("change", alike | {"turn=10": 0.895, "turn=0.1": 0.88}), "nyyy"),
         ("imbalance", by("change", alike | {"turn=10": 0.8, "turn=0.1": 0.88, "turn=3": 0.92}), "yyny"),
+        ("imbalance", lost(by("change", alike | {"turn=10": 0.8, "turn=0.1": 0.88}), change="turn=1"), "nnnn"),
+        ("imbalance", lost(by("change", alike | {"turn=10": 0.8, "turn=0.1": 0.88}), change="turn=10"), "nyyy"),
         ("lr_against_decay", lambda f: 1.5 + abs(math.log10(float(f["lr"]) / 4e-3)) * (
             0.1 if f["opt"] == "adamw" else 0.04), "yy"),
         ("lr_against_decay", lambda f: bowl(f, 0.004), "yn"), ("lr_against_decay", lambda f: 1.5, "ny"),
         ("lr_transfer_width", transfer("n_embd", 32), "yyyy"),
         ("lr_transfer_width", lambda f: bowl(f, 2**-4), "nnnn"),        # no optimizer depends on the size
         ("lr_transfer_width", transfer("n_embd", 32, modular=1), "nnnn"),       # both do: more than 0.03
+        ("lr_transfer_width", transfer("n_embd", 32, adam=-6), "nyyy"),         # the best is the last of the GPT's lrs
+        ("lr_transfer_width", decided, "nnnn"),
         ("lr_transfer_depth", transfer("n_layer", 2), "yyyy"),
         ("lr_transfer_depth", transfer("n_layer", 2, gain=0), "yynn"),
         ("root_free", roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84)), "yyyyyy"),
         ("root_free", roots((2.0, 2.02, 2.0, 2.04), (0.85, 0.83, 0.84, 0.82)), "nnnnnn"),
         ("root_free", roots((2.0, 2.2, 2.0, 2.02), (0.85, 0.73, 0.84, 0.84)), "yynyyy"),
+        ("root_free", lambda f: roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84))(f) + (
+            0.2 if f["weight_decay"] == "0" and f["opt"] == "rf_rmsprop" and "model" not in f else 0), "yynyyy"),
+        ("root_free", lost(roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84)), opt="adamw"), "nyynyy"),
         ("half_precision", precise(1.5, 1.49, 1.6), "yyyy"), ("half_precision", precise(1.5, 1.45, 1.6), "nyyy"),
-        ("half_precision", precise(1.5, 1.6, 1.45), "ynyy"), ("half_precision", precise(1.5, math.nan, 1.6), "ynyy")]
+        ("half_precision", precise(1.5, 1.6, 1.45), "ynyy"),
+        ("half_precision", lost(precise(1.5, 1.5, 1.6), **{"opt_kwargs.dtype": "float32", "opt": "if_shampoo"}),
+         "nyyy")]
     times = {sweep.HALF: (10, 1.0), sweep.FULL: (20, 2.0), sweep.SHAMPOO: (30, 3.0)}
-    for name, loss, held in cases[:-1]:
+    for name, loss, held in cases:
         log = turning_log if name == "balance" else None
-        with unittest.mock.patch.object(sweep, "step_times", lambda: (times, 0.5)):
+        with unittest.mock.patch.object(sweep, "step_times", lambda path: (times, 0.5)):
             found = sweep.EXPERIMENTS[name](ImaginedLab(loss, log))
         assert "".join("ny"[bool(held)] for _, held in found.checks) == held, (name, held, found.checks)
         assert found.said.endswith(".") and found.text
     for product, kinds, held in ((0.5, (2.0, 0.9), "yyyn"), (0.5, (0.9, 2.0), "yyny"), (1.5, (0.9, 2.0), "yy")):
         slow = {sweep.HALF: (10, 1.0), sweep.FULL: (1, kinds[0]), sweep.SHAMPOO: (1, kinds[1])}
-        with unittest.mock.patch.object(sweep, "step_times", lambda: (slow, product)):
+        with unittest.mock.patch.object(sweep, "step_times", lambda path: (slow, product)):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                sweep.experiment(ImaginedLab(precise(1.5, 1.5, 1.5)), "half_precision", None)
             checks = sweep.half_precision(ImaginedLab(precise(1.5, 1.5, 1.5))).checks
+        assert ("Not compared: the times" in out.getvalue()) == (product > 1), out.getvalue()
         assert "".join("ny"[held] for _, held in checks) == held, (product, checks)     # without bfloat16: not compared
 
     for words, held in sweep.equilibrium(ImaginedLab(lambda f: 1.5, rotation_log)).checks:
         assert held != (("resnet, sgd: the angle" in words) or ("gpt, lion: the norm" in words)), words
     flat = [line | {"rotation": {name: row | {"radial": 0.001} for name, row in line["rotation"].items()}}
             for line in rotation_log({"opt": "adamw"}) if "rotation" in line]
-    assert not sweep.equilibrium(ImaginedLab(lambda f: 1.5, lambda f: flat)).checks[-1][1], "nothing explains them"
+    explained = [held for words, held in sweep.equilibrium(ImaginedLab(lambda f: 1.5, lambda f: flat)).checks
+                 if "radial" in words]
+    assert explained == [False] * 3, "nothing explains them"
+    blank = lambda f: [*rotation_log(f), {"step": 400, "rotation": {name: dict.fromkeys(row) for name, row in (
+        rotation_log(f)[-2]["rotation"].items())}}]          # a step of which nothing could be measured
+    same, cut = (sweep.equilibrium(ImaginedLab(lambda f: 1.5, log)).checks for log in (rotation_log, blank))
+    assert same == cut
+    for alone, words in (("adamw", "gpt, adamw: diverged"), ("lion", "resnet, lion: diverged")):
+        checks = sweep.equilibrium(ImaginedLab(
+            lambda f: math.nan if f["opt"] == alone else 1.5, rotation_log)).checks
+        assert (words, False) in checks and len(checks) == len(same) - 3, checks
+    everywhere = [line | {"rotation": {name: row | {"norm": 100.0} for name, row in line["rotation"].items()}}
+                  for line in rotation_log({"opt": "adamw"}) if "rotation" in line]
+    checks = sweep.equilibrium(ImaginedLab(lambda f: 1.5, lambda f: everywhere)).checks
+    assert not any(held for words, held in checks if "radial" in words), "no matrix without a miss to compare with"
+    drawn = []
+    for seeds in (None, 1):
+        lab, lrs = ImaginedLab(lambda f: lrs.append(f["lr"]) or 1.5), []
+        with unittest.mock.patch.object(lab, "args", sweep.argparse.Namespace(scale="cpu", seeds=seeds)):
+            sweep.searched(lab, {("gpt", "sgd"): {"lr": sweep.Space("log", (0.1, 1))}}, 4, lambda net, opt: {"opt": opt})
+        drawn.append({*lrs})
+    assert not drawn[0] & drawn[1], "--seeds N draws anew"
+    assert sweep.spread([1.0, math.nan, 2.0]) == "1.500 +- 0.707" and sweep.spread([1.0, math.nan]) == "-"
+    found = sweep.imbalance(ImaginedLab(lost(by("change", alike, 0.8), change="turn=10")))
+    assert "1 of 4 diverged" in found.text and "1 of 4 diverged" in found.checks[0][0]
+    for name, opt in (("balance", "adamw"), ("zero_shot", "lion")):             # nothing to choose from
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            refused(SystemExit, ["1"], lambda: sweep.EXPERIMENTS[name](
+                ImaginedLab(worse(opt, math.nan), turning_log)))
+        assert f"that tune {opt} diverged" in err.getvalue()
     found = sweep.balance(ImaginedLab(balanced(0.76, 0.85, 0.89, 0.8), turning_log))
     assert "adam 4.00, adamw 2.00" in found.checks[0][0]
     asked = []
@@ -4875,10 +4927,16 @@ def test_sweep_verdicts():
 
     found = sweep.zero_shot(ImaginedLab(lambda f: bowl(f, 0.004) + float(f["weight_decay"]) / 100))
     assert "at lr 0.004, weight_decay 0.03" in found.checks[0][0] and "decay is at the edge" in found.text
-    for loss, words in ((1.5, "The claim held"), (1.53, "did not hold at this scale: 2 of 3")):
+    assert "adamw, tuned with one seed, the best weight_decay" in found.text and "the best lr is at" in found.text
+    for loss, words in ((1.5, "The claim held"), (1.53, "did not hold at this scale: only 2 of 3 checks")):
         with contextlib.redirect_stdout(io.StringIO()) as out:
             sweep.experiment(ImaginedLab(worse("rotational_sgd", loss - 1.5)), "zero_shot", None)
         assert words in out.getvalue() and ("NO" in out.getvalue()) == (loss > 1.5), out.getvalue()
+    with temporary_folder() as folder:              # steps are timed once
+        once = [{"times": times, "product": 0.5}]
+        with unittest.mock.patch.object(sweep, "time_steps", once.pop):
+            first, again = (sweep.step_times(folder / "step_times.json") for _ in range(2))
+        assert first == again == ({kind: list(pair) for kind, pair in times.items()}, 0.5)
     with temporary_folder() as folder:              # with a run that failed, or is missing, nothing is said
         lab = toy_lab(folder, experiment="x", report=True)
         run = sweep.model_run(lab, "gpt")
@@ -4939,7 +4997,7 @@ def test_sweep_pictures():
     times = {sweep.HALF: (10, 1.0), sweep.FULL: (20, 2.0), sweep.SHAMPOO: (30, 3.0)}
     for name in sweep.EXPERIMENTS:
         lab = ImaginedLab(lambda f: math.nan if f["lr"] == "0.008" else bowl(f, 0.004), rotation_log)
-        with unittest.mock.patch.object(sweep, "step_times", lambda: (times, 0.5)):
+        with unittest.mock.patch.object(sweep, "step_times", lambda path: (times, 0.5)):
             texts = look_at(drawn(lambda path: sweep.experiment(lab, name, path)))
         assert any("at this scale" in text and "\n" in text for text in texts), (name, texts)
     failed = ["a seed diverged or failed"]
