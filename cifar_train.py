@@ -24,8 +24,33 @@ in every Linear, a learnable gain per output neuron takes over. References: Koss
 Large et al. 2024 (Scalable Optimization in the Modular Norm) and Lin et al. 2024 (root-free methods) for the presets;
 each model names its own.
 """
-import argparse, ast, collections, contextlib, difflib, errno, functools, hashlib, http.client, inspect, io, json, math
-import os, pathlib, re, shlex, shutil, signal, sys, tarfile, time, types, urllib.request, warnings, zipfile
+import argparse
+import ast
+import collections
+import contextlib
+import difflib
+import errno
+import functools
+import hashlib
+import http.client
+import inspect
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tarfile
+import time
+import types
+import urllib.request
+import warnings
+import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -91,7 +116,7 @@ class Settings:
     data_dir: str = "data"          # where downloads and drawn images are kept
     out_dir: str = None             # default: out/cifar-OPT-MODEL-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
-    save_every: int = None          # [1, 1e9] steps between checkpoints; default: eval_every
+    save_every: int = None          # [1, 1e9] steps between checkpoints; default: the first eval_every
     eval_every: int = None          # [1, 1e9] steps between evaluations; default: an epoch
     # machine
     device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
@@ -360,7 +385,8 @@ def said_by_hand(given):
 
 
 def resumed(given):
-    """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
+    """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time,
+    unless it is the length, the dtype or one of ASIDE."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
     length = {"steps", "epochs"}                    # where one is given, the other no longer counts
@@ -461,7 +487,7 @@ def load_cifar(name, data_dir):
         *_, train, test, names = CIFAR[name]
         files = {file: (folder / file).read_bytes() for file in (*train, *test, names) if (folder / file).exists()}
     else:
-        fail(f"--data {name}: no such folder; the data sets are shapes, {', '.join(CIFAR)}")
+        fail(f"--data {name}: no such folder; the data sets are shapes, {', '.join(CIFAR)}, imagenet32:FOLDER")
     _, _, n_classes, label_bytes, *parts, names = CIFAR[name]
     arrays, length = [], label_bytes + 3 * SIZE * SIZE
     for part in parts:
@@ -483,9 +509,9 @@ def load_cifar(name, data_dir):
 def load_imagenet32(folder, data_dir):
     """ImageNet in 32 x 32 pixels (Chrabaszcz et al. 2017), a substitute for ImageNet-1k -> four arrays, the classes. An
     archive holds data (N, 3072), planes as CIFAR's, and labels from 1. They are unpacked once, as bytes under data_dir
-    (3.9 GB), and memory-mapped."""
+    (3.9 GB), and memory-mapped. The folder holds train_data_batch_1.npz to train_data_batch_10.npz and val_data.npz."""
     names = {f"train_data_batch_{i}.npz": "train" for i in range(1, 11)} | {"val_data.npz": "val"}
-    known = str([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.glob("*.npz"))])
+    known = str([(name, (folder / name).stat().st_size, (folder / name).stat().st_mtime_ns) for name in names])
     unpacked = data_dir / f"imagenet32-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
     only_one = None if unpacked.exists() else lock(data_dir, "--data_dir", wait=True)       # another run may unpack now
     if not unpacked.exists():
@@ -497,7 +523,7 @@ def load_imagenet32(folder, data_dir):
                 with np.load(folder / name) as archive:
                     labels, data = archive["labels"].astype(np.int64) - 1, archive["data"].reshape(-1, 3, SIZE, SIZE)
                 good = data.dtype == np.uint8 and len(data) == len(labels) and {*labels} <= {*range(1000)}
-            except (ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
                 good = False
             if not good:
                 fail(f"--data imagenet32:{folder}: {name} must hold data, bytes of shape (N, 3072), and labels from 1 "
@@ -1139,12 +1165,12 @@ class PyramidBlock(nn.Module):
 
 class Pyramid(nn.Module):
     """Three stages of `depth` blocks, on 16x16, 8x8 and 4x4 pixels of 1, 2 and 4 times `width` channels. MIXERS make it
-    Swin (Liu et al. 2021), GCViT (Hatamizadeh et al. 2023), FocalNet or VMamba. 16 pixels in windows of 4 are their 56
-    pixels in windows of 7, scaled down."""
+    Swin (Liu et al. 2021), GCViT (Hatamizadeh et al. 2023), FocalNet or VMamba. The authors' first stage
+    has 56 x 56 pixels in windows of 7. Ours has 16 x 16 in windows of 4."""
 
     def __init__(self, s, n_classes):
         super().__init__()
-        if s.width % max(1, s.width // 32):
+        if s.model in ("swin", "gcvit") and s.width % max(1, s.width // 32):
             fail(f"--width {s.width}: {s.model} has a head for every 32 channels, use a multiple of 32")
         n_in, self.norms, self.merges, self.queries, self.stages = 3, *(nn.ModuleList() for _ in range(4))
         for stage in range(3):
@@ -1254,7 +1280,7 @@ def start_files(out_dir, s, ckpt):
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     if ckpt:
         for line in lines:
-            with contextlib.suppress(ValueError):   # a line that a kill cut short
+            with contextlib.suppress(ValueError, TypeError, KeyError):       # cut short by a kill, or edited
                 record = json.loads(line)
                 if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
                     kept += line + "\n"
@@ -1421,7 +1447,8 @@ def rotation_record(step, optimizer, probe):
 
 
 def catch_signals():
-    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. A second one kills."""
+    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. The same signal again
+    kills."""
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -1537,7 +1564,7 @@ def bench(model, network, optimizer, batches, s, autocast):
     """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
     (x, y), times = batches(0), []
     phases = (lambda: batches(0), lambda: gradients(network, x, y, s, autocast),
-              lambda: nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf),
+              lambda: s.grad_clip and nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip),
               optimizer.step, optimizer.zero_grad)
     wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
     for _ in range(68):
@@ -1555,17 +1582,17 @@ def bench(model, network, optimizer, batches, s, autocast):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # a sampled character must not cost the result line
+    sys.stdout.reconfigure(errors="backslashreplace")           # a terminal without a letter must not cost the result
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught
-    except KeyboardInterrupt:                       # before training: nothing to save yet
+    except KeyboardInterrupt:                       # before training, or without catch_signals
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's own flush at the end fails again
-        fail(f"cannot write: {error.strerror}. The last checkpoint is whole: --resume goes on from it",
+        fail(f"cannot write: {error.strerror}. The last checkpoint, if any, is whole: --resume goes on from it",
              status=1 if error.errno == errno.EPIPE else 2)     # 1: `| head` has seen enough
     except (MemoryError, RuntimeError) as error:
         if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):

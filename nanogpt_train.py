@@ -23,8 +23,32 @@ their weights keep their norm. Modular optimizers train the GPT of the modular n
 2019 (GPT-2); Karpathy's nanoGPT, for sizes and spirit; Kosson et al. 2024 (Rotational Equilibrium); Large et al. 2024
 (Scalable Optimization in the Modular Norm).
 """
-import argparse, ast, contextlib, difflib, errno, functools, hashlib, http.client, inspect, io, json, lzma, math, os
-import pathlib, re, shlex, shutil, signal, sys, tarfile, time, types, urllib.request, warnings, zipfile
+import argparse
+import ast
+import contextlib
+import difflib
+import errno
+import functools
+import hashlib
+import http.client
+import inspect
+import io
+import json
+import lzma
+import math
+import os
+import pathlib
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tarfile
+import time
+import types
+import urllib.request
+import warnings
+import zipfile
 
 import numpy as np
 import torch
@@ -86,7 +110,7 @@ class Settings:
     data_dir: str = "data"          # where downloads and token files are kept
     out_dir: str = None             # default: out/nanogpt-OPT-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
-    save_every: int = None          # [1, 1e9] steps between checkpoints; default: eval_every
+    save_every: int = None          # [1, 1e9] steps between checkpoints; default: the first eval_every
     eval_every: int = 500           # [1, 1e9] steps between evaluations
     eval_batches: int = 60          # [1, 1e6] batches of the fixed validation set
     # machine
@@ -242,9 +266,9 @@ def settle(given):
     s.arch = s.arch or ("modular" if kind.geometry is optim.MODULAR else "gpt2")
     if s.gains is None:
         s.gains = kind.geometry is optim.ROTATIONAL and s.arch != "modular"
-    if s.arch == "lstm" and kind.geometry is optim.MODULAR:
-        fail("--arch lstm has no modular norm: its recurrent matrix is used at every time step, so it has no share of "
-             "its own. Take --arch modular, or an --opt without modular_")
+    if s.arch != "modular" and kind.geometry is optim.MODULAR:
+        why = ": its recurrent matrix is used at every time step, so it has no share of its own" * (s.arch == "lstm")
+        fail(f"--arch {s.arch} has no modular norm{why}. Take --arch modular, or an --opt without modular_")
     if s.arch == "lstm" and s.bias:
         fail("--bias is of gpt2: an LSTM has its biases anyway, leave it out")
     if s.arch == "modular" and (s.bias or s.gains):
@@ -280,7 +304,8 @@ def said_by_hand(given):
 
 
 def resumed(given):
-    """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
+    """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time,
+    unless it is the length, the dtype or one of ASIDE."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
     s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
@@ -607,8 +632,9 @@ class GPT(nn.Module):
 
 
 class LSTM(nn.Module):
-    """An LSTM language model (Hochreiter, Schmidhuber 1997; Zaremba et al. 2014), whose state starts at zero in every
-    window: a bed of the kind that Lin et al. 2024 name. Theirs is not published. The gain is of a gate of a unit."""
+    """An LSTM language model (Hochreiter, Schmidhuber 1997; Zaremba et al. 2014). The state starts at zero in every
+    window. Lin et al. 2024 name an LSTM as a test bed, but do not publish theirs. A gain belongs to one gate of one
+    unit."""
 
     def __init__(self, n_vocab, n_layer, n_embd, block_size, dropout, gain):
         super().__init__()
@@ -699,7 +725,7 @@ def generate(model, ids, count, temperature, seed):
     device, new, generator = model.tokens.weight.device, [], torch.Generator().manual_seed(seed)
     for _ in range(count):
         x = torch.tensor([(ids + new)[-model.block_size:]], device=device)
-        logits = model(x)[0].double().cpu()
+        logits = model(x)[0].cpu().double().cpu()
         p = F.softmax((logits - logits.max()) / temperature, dim=-1)
         new.append(torch.multinomial(p, 1, generator=generator).item())
     return new
@@ -748,7 +774,7 @@ def start_files(out_dir, s, ckpt):
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     if ckpt:
         for line in lines:
-            with contextlib.suppress(ValueError):   # a line that a kill cut short
+            with contextlib.suppress(ValueError, TypeError, KeyError):       # cut short by a kill, or edited
                 record = json.loads(line)
                 if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
                     kept += line + "\n"
@@ -828,12 +854,12 @@ def lr_at(step, peak, s):
 
 
 def make_model(s, n_vocab):
+    if s.arch == "lstm":
+        return LSTM(n_vocab, s.n_layer, s.n_embd, s.block_size, s.dropout, s.gains)
     if s.n_embd % s.n_head:
         fail(f"--n_embd {s.n_embd} is not a multiple of --n_head {s.n_head}: try --n_embd "
              f"{max(s.n_embd // s.n_head, 1) * s.n_head}")
     shape = n_vocab, s.n_layer, s.n_head, s.n_embd, s.block_size, s.dropout
-    if s.arch == "lstm":
-        return LSTM(n_vocab, s.n_layer, s.n_embd, s.block_size, s.dropout, s.gains)
     return ModularGPT(*shape) if s.arch == "modular" else GPT(*shape, s.bias, s.gains)
 
 
@@ -907,7 +933,8 @@ def rotation_record(step, optimizer, probe):
 
 
 def catch_signals():
-    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. A second one kills."""
+    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. The same signal again
+    kills."""
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -1048,7 +1075,7 @@ def bench(model, network, optimizer, train, s, autocast):
     windows = get_windows(train, rng, sequences, s.block_size)
     phases = (lambda: get_windows(train, rng, sequences, s.block_size),
               lambda: gradients(network, windows, s, autocast),
-              lambda: nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip or math.inf),
+              lambda: s.grad_clip and nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip),
               optimizer.step, optimizer.zero_grad)
     wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
     for _ in range(68):
@@ -1070,13 +1097,13 @@ if __name__ == "__main__":
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught
-    except KeyboardInterrupt:                       # before training: nothing to save yet
+    except KeyboardInterrupt:                       # before training, or without catch_signals
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's own flush at the end fails again
-        fail(f"cannot write: {error.strerror}. The last checkpoint is whole: --resume goes on from it",
+        fail(f"cannot write: {error.strerror}. The last checkpoint, if any, is whole: --resume goes on from it",
              status=1 if error.errno == errno.EPIPE else 2)     # 1: `| head` has seen enough
     except (MemoryError, RuntimeError) as error:
         if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):

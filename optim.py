@@ -2125,7 +2125,7 @@ class RotationProbe:
             state = optimizer.state[p]
             angle = geometry.scalars(direction, group, state["step"])["angle"]
             return state["radius"].mean().item(), math.atan(angle)
-        sigma = p.grad.to_dense().double().square().mean().sqrt().item()        # RMS entry of this step's gradient
+        sigma = p.grad.to_dense().cpu().double().square().mean().sqrt().item()      # RMS entry of this step's gradient
         h = group | {"lr": float(group["lr"])}
         norm, angle = equilibrium(direction, h, C, sigma, p.shape)
         if angle > 0:                                       # not nan

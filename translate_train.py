@@ -15,7 +15,7 @@ A run writes config.json, ckpt.pt, log.jsonl, bpe.json (the vocabulary) and hypo
 set) under --out_dir. log.jsonl has one JSON object a line, of three kinds:
 
     {"step": 250, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}       an evaluation
-    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}         every --track steps
+    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}        every --track steps
     {"step": 1000, "val_loss": ..., "bleu": ..., "beam": 5, "length_penalty": 1.0, ..., "final": true}        the result
 
 The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
@@ -31,9 +31,37 @@ translates line n of the other. Beside them are valid, val or dev, and test, nam
 References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
 Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
 """
-import argparse, ast, collections, contextlib, difflib, errno, functools, gzip, hashlib, html, http.client, inspect, io
-import itertools, json, math, os, pathlib, random, re, shlex, shutil, signal, sys, tarfile, time, types, unicodedata
-import urllib.request, warnings, zipfile, zlib
+import argparse
+import ast
+import collections
+import contextlib
+import difflib
+import errno
+import functools
+import gzip
+import hashlib
+import html
+import http.client
+import inspect
+import io
+import json
+import math
+import os
+import pathlib
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import tarfile
+import time
+import types
+import unicodedata
+import urllib.request
+import warnings
+import zipfile
+import zlib
 
 import numpy as np
 import torch
@@ -97,7 +125,7 @@ class Settings:
     data_dir: str = "data"          # where downloads and byte pairs are kept
     out_dir: str = None             # default: out/translate-OPT-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
-    save_every: int = None          # [1, 1e9] steps between checkpoints; default: eval_every
+    save_every: int = None          # [1, 1e9] steps between checkpoints; default: the first eval_every
     eval_every: int = 250           # [1, 1e9] steps between evaluations
     # machine
     device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
@@ -284,7 +312,8 @@ def said_by_hand(given):
 
 
 def resumed(given):
-    """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time."""
+    """-> settings and checkpoint of the run to go on with. A flag given again must have the value of the first time,
+    unless it is the length, the dtype or one of ASIDE."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
     length = {"steps", "epochs"}                    # where one is given, the other no longer counts
@@ -1156,7 +1185,7 @@ def start_files(out_dir, s, ckpt):
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
     if ckpt:
         for line in lines:
-            with contextlib.suppress(ValueError):   # a line that a kill cut short
+            with contextlib.suppress(ValueError, TypeError, KeyError):       # cut short by a kill, or edited
                 record = json.loads(line)
                 if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
                     kept += line + "\n"
@@ -1208,7 +1237,7 @@ def load_checkpoint(path):
 
 def restore(ckpt, s, model, optimizer=None):
     """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
-    if s.steps < ckpt["step"]:
+    if optimizer and s.steps < ckpt["step"]:
         fail(f"--steps {s.steps}: {s.out_dir} has done {ckpt['step']} steps already, give at least as many")
     try:
         model.load_state_dict(ckpt["model"])
@@ -1274,7 +1303,7 @@ def evaluate(model, valid, s, autocast, stopped_by=()):
         with autocast:
             loss = loss_of(model, model.pad, source, x, y)
         tokens = (y != valid.pad).sum()
-        total, count = total + loss.double() * tokens, count + tokens
+        total, count = total + loss.cpu().double() * tokens.cpu(), count + tokens.cpu()         # MPS has no float64
     model.train()
     return (total / count).item()
 
@@ -1304,7 +1333,8 @@ def rotation_record(step, optimizer, probe):
 
 
 def catch_signals():
-    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. A second one kills."""
+    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. The same signal again
+    kills."""
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -1455,10 +1485,11 @@ def result(model, bpe, pairs, s, autocast, record):
 
 def bench(network, optimizer, train, s, autocast):
     """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
-    batches, times = itertools.cycle(train.epoch([s.seed, 0])[:4]), []
-    batch = train.get(next(batches), s.device)
-    phases = (lambda: train.get(next(batches), s.device), lambda: gradients(network, batch, s, autocast),
-              lambda: nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip or math.inf),
+    first, times = train.epoch([s.seed, 0])[0], []
+    batch = train.get(first, s.device)
+    tokens = (batch[2] != train.pad).sum().item()
+    phases = (lambda: train.get(first, s.device), lambda: gradients(network, batch, s, autocast),
+              lambda: s.grad_clip and nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip),
               optimizer.step, optimizer.zero_grad)
     wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
     for _ in range(68):
@@ -1470,23 +1501,23 @@ def bench(network, optimizer, train, s, autocast):
         times.append(np.diff(marks))
     times = np.median(times[8:], axis=0)            # the first ones warm up
     step, passes, update = times.sum(), times[1], times[3]
-    print(f"{train.tokens_per_batch / step:,.0f} English tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
+    print(f"{tokens / step:,.0f} English tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
           f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward "
           f"and backward {100 * (1 - passes / step):.1f} %")
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # a sampled character must not cost the result line
+    sys.stdout.reconfigure(errors="backslashreplace")           # a terminal without a letter must not cost the result
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught
-    except KeyboardInterrupt:                       # before training: nothing to save yet
+    except KeyboardInterrupt:                       # before training, or without catch_signals
         sys.exit(130)
     except OSError as error:
         if error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)            # or Python's own flush at the end fails again
-        fail(f"cannot write: {error.strerror}. The last checkpoint is whole: --resume goes on from it",
+        fail(f"cannot write: {error.strerror}. The last checkpoint, if any, is whole: --resume goes on from it",
              status=1 if error.errno == errno.EPIPE else 2)     # 1: `| head` has seen enough
     except (MemoryError, RuntimeError) as error:
         if re.search("MemoryError|out of memory|allocate memory|ALLOC_FAILED", repr(error)):
