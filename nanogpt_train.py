@@ -218,6 +218,7 @@ PRESETS = {
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3,4e-3,8e-3 --fixed "steps=500 warmup=50 eval_every=500"
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3 --fixed steps=2000
 # The other numbers are by hand. For the rotational ones they give angles of 0.01 to 0.024.
+# Muon's are the best of 6, 4 and 3 runs on small grids of lr, weight_decay and adamw_lr_scale.
 TUNED = {}
 for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
         ("sgd", (0.3, 1e-4), (1.0, 1.2e-4), (0.25, 0.0), dict(momentum=0.9)),
