@@ -761,6 +761,14 @@ def residuals(steps):
     return chain(*(k / (k + 1) * optim.bond("identity") + 1 / (k + 1) * f for k, f in enumerate(steps, start=1)))
 
 
+def attention_and_mlp(mixer, block):
+    """The trees of the two steps of a transformer's block. Attention passes on changes of q, of k and of v, so its
+    sensitivity is 3."""
+    norm, gelu, attention = optim.bond("layernorm"), optim.bond("gelu", 0.5**0.5), optim.bond("attention", 3.0)
+    return (optim.weight(mixer.out) @ attention @ optim.weight(mixer.qkv) @ norm,
+            optim.weight(block.down) @ gelu @ optim.weight(block.up) @ norm)
+
+
 class ResidualBlock(nn.Module):
     """relu(shortcut(x) + f(x)).  f is two 3x3 convolutions or, as a bottleneck, 1x1, 3x3, and 1x1 to 4 times the
     channels. A normalisation follows each of them, and relu lies in between."""
@@ -905,14 +913,9 @@ class ViT(nn.Module):
         return self.head(self.norm(h[:, 0]))
 
     def modular_tree(self):
-        """Attention passes on changes of q, of k and of v, so its sensitivity is 3."""
-        norm, gelu, attention = optim.bond("layernorm"), optim.bond("gelu", 0.5**0.5), optim.bond("attention", 3.0)
-        steps = []
-        for block in self.blocks:
-            steps += [optim.weight(block.out) @ attention @ optim.weight(block.qkv) @ norm,
-                      optim.weight(block.down) @ gelu @ optim.weight(block.up) @ norm]
         first = (optim.weight(self.patches) + optim.weight(self.positions)).tare(1)
-        return chain(first, residuals(steps).tare(5), norm, optim.weight(self.head))
+        blocks = residuals([step for block in self.blocks for step in attention_and_mlp(block, block)])
+        return chain(first, blocks.tare(5), optim.bond("layernorm"), optim.weight(self.head))
 
 
 class WellNormed(nn.Module):
@@ -1199,13 +1202,10 @@ class Pyramid(nn.Module):
 class Swin(Pyramid):
     def modular_tree(self):
         """As of ViT. The biases of attention are 1-D and stand outside."""
-        norm, gelu, attention = optim.bond("layernorm"), optim.bond("gelu", 0.5**0.5), optim.bond("attention", 3.0)
-        parts = []
+        norm, parts = optim.bond("layernorm"), []
         for merge, blocks in zip(self.merges, self.stages):
             parts += [norm, optim.weight(merge)] if parts else []
-            parts.append(residuals([f for block in blocks for f in (
-                optim.weight(block.mixer.out) @ attention @ optim.weight(block.mixer.qkv) @ norm,
-                optim.weight(block.down) @ gelu @ optim.weight(block.up) @ norm)]))
+            parts.append(residuals([step for block in blocks for step in attention_and_mlp(block.mixer, block)]))
         return chain(optim.weight(self.merges[0]), chain(*parts).tare(5), norm, optim.weight(self.head))
 
 
@@ -1380,7 +1380,7 @@ def loss_of(logits, y, kind, smoothing=0.0):
 def make_model(s, n_classes):
     """The model of the settings s, on the CPU, its weights drawn from torch's random numbers."""
     model = MODELS[s.model][0](s, n_classes)
-    if optim.find_optimizer(s.opt).geometry is optim.MODULAR and hasattr(model, "modular_tree"):
+    if optim.find_optimizer(s.opt).geometry is optim.MODULAR:
         optim.initialise(model.modular_tree())      # a modular lr is relative to the norms that weights get here
     return model
 

@@ -1479,9 +1479,9 @@ class Optimizer(torch.optim.Optimizer):
         return ""
 
     def _check_values(self, index):
-        group, ranges = self.param_groups[index], RANGES | self.direction.ranges
-        for key in self.takes():
-            allowed = ranges.get(key)
+        group = self.param_groups[index]
+        for key in self.takes():                    # in every step: no dict is merged for it
+            allowed = self.direction.ranges.get(key, RANGES.get(key))
             if allowed is None:
                 self._refuse(f"nobody has said which values {key} may have: add them to the `ranges` of its row")
             try:                                    # torch's LinearLR(end_factor=0) may end at lr = -1e-18
