@@ -5,7 +5,8 @@ of any runs.
     python sweep.py --grid lr=1e-4:1e-1:log8 weight_decay=0,0.01,0.1 --fixed "opt=adamw steps=500" --seeds 3
     python sweep.py --grid "lr,weight_decay=(1e-3,1),(1e-2,0.1)" ...            pairs, in place of all combinations
     python sweep.py --random 40 --space "lr=log(1e-4,1e-1) momentum=uniform(0.5,0.99) damping=log(1e-6,1e-3)" ...
-    python sweep.py --two_stage --runs 100 --space ...      a wide random search, then one around its best fifth
+    python sweep.py --two_stage --runs 100 --space ...      a wide random search, one around its best fifth, then the best
+                                                            setting again with three fresh seeds
     python sweep.py --experiment zero_shot --plot out.png   a paper's claim, what was measured, and whether it held
     python sweep.py --curves out/a out/b --plot out.png     runs beside each other; or sweeps: means over seeds
 
@@ -229,6 +230,14 @@ class Space(NamedTuple):
         if self.kind == "one_minus_log":
             return plain(f"{1 - a ** (1 - u) * b**u:.10g}")
         return plain(f"{a ** (1 - u) * b**u if self.kind == 'log' else a * (1 - u) + b * u:.6g}")
+
+    def near_edge(self, text):
+        """Whether a value lies in the first or last twentieth of the range, so that a better one may lie beyond."""
+        if self.kind == "choice":
+            return False
+        x, a, b = float(text), *self.values
+        u = (x - a) / (b - a) if self.kind == "lin" else math.log((x if self.kind == "log" else 1 - x) / a, b / a)
+        return not 0.05 <= u <= 0.95
 
     def around(self, texts):
         """The smallest space of this kind that holds all these values."""
@@ -589,6 +598,24 @@ def two_stage(lab, searches, n, seed):
                             for key, space in searches[name][1].items()}
     second = stage(2, narrow)
     return {name: results + second.get(name, []) for name, results in first.items()}
+
+
+def at_edges(spaces, flags):
+    """-> text: which of these values lie near an edge of their space, "" if none does."""
+    near = [f"{key} {flags[key]}" for key, space in spaces.items() if space.near_edge(flags[key])]
+    return "near an edge of the search, so look beyond it: " * bool(near) + ", ".join(near)
+
+
+def again(lab, results, spaces):
+    """The best of a search is partly luck: it is done again with three fresh seeds. -> text."""
+    best = by_setting(results)[0]
+    if not best.sound:
+        return "no setting came to a result with all its seeds"
+    first = 1 + max(int(result.run["seed"] or 0) for result in results)
+    fresh = lab.results([Run.of(best.results[0].run.script, best.flags | {"seed": first + i}) for i in range(3)])
+    edges = at_edges(spaces, best.flags)
+    return (f"the best, {phrase(best.flags, spaces)}, again with three fresh seeds: "
+            f"{Setting(best.flags, fresh).words()}" + f"\n{edges}" * bool(edges))
 
 
 # ---- Tables ----------------------------------------------------------------------------------------------------------
@@ -1018,12 +1045,14 @@ def tuned(lab, net, grids, **shared):
 
 def searched(lab, spaces, n, flags):
     """The random search in two stages for each of {(net, opt): spaces}; flags(net, opt) are those of all its runs.
-    -> {(net, opt): the flags of the best run}."""
+    -> {(net, opt): the flags of the best run}; text, which says where these lie near an edge of their space."""
     results = two_stage(lab, {(net, opt): (
         lambda drawn, net=net, opt=opt: [model_run(lab, net, **flags(net, opt), **drawn)], space)
         for (net, opt), space in spaces.items()}, n, lab.args.seeds or 0)
     best = {case: by_setting(some)[0].flags for case, some in results.items()}
-    return {case: flags(*case) | {key: best[case][key] for key in space} for case, space in spaces.items()}
+    edges = {case: at_edges(space, best[case]) for case, space in spaces.items()}
+    return ({case: flags(*case) | {key: best[case][key] for key in space} for case, space in spaces.items()},
+            "".join(f"{', '.join(case)}: {words}\n" for case, words in edges.items() if words))
 
 
 def losses(setting, classes=103):
@@ -1471,8 +1500,8 @@ def root_free(lab):
         base = BASE[lab.args.scale, net] | more
         B = base["batch_size"] * base.get("block_size", 1)          # the loss is a mean over tokens, or over images
         return more | dict(opt=opt.split()[0]) | (dict(change=f"start={B}", weight_decay=0) if opt == control else {})
-    best = searched(lab, {(net, opt): space for net in ("gpt", "vgg") for opt, space in spaces.items()},
-                    8 if lab.args.scale == "cpu" else 40, flags)
+    best, edges = searched(lab, {(net, opt): space for net in ("gpt", "vgg") for opt, space in spaces.items()},
+                           8 if lab.args.scale == "cpu" else 40, flags)
     found = {net: measured(lab, net, {opt: best[net, opt] for opt in spaces} | {
         undecayed: best[net, "rf_rmsprop"] | dict(weight_decay=0)}, (1, 2, 3)) for net in ("gpt", "vgg")}
     checks = [(f"{net}: {ours} {found[net][ours].words()}, {opt} {found[net][opt].words()}",
@@ -1482,7 +1511,7 @@ def root_free(lab):
     rows = [["network", "optimizer", "three seeds", "at"]] + [
         [net, opt, s.words(), phrase(s.flags, {*spaces["adamw"], *spaces["rf_rmsprop"]})]
         for net in found for opt, s in found[net].items()]
-    return Finding(columns(rows), checks, {
+    return Finding(edges + columns(rows), checks, {
         Panel(f"{net}: mean and standard deviation of three seeds", "", y): {"": bars(found[net])}
         for net, y in (("gpt", LOSS), ("vgg", ACCURACY))}, "; ".join(
             f"{what} goes from {found[net]['rmsprop'].mean:.3f} to {found[net]['rf_rmsprop'].mean:.3f} when RMSProp "
@@ -1540,8 +1569,8 @@ def half_precision(lab):
 
     def flags(net, opt, steps=300):
         return dict(opt=opt, steps=steps, warmup=30, eval_every=steps, eval_batches=30, update_every=2)
-    best = searched(lab, {("gpt", opt): space for opt, space in spaces.items()},
-                    8 if lab.args.scale == "cpu" else 40, flags)
+    best, edges = searched(lab, {("gpt", opt): space for opt, space in spaces.items()},
+                           8 if lab.args.scale == "cpu" else 40, flags)
     found = {steps: measured(lab, "gpt", {
         kind: best["gpt", opt] | flags("gpt", opt, steps) | {"opt_kwargs.dtype": dtype}
         for kind in (HALF, FULL, SHAMPOO) for opt, dtype in [kind.split(", ")]}, (1, 2, 3)) for steps in (300, 1000)}
@@ -1553,8 +1582,8 @@ def half_precision(lab):
     rows = [["", "val_loss, 300 steps", "1000 steps", "ms a step", "at"]] + [
         [kind, found[300][kind].words(), s.words(), f"{times[kind][0]:.1f}", phrase(s.flags, spaces["if_shampoo"])]
         for kind, s in final.items()]
-    return Finding(f"{columns(rows)}\nA product in bfloat16 takes {product:.2f} of the time of one in float32 here" +
-                   ", so no times are compared" * (product >= 1) + ".", checks, {
+    return Finding(f"{edges}{columns(rows)}\nA product in bfloat16 takes {product:.2f} of the time of one in float32 "
+                   "here" + ", so no times are compared" * (product >= 1) + ".", checks, {
         Panel("mean and standard deviation of three seeds", "", LOSS): {
             f"{steps} steps": bars(some) for steps, some in found.items()},
         Panel("optimizer step on matrices 512 wide", "", "milliseconds"): {"time": Curve(
@@ -1642,14 +1671,15 @@ def main():
     args = parse()
     if args.curves:
         return compare(args.curves, args.metric, args.plot)
-    lab, unfinished = Lab(args), None
+    lab, unfinished, said = Lab(args), None, ""
     try:
         if args.experiment:
             experiment(lab, args.experiment, args.plot)
         elif args.grid or args.space or args.fixed or args.seeds:
             make, settings = planned(args)
             if args.two_stage:
-                two_stage(lab, {"search": (make, settings)}, args.runs or 100, args.seed or 0)
+                found = two_stage(lab, {"search": (make, settings)}, args.runs or 100, args.seed or 0)["search"]
+                said = again(lab, found, settings)
             else:
                 lab.results([run for flags in settings for run in make(flags)])
         else:                                       # --report alone
@@ -1666,7 +1696,7 @@ def main():
                   ", --retry prints those that failed" * failed, file=sys.stderr)
         sys.exit(failed and not unfinished)
     if not args.experiment or unfinished:
-        print(report(results))
+        print(report(results) + f"\n{said}" * bool(said))
     if args.plot and not args.experiment:
         if len({result.run.script for result in results}) > 1 or all(result.state != "done" for result in results):
             fail("--plot draws the results of one script, and here are none yet, or several scripts'", status=1)

@@ -4593,22 +4593,32 @@ def test_sweep_printed_commands():
 
 
 def test_sweep_two_stage():
-    """The second stage draws from the smallest box around the best fifth of the first, and a restart draws the same."""
+    """The second stage draws from the smallest box around the best fifth of the first, and a restart draws the same.
+    The best of both is done again with three fresh seeds, and a best value near the edge of its range is named."""
     with folder_with_toy() as folder:
         search = ["--two_stage", "--runs", "15", "--space", "lr=log(1e-4,1) weight_decay=uniform(0,1)", "--fixed",
-                  "device=cpu steps=2", "--out_dir", "out", "--seed", "3"]
-        first = sweep.draws(sweep.parse_space(["lr=log(1e-4,1) weight_decay=uniform(0,1)"]), 15, seed=3)
-        run_script(sweep, folder, *TOYS, *search)
+                  "device=cpu steps=2", "--out_dir", "out", "--seed", "4"]
+        first = sweep.draws(sweep.parse_space(["lr=log(1e-4,1) weight_decay=uniform(0,1)"]), 15, seed=4)
+        said, _ = run_script(sweep, folder, *TOYS, *search)
         begun = starts(folder / "out")
         rows = [json.loads(path.read_text())["flags"] for path in (folder / "out").glob("*/run.json")]
-        rows = {(float(row["lr"]), float(row["weight_decay"])) for row in rows}
+        rows = {(float(row["lr"]), float(row["weight_decay"])) for row in rows if "seed" not in row}
         stage1 = sorted(((float(f["lr"]), float(f["weight_decay"])) for f in first),
                         key=lambda row: toy_loss(*row, steps=2))
         stage2, best = np.array(list(rows - set(stage1))), np.array(stage1[:3])
-        assert len(begun) == 30 and len(stage2) == 15
+        assert len(begun) == 33 and len(stage2) == 15
         assert (best.min(0) <= stage2).all() and (stage2 <= best.max(0)).all()
         run_script(sweep, folder, *TOYS, *search)
         assert starts(folder / "out") == begun
+        lr, weight_decay = min(rows, key=lambda row: toy_loss(*row, steps=2))
+        fresh = [toy_loss(lr, weight_decay, seed, 2) for seed in (1, 2, 3)]
+        assert f"fresh seeds: {np.mean(fresh):.4f} +- {np.std(fresh, ddof=1):.4f}" in said, said
+        assert weight_decay < 0.05 and f"look beyond it: weight_decay {weight_decay:g}\n" in said, said
+    near = {"log(1e-4,1)": ("0.00012", "0.0002"), "one_minus_log(1e-3,0.1)": ("0.9989", "0.998"),
+            "uniform(-1,1)": ("0.95", "0.8"), "choice(1,2)": (None, "1")}
+    for text, (edge, inside) in near.items():
+        space = sweep.parse_space([f"x={text}"])["x"]
+        assert not space.near_edge(inside) and (edge is None or space.near_edge(edge)), text
 
 
 def test_sweep_bad_input():
