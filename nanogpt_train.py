@@ -16,7 +16,8 @@ A run writes config.json, ckpt.pt and log.jsonl under --out_dir. log.jsonl has o
 
 The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
 predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
-stopped by Ctrl-C or SIGTERM after saving.
+stopped by Ctrl-C or SIGTERM after saving. (Under torchrun a signal saves nothing. The run goes on from its last
+checkpoint.)
 
 The model is GPT-2 as in nanoGPT. With rotational optimizers every Linear has a learnable gain per output neuron, since
 their weights keep their norm. Modular optimizers train the GPT of the modular norm paper. References: Radford et al.
@@ -651,7 +652,8 @@ class LSTM(nn.Module):
         weights = {name: p for name, p in self.lstm.named_parameters() if p.dim() == 2}     # (4 C, C) each
         louder = {name: gain[:, None] * p for (name, p), gain in zip(weights.items(), self.gains)}
         h = self.dropout(self.tokens(x))                                            # (B, T, C)
-        h = self.dropout(torch.func.functional_call(self.lstm, louder, (h,))[0])
+        with torch.autocast("cpu", enabled=False):  # most CPUs have no LSTM in bfloat16
+            h = self.dropout(torch.func.functional_call(self.lstm, louder, (h,))[0])
         if y is None:
             return self.head(h[:, -1])
         return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
@@ -726,10 +728,12 @@ def generate(model, ids, count, temperature, seed):
     device, new, generator = model.tokens.weight.device, [], torch.Generator().manual_seed(seed)
     for _ in range(count):
         x = torch.tensor([(ids + new)[-model.block_size:]], device=device)
-        logits = model(x)[0].cpu().double().cpu()
+        logits = model(x)[0].cpu().double()
         p = F.softmax((logits - logits.max()) / temperature, dim=-1)
         new.append(torch.multinomial(p, 1, generator=generator).item())
     return new
+
+
 # ---- Files that survive a kill at any moment -------------------------------------------------------------------------
 
 
