@@ -1,5 +1,6 @@
 """
-Train an image classifier with any optimizer of optim.py. One file, top to bottom: settings, data, models, training.
+Train an image classifier with any optimizer of optim.py. One file, top to bottom: settings, data, models, files,
+training. The training loop is in `main`, the last page: begin there.
 
     python cifar_train.py                                     AdamW, a narrow ResNet-18, drawn shapes: offline
     python cifar_train.py --opt rotational_lion               any name of optim.OPTIMIZERS, with its tuned defaults

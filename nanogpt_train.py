@@ -1,5 +1,6 @@
 """
-Train a GPT-2 on text with any optimizer of optim.py. One file, top to bottom: settings, data, model, training.
+Train a GPT-2 on text with any optimizer of optim.py. One file, top to bottom: settings, data, model, files, training.
+The training loop is in `main`, the last page: begin there.
 
     python nanogpt_train.py                                   AdamW, a 0.8M-parameter GPT, Python's own manual: offline
     python nanogpt_train.py --opt rotational_lion             any name of optim.OPTIMIZERS, with its tuned defaults

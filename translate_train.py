@@ -1,6 +1,6 @@
 """
 Train a Transformer to translate German to English with any optimizer of optim.py. One file, top to bottom: settings,
-data, byte pairs, BLEU, model, beam search, training.
+data, byte pairs, BLEU, model, beam search, files, training. The training loop is in `main`, the last page: begin there.
 
     python translate_train.py                                 AdamW, a 0.9M-parameter Transformer, numbers: offline
     python translate_train.py --opt rotational_lion           any name of optim.OPTIMIZERS, with its tuned defaults
