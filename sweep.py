@@ -1231,7 +1231,7 @@ def balance(lab):
     lrs = (3e-3, 1e-2)
     rotational = {"rotational_adam": (lrs, (0.1, 0.5, 2, 8))}
     best, text = tuned(lab, "vgg", {
-        "adam": (lrs, (3e-3, 1e-2, 3e-2, 0.1)), "adamw": (lrs, (0.5, 1.5, 4, 12))} | rotational, gains=1, track=20)
+        "adam": (lrs, (1e-2, 3e-2, 0.1, 0.3)), "adamw": (lrs, (0.5, 1.5, 4, 12))} | rotational, gains=1, track=20)
     found = measured(lab, "vgg", best, (1, 2, 3))
 
     def angles_of(s):
