@@ -208,8 +208,8 @@ PRESETS = {
     # The defaults of these models. Four epochs of gnn take the time of one of a ResNet. With the others adamw learns
     # nothing at the lr of ResNets (Swin was tried); theirs is no search, but one guess.
     "gnn": dict(model="gnn", epochs=10),
-    **{name: dict(model=name, epochs=3, tuned={"adamw": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.05)})
-       for name in ("swin", "gcvit", "focalnet", "vmamba")},
+    **{name: dict(model=name, epochs=epochs, tuned={"adamw": dict(lr=2e-3, beta1=0.9, beta2=0.99, weight_decay=0.05)})
+       for name, epochs in (("swin", 5), ("gcvit", 6), ("focalnet", 3), ("vmamba", 3))},
     # The default with CUDA, then on shapes: a sound set-up of no paper.
     "resnet18": dict(data="cifar10", model="resnet18", epochs=30, batch_size=256, warmup=400, label_smoothing=0.1),
 
