@@ -2632,15 +2632,14 @@ def test_nanogpt_data_parallel():
 
 
 def test_scripts_diverge():
-    """A loss that is no number: status 3, one line names the step, the last good checkpoint stays, whether losses are
-    read at once or many together."""
-    for script, (every, good) in itertools.product(SCRIPTS, ((1, range(4)), (24, [0]))):
+    """A loss that is no number: status 3, one line names the step, though losses are read many together, and the last
+    good checkpoint stays."""
+    for script in SCRIPTS:
         with temporary_folder() as folder:
             status, _, err = call_main(script, *tiny(script, folder), *flags_of(
-                opt="sgd", lr=1e25, warmup=0, grad_clip=0, save_every=every, eval_every=24, out_dir=folder / "run"))
-            line, ckpt = err.strip().splitlines()[-1], checkpoint(folder / "run")
-            assert status == 3 and re.search(r"step [1-6]\b.*diverged.*--lr.*ckpt\.pt", line), err
-            assert "Traceback" not in err and ckpt["step"] in good, f"{script.__name__}: {ckpt['step']}"
+                opt="sgd", lr=1e25, warmup=0, grad_clip=0, save_every=24, eval_every=24, out_dir=folder / "run"))
+            assert status == 3 and re.search(r"step [1-6]\b.*diverged.*--lr.*ckpt\.pt$", err.strip()), err
+            assert "Traceback" not in err and checkpoint(folder / "run")["step"] == 0, script.__name__
 
 
 def test_scripts_replace_and_go_on():
@@ -2716,64 +2715,57 @@ def test_scripts_repeat_themselves():
 # run, @/run. The flags come after those of a small run; with --resume, --eval_only or --translate they stand alone.
 BAD = {
     "NCT": (
-        ("--lr -1; --lr nan; --eps inf; --eps=-1e-8; --weight_decay -0.1; --grad_clip -1", "[0, inf)"),
+        ("--lr -1; --lr nan; --eps inf; --grad_clip -1", "[0, inf)"), ("--lr fast", "not a number"),
         ("--beta1 1; --beta2 nan; --opt sgd --momentum 2", "[0, 1)"), ("--track -1; --seed -1", "[0, "),
-        ("--save_every 0; --batch_size 0; --steps 0", "[1, "), ("--lr fast", "not a number"),
-        ("--schedule exp; --preset gpt3; --compile 2", "invalid choice"), ("--steps 1.5", "not a whole number"),
-        ("--opt Adamw", "did you mean 'adamw'?"), ("--optt adam", "did you mean --opt?"),
-        ("--learning_rate 1", "did you mean --lr?"), ("--opt if_shampoo --opt_kwargs damping=-1", "damping"),
-        ("--opt shampoo --opt_kwargs graft=sdg", "graft"), ("--opt_kwargs dtype=float", "dtype"),
+        ("--save_every 0; --batch_size 0; --steps 0", "[1, "), ("--steps 1.5", "not a whole number"),
+        ("--schedule exp; --preset gpt3; --compile 2", "invalid choice"), ("--opt Adamw", "did you mean 'adamw'?"),
+        ("--optt adam", "did you mean --opt?"), ("--learning_rate 1", "did you mean --lr?"),
+        ("--opt if_shampoo --opt_kwargs damping=-1", "damping"), ("--opt_kwargs dtype=float", "dtype"),
         ("--opt_kwargs eps={1}", "eps"), ("--opt_kwargs lr", "KEY=VALUE"), ("--opt sgd --beta1 0.9", "takes no beta1"),
-        ("--opt_kwargs per_neuron=True", "takes no per_neuron"), ("--eval_only", "--resume"),
-        ("--lr 1 --opt_kwargs lr=2; --opt_kwargs eps=1 eps=2", "twice"), ("--warmup 24", "make it smaller"),
-        ("--opt rotational_lion --weight_decay 0", "weight_decay > 0"), ("--out_dir ''", "empty"),
-        ("--device mps" if torch.cuda.is_available() else "--device cuda", "--device cpu"),
-        ("--out_dir /dev/null/run; --out_dir @/file", "--out_dir"), ("--out_dir @/used", "another run is writing"),
+        ("--opt_kwargs per_neuron=True", "takes no per_neuron"), ("--lr 1 --opt_kwargs lr=2", "twice"),
+        ("--warmup 24", "make it smaller"), ("--opt rotational_lion --weight_decay 0", "weight_decay > 0"),
+        ("--eval_only", "--resume"), ("--device mps" if torch.cuda.is_available() else "--device cuda", "--device cpu"),
+        ("--out_dir ''", "empty"), ("--out_dir @/file", "--out_dir"), ("--out_dir @/used", "another run is writing"),
         ("--out_dir @/run --lr 1", "finished run with another"), ("--out_dir @/run --steps 25", "another steps"),
         ("--resume --out_dir @/none", "there is no"), ("--resume --out_dir @/elsewhere", "is not the"),
-        ("--resume --out_dir @/run --opt sgd; --resume --out_dir @/run --lr 1", "is not what"),
-        ("--resume --out_dir @/run --beta1 0.1", "is not what"),
+        ("--resume --out_dir @/run --opt sgd; --resume --out_dir @/run --beta1 0.1", "is not what"),
         ("--resume --out_dir @/run --steps 23", "24 steps already")),
     "NT": (
         ("--dropout 1.5", "[0, 1]"), ("--n_layer 0", "[1, "), ("--n_head 3", "not a multiple"),
-        ("--data_dir @/file; --data_dir /dev/null/data", "--data_dir"),
-        ("--resume --out_dir @/run --n_layer 2", "is not what")),
+        ("--data_dir @/file", "--data_dir"), ("--resume --out_dir @/run --n_layer 2", "is not what")),
     "CT": (("--steps 9 --epochs 1; --resume --out_dir @/run --steps 30 --epochs 2", "give one"),),
     "N": (
-        ("--prompt ''", "empty"), ("--data shakespear", "shakespeare"),
-        ("--data @; --data @/none.txt", "no such text file"), ("--block_size 100000", "smaller block"),
-        ("--data @/short.txt; --data @/file; --data @/line.txt", "too few"), ("--arch modular --bias 1", "--bias"),
+        ("--prompt ''", "empty"), ("--data shakespear", "shakespeare"), ("--block_size 100000", "smaller block"),
+        ("--data @; --data @/none.txt", "no such text file"), ("--data @/short.txt; --data @/file", "too few"),
         ("--data @/latin1.txt; --data @/binary.txt", "UTF-8"), ("--data @/damaged.txt", "is damaged: delete it"),
         ("--data shakespeare --data_dir @/stale", "delete it"), ("--data shakespeare --data_dir @/file", "--data_dir"),
-        ("--arch lstm --opt modular_lion", "every time step"),
+        ("--arch modular --bias 1", "--bias"), ("--arch lstm --opt modular_lion", "every time step"),
         ("--resume --out_dir @/run --eval_only --prompt 日", "does not occur")),
     "C": (
         ("--modle vit", "did you mean --model?"), ("--epochs 0", "[1, "), ("--split 0", "(0, 1]"),
         ("--model resnet21", "invalid choice"), ("--show ''", "empty"), ("--batch_size 101", "make it smaller"),
         ("--show @/none/sheet.png; --show @/sheet.foo", "--show"), ("--data shape", "shapes"),
-        ("--data cifar-10", "cifar10"), ("--data @/file", "no such folder"),
-        ("--data @", "data_batch_1.bin"), ("--data @/cut", "damaged"), ("--data @/larger", "32 x 32"),
-        ("--data @/labels", "label"), ("--data @/empty", "data_batch_1.bin"),
+        ("--data cifar-10", "cifar10"), ("--data @/file", "no such folder"), ("--data @/labels", "label"),
+        ("--data @; --data @/empty", "data_batch_1.bin"), ("--data @/cut", "damaged"), ("--data @/larger", "32 x 32"),
         ("--data @/lacking", "data_batch_2.bin is missing"), ("--data cifar10 --data_dir @/stale", "delete it"),
-        ("--data cifar100 --data_dir @/file", "cannot download"), ("--width 9 --width_mult 1", "give one"),
-        ("--data shapes --data_dir @/file; --data shapes --data_dir /dev/null/data", "--data_dir"),
-        ("--model resnet18", "only the depth in its name"), ("--model resmlp --norm group", "resmlp has"),
-        ("--model vit --width 200", "multiple of 64"), ("--loss mse --label_smoothing 0.1", "leave it out"),
-        ("--model focalnet --opt modular_adam", "product"), ("--model vmamba --opt modular_adam", "depthwise"),
-        ("--model gcvit --opt modular_adam", "query"), ("--resume --out_dir @/run --model vit", "is not what")),
+        ("--data cifar100 --data_dir @/file", "cannot download"), ("--data shapes --data_dir @/file", "--data_dir"),
+        ("--width 9 --width_mult 1", "give one"), ("--model resnet18", "only the depth in its name"),
+        ("--model resmlp --norm group", "resmlp has"), ("--model vit --width 200", "multiple of 64"),
+        ("--loss mse --label_smoothing 0.1", "leave it out"), ("--model focalnet --opt modular_adam", "product"),
+        ("--model vmamba --opt modular_adam", "depthwise"), ("--model gcvit --opt modular_adam", "query"),
+        ("--resume --out_dir @/run --model vit", "is not what")),
     "T": (
         ("--warmup-updates 1", "did you mean --warmup?"), ("--vocab 200", "[260, "), ("--beam 0", "[1, "),
         ("--label_smoothing 2", "[0, 1]"), ("--length_penalty 1000", "[0, 10]"), ("--max_tokens 2", "make it larger"),
-        ("--data number", "numbers"), ("--data multi30k", "delete it"),
+        ("--data number", "numbers"), ("--data multi30k", "delete it"), ("--data @/zip", "cannot read"),
         ("--data iwslt14 --data_dir @/file", "cannot download"), ("--data @/unequal", "has 2 lines"),
         ("--data @/hollow", "line 2: empty"), ("--data @/void", "void.de"), ("--data @/latin", "line 2: not UTF-8"),
-        ("--data @/alone", "alone.en"), ("--data @/lonely", "valid.de"), ("--data @/zip", "cannot read"),
-        ("--test @/tset", "tset.de"), ("--translate x --out_dir @/none", "train one first"),
-        ("--translate \udcff --out_dir @/run", "UTF-8"),
+        ("--data @/alone", "alone.en"), ("--data @/lonely", "valid.de"), ("--test @/tset", "tset.de"),
+        ("--translate x --out_dir @/none", "train one first"), ("--translate \udcff --out_dir @/run", "UTF-8"),
         ("--translate x --eval_only --out_dir @/run", "without --translate")),
 }
 FILES = {
-    "file": b"", "short.txt": b"too short", "line.txt": b"To be, or not to be.\n", "used/.lock": b"",
+    "file": b"", "short.txt": b"too short", "used/.lock": b"",
     "latin1.txt": "Zwölf Boxkämpfer".encode("latin-1") * 100, "binary.txt": random.Random(0).randbytes(5000),
     "damaged.txt": b"To be, or not to be. " * 20, "my.txt": b"To be, or not to be. " * 20,
     "stale/shakespeare.txt": b"To be, or not to be.\n", "stale/cifar-10-binary.tar.gz": b"<html>Please log in</html>",
@@ -3122,8 +3114,8 @@ def test_translate_translations():
                 assert read_log(folder / "run")[-1]["bleu"] == score
             shutil.rmtree(folder / "corpus")        # not needed any more
             first, last = [*test][0], [*test][-1]
-            for spelling in (f"{first}\n\n{last}\n", f"\ufeff{first}\r\n\r\n{last}\r\n", f"  {first} \n \n{last}",
-                             unicodedata.normalize("NFD", f"{first}\n\n{last}").replace(" ", "\xa0 ")):
+            for spelling in (f"\ufeff{first}\r\n\r\n{last}\r\n",
+                             unicodedata.normalize("NFD", f" {first} \n \n{last}").replace(" ", "\xa0 ")):
                 with unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(spelling.encode()))):
                     out = succeed(translate_train, "--translate", "-", *run, *how)
                 assert out.split("\n") == [hypotheses[0], "", hypotheses[-1], ""], repr(spelling)
@@ -3202,10 +3194,7 @@ def test_scripts_presets():
             script.make_optimizer(s, Single(3, 4))
     for name, *expected in (                        # as the papers' scripts and figures have it
             ("resnet20_rotational_sgd", "cifar10", 2048, 200, 120, "cosine", "float32", 4.8, 1e-4),
-            ("resnet18_rotational_adam", "cifar10", 256, 200, 975, "cosine", "float32", 0.0125, 0.08),
             ("resmlp_modular_adam", "cifar10", 128, 10_000, 0, "linear", "float32", 0.25, 0),
-            ("rescnn_modular_sgd", "cifar10", 128, 10_000, 0, "linear", "float32", 4, 0),
-            ("resnet34_rf_rmsprop", "cifar100", 128, 210, 0, "step", None, 4.978e-3, 2.325e-3),
             ("resnet50_mse_sgd", "cifar100", 128, 120, 0, "step", None, 0.02629, 0.01503)):
         s, preset = settled(cifar_train, "--preset", f"paper_{name}"), cifar_train.PRESETS[f"paper_{name}"]
         found = [s.data, s.batch_size, s.epochs or s.steps, s.warmup, s.schedule, preset.get("dtype"), s.hyper["lr"],
@@ -3320,8 +3309,15 @@ def test_nanogpt_byte_pairs():
         assert train.tolist() == codec.encode("ab !\n" * 180)
 
 
+def pixels_by_hand(records, first):
+    """Rows of bytes as the archives document them: planes of red, green and blue from the byte `first` on -> images."""
+    n, row, column, colour = np.indices((len(records), 32, 32, 3))
+    return torch.from_numpy(records[n, first + 1024 * colour + 32 * row + column])
+
+
 def test_cifar_archives():
-    """CIFAR-10's and CIFAR-100's binary layouts are read pixel by pixel as documented, from a folder and an archive."""
+    """CIFAR-10's, CIFAR-100's and ImageNet-32's layouts are read pixel by pixel as documented: CIFAR's from a folder
+    and an archive; ImageNet's unpacked once, then mapped, and damage to it is named."""
     rng = np.random.default_rng(0)
     for name, label_bytes, classes, *parts in (
             ("cifar10", 1, 10, [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
@@ -3331,9 +3327,7 @@ def test_cifar_archives():
             for part in parts:
                 records = rng.integers(0, classes, (4 * len(part), label_bytes + 3072), dtype=np.uint8)
                 files |= {file: blob.tobytes() for file, blob in zip(part, np.split(records, len(part)))}
-                n, row, column, colour = np.indices((len(records), 32, 32, 3))
-                expected += [records[n, label_bytes + 1024 * colour + 32 * row + column],
-                             records[:, label_bytes - 1].astype(np.int64)]
+                expected += [pixels_by_hand(records, label_bytes), torch.from_numpy(records[:, label_bytes - 1]).long()]
             for file, data in files.items():
                 (folder / file).write_bytes(data)
             archive, _, *layout = cifar_train.CIFAR[name]
@@ -3343,20 +3337,43 @@ def test_cifar_archives():
             with unittest.mock.patch.dict(cifar_train.CIFAR, known):
                 both = cifar_train.load_data(str(folder), folder), cifar_train.load_data(name, folder)
             for images in both:
-                same_bits(images[:4], map(torch.from_numpy, expected), name)
+                same_bits(images[:4], expected, name)
                 assert len(images.names) == classes and images.fingerprint == both[0].fingerprint
             assert not (folder.parent / "outside").exists(), "nothing is unpacked"
 
+    with temporary_folder() as folder:
+        expected = []
+        (folder / "in").mkdir()
+        for names in ([f"train_data_batch_{i}" for i in range(1, 11)], ["val_data"]):
+            data = rng.integers(0, 256, (3 * len(names), 3072), dtype=np.uint8)
+            labels = rng.integers(1, 1001, len(data))
+            for name, pixels, some in zip(names, np.split(data, len(names)), np.split(labels, len(names))):
+                np.savez_compressed(folder / "in" / f"{name}.npz", data=pixels, labels=some, mean=np.zeros(3072))
+            expected += [pixels_by_hand(data, 0), torch.from_numpy(labels - 1)]
+        name = f"imagenet32:{folder / 'in'}"
+        images = cifar_train.load_data(name, folder / "data")
+        with unittest.mock.patch.object(np.lib.npyio.NpzFile, "__getitem__", side_effect=AssertionError):
+            again = cifar_train.load_data(name, folder / "data")                # no archive is opened again
+        for found in (images, again):
+            same_bits(found[:4], expected, name)
+        assert len(images.names) == 1000 and again.fingerprint == images.fingerprint
+        flags = "--model gnn --depth 1 --data_dir".split() + [folder / "data", "--data", name, "--out_dir"]
+        succeed(cifar_train, *CIFAR_TINY, *flags, folder / "run")
+        for damage, words in ((lambda path: path.write_bytes(path.read_bytes()[:200]), "val_data.npz"),
+                              (lambda path: np.savez(path, data=np.zeros((3, 12), np.uint8), labels=[1, 2, 3]), "3072"),
+                              (lambda path: np.savez(path, data=data, labels=np.zeros(3, int)), "1 to 1000"),
+                              (lambda path: path.unlink(), "val_data.npz: No such file")):
+            damage(folder / "in/val_data.npz")
+            check_refused(cifar_train, folder, [*flags, folder / "never"], words)
+        assert len(list((folder / "data").glob("imagenet32-*"))) == 1, "nothing half made is taken for the whole"
+
 
 def test_cifar_shapes():
-    """The drawn classes: a linear softmax stays below 30 %, though above chance; drawn once, the same for everyone, and
-    anew for other code. Areas equal closed forms."""
+    """The drawn classes: a linear softmax stays below 30 %, though above chance; drawn once, the same for everyone, no
+    test image among those for training. Areas equal closed forms."""
     with temporary_folder() as folder, contextlib.redirect_stderr(io.StringIO()):       # a progress bar
         drawn, found = (cifar_train.load_shapes(folder, 5000, 1000)[0] for _ in range(2))
         assert len(list(folder.glob("*.npz"))) == 1 and all(np.array_equal(a, b) for a, b in zip(drawn, found))
-        with unittest.mock.patch.object(cifar_train, "draw_shapes", lambda n, rng: (np.ones((n, 1)), np.ones(n))):
-            cifar_train.load_shapes(folder, 5000, 1000)
-        assert len(list(folder.glob("*.npz"))) == 2
     assert not {image.tobytes() for image in drawn[0]} & {image.tobytes() for image in drawn[2]}, "trained on the test"
     x, y, x_test, y_test = (torch.from_numpy(array) for array in drawn)
     assert y.bincount().tolist() == [500] * 10 and y_test.bincount().tolist() == [100] * 10
@@ -3438,16 +3455,12 @@ def test_translate_grammar():
     """Numbers, ordinals, years and times are spelled as German and English spell them; no content of the test or the
     validation set, and no sentence, occurs in the training set."""
     for name, given, de, en in re.findall(r"(\w+) ([\d ]+\w*): (.+?) = (.+?)(?:;|$)", """
-            number 0: null = zero; number 1: eins = one; number 17: siebzehn = seventeen; number 30: dreißig = thirty
-            number 21: einundzwanzig = twenty-one; number 101: einhunderteins = one hundred and one
-            number 1983: eintausendneunhundertdreiundachtzig = one thousand nine hundred and eighty-three
-            number 1000000: eine Million = one million; number 66: sechsundsechzig = sixty-six
+            number 0: null = zero; number 30: dreißig = thirty; number 66: sechsundsechzig = sixty-six
             number 101011: einhunderteintausendelf = one hundred and one thousand and eleven
-            number 2000017: zwei Millionen siebzehn = two million and seventeen
-            ordinal 1 e: erste = first; ordinal 2 e: zweite = second; ordinal 3 e: dritte = third
-            ordinal 7 e: siebte = seventh; ordinal 8 e: achte = eighth; ordinal 12 e: zwölfte = twelfth
-            ordinal 20 e: zwanzigste = twentieth; ordinal 21 er: einundzwanzigster = twenty-first
-            ordinal 101 en: einhundertersten = one hundred and first; year 2000: zweitausend = two thousand
+            number 1000000: eine Million = one million; number 2000001: zwei Millionen eins = two million and one
+            ordinal 1 e: erste = first; ordinal 3 e: dritte = third; ordinal 7 e: siebte = seventh
+            ordinal 8 e: achte = eighth; ordinal 12 e: zwölfte = twelfth; year 2000: zweitausend = two thousand
+            ordinal 21 er: einundzwanzigster = twenty-first; ordinal 101 en: einhundertersten = one hundred and first
             year 1983: neunzehnhundertdreiundachtzig = nineteen eighty-three
             year 1900: neunzehnhundert = nineteen hundred; year 1105: elfhundertfünf = eleven oh five
             year 2023: zweitausenddreiundzwanzig = twenty twenty-three
@@ -3476,19 +3489,15 @@ def test_translate_grammar():
 
 
 def test_translate_text():
-    """A corpus, its vocabulary and the BLEU of a test set are the same however sentences were typed: mark, carriage
-    return, spaces, decomposed letters."""
-    plain, found = "Grüße um halb acht", []
+    """A corpus is the same however its sentences were typed: mark, carriage return, spaces, decomposed letters."""
+    plain = "Grüße um halb acht"
     odd = (f"\ufeff{plain}", f"{plain}\r", " Grüße  um halb acht ", "Gru\u0308ße\u00a0um\u2009halb\tacht",
            f"\u3000{plain}\u00a0")
-    for lines, end in (([plain] * 5, "\n"), (odd, "\n"), ([plain] * 5, "\r\n")):
-        with temporary_folder() as folder:
-            for part, language in itertools.product(("train", "val", "test"), ("de", "en")):
-                (folder / f"{part}.{language}").write_bytes("".join(f"{line}{end}" for line in lines).encode())
-            pairs = translate_train.load_corpus(str(folder / "train"), folder, None)
-            codec = translate_train.byte_pairs_of(pairs["train"], 290, folder, "x")
-            found.append((pairs, codec.tokens, translate_train.bleu(*zip(*pairs["test"]))))
-    assert found[0] == found[1] == found[2] and abs(found[0][2] - 100) < 1e-9
+    with temporary_folder() as folder:
+        for part, language in itertools.product(("train", "val", "test"), ("de", "en")):
+            (folder / f"{part}.{language}").write_bytes("".join(line + "\n" for line in odd).encode())
+        pairs = translate_train.load_corpus(str(folder / "train"), folder, None)
+    assert [pairs[part] for part in ("train", "valid", "test")] == [[(plain, plain)] * 5] * 3
     others = ("GRÜSSE um halb acht", "Grüßeum halb acht", "Grüsse um halb acht", "Grüße um halb acht.", plain)
     assert len({translate_train.sentence(text) for text in others}) == 5
 
@@ -3624,48 +3633,49 @@ def test_scripts_downloads():
     """Downloads are checked before they count: whatever a server does, it is one line, and leaves nothing behind."""
     body = b"text " * 1000
     right = hashlib.sha256(body).hexdigest()
-    answers = {
-        "good": reply(body, Content_Length=len(body)), "moved": reply(b"", "302 Found", Location="/good"),
-        "wrong": reply(body.upper()), "page": reply(b"<html>Log in</html>"), "missing": reply(b"", "404 Not Found"),
-        "short": reply(body[:-10], Content_Length=len(body)),
-        "garbage": b"this is no HTTP\r\n" * 9, "loop": reply(b"", "302 Found", Location="/loop"),
-        "chunked": reply(b"4\r\nabcd\r\nff\r\nabc", Transfer_Encoding="chunked"),      # the second one breaks off
-        "announced": reply(b"", "302 Found", Location="/good", X_Linked_Etag=f'"{right}"'),
-        "lied": reply(b"", "302 Found", Location="/wrong", X_Linked_Etag=f'"{right}"')}
 
-    def fetch(script, url, checksum, path):         # -> the path, or what went wrong
+    def moved(to, **headers):
+        return reply(b"", "302 Found", Location=to, **headers)
+    answers = {                                     # what the server says to /KIND, and the script to that
+        "good": (reply(body, Content_Length=len(body)), None), "moved": (moved("/good"), None),
+        "wrong": (reply(body.upper()), "did not give"), "page": (reply(b"<html>Log in</html>"), "did not give"),
+        "missing": (reply(b"", "404 Not Found"), "Not Found"), "loop": (moved("/loop"), "cannot download"),
+        "short": (reply(body[:-10], Content_Length=len(body)), "did not give|broke off"),
+        "garbage": (b"this is no HTTP\r\n" * 9, "cannot download"),
+        "chunked": (reply(b"4\r\nabcd\r\nff\r\nabc", Transfer_Encoding="chunked"), "cannot download")}  # breaks off
+    hub = {"announced": (moved("/good", X_Linked_Etag=f'"{right}"'), None),     # the Hugging Face hub states the sha256
+           "lied": (moved("/wrong", X_Linked_Etag=f'"{right}"'), "did not give"), "page": answers["page"],
+           "good": (answers["good"][0], "did not give")}
+
+    def fetch(script, kind, checksum, path):        # -> the path, or what went wrong
         stderr = io.StringIO()
         try:
             with contextlib.redirect_stderr(stderr):
-                return script.download(url, checksum, path)
+                return script.download(address + kind, checksum, path)
         except SystemExit as stop:
             assert stop.code == 2 and "Traceback" not in stderr.getvalue()
             TALLY["bad inputs tried"] += 1
             return stderr.getvalue().splitlines()[-1]
 
-    with server(answers) as address, temporary_folder() as folder:
+    said = {kind: answer for kind, (answer, _) in (hub | answers).items()}
+    with server(said) as address, temporary_folder() as folder:
+        path = folder / "deep/er/file"
+        for script, checksum, table in ((nanogpt_train, right, answers), (nanogpt_train, None, hub),
+                                        (cifar_train, right, answers), (translate_train, f"sha256:{right}", answers)):
+            for kind, (_, words) in table.items():
+                found = fetch(script, kind, checksum, path)
+                if words is None:
+                    assert found == path and path.read_bytes() == body, (kind, found)
+                    path.unlink()
+                else:
+                    assert re.search(f"({words}).*Fetch it by hand and put it at {path}", str(found)), (kind, found)
+                assert not os.listdir(path.parent), f"{script.__name__}: {kind} left something behind"
+        (folder / "file").write_text("an older download")
         for script, checksum in zip(SCRIPTS, (right, right, f"sha256:{right}")):
-            assert "http://" not in pathlib.Path(script.__file__).read_text(), "all is fetched by https"
-            for kind in ("good", "moved"):
-                path = fetch(script, address + kind, checksum, folder / "deep/er/file")
-                assert path.read_bytes() == body
-                path.unlink()
-            for kind, words in (("wrong", "did not give"), ("page", "did not give"), ("missing", "Not Found"),
-                                ("short", "did not give|broke off"), ("chunked", "cannot download"),
-                                ("garbage", "cannot download"), ("loop", "cannot download")):
-                line = fetch(script, address + kind, checksum, folder / "deep/er/file")
-                assert re.search(f"({words}).*Fetch it by hand and put it at {folder}/deep/er/file", str(line)), line
-                assert not os.listdir(folder / "deep/er"), f"{script.__name__}: {kind} left something behind"
-            (folder / "file").write_text("an older download")
-            assert "delete it" in fetch(script, address + "good", checksum, folder / "file")
-            assert (folder / "file").read_text() == "an older download"
-            for path in (folder / "file/x", folder):            # no place for it
-                assert "by hand" in fetch(script, address + "good", checksum, path)
-        # where the sha256 is the one that the Hugging Face hub announces
-        assert fetch(nanogpt_train, address + "announced", None, folder / "hub").read_bytes() == body
-        for kind in ("lied", "page", "good"):
-            assert "did not give" in fetch(nanogpt_train, address + kind, None, folder / "other"), kind
-        assert sorted(os.listdir(folder)) == ["deep", "file", "hub"]
+            for path, words in ((folder / "file", "delete it"), (folder / "file/x", "by hand"), (folder, "by hand")):
+                assert words in fetch(script, "good", checksum, path)
+        assert sorted(os.listdir(folder)) == ["deep", "file"]
+        assert (folder / "file").read_text() == "an older download"
 
 
 # ======================================================================================================================
@@ -3686,23 +3696,20 @@ def torchs_layer(heads, norm1, qkv, out, norm2, up, down):
 
 
 def test_scripts_sizes():
-    """Models have as many parameters as published. Under bfloat16 a CPU computes attention in float32."""
+    """Models have as many parameters as published."""
     s = settled(translate_train, "--preset iwslt")
     with torch.device("meta"):
         models = [(cifar_train.make_model(settled(cifar_train, f"--model {name} --width_mult 1"), 10), size, 0.01e6)
                   for name, size in (("resnet20", 0.27e6), ("resnet18", 11.17e6), ("resnet34", 21.28e6),
                                      ("resnet50", 23.52e6), ("vgg16", 14.72e6), ("vit", 5.36e6))]
+        models.append((cifar_train.make_model(settled(cifar_train, "--model densenet121 --width 32 --depth 6"), 1000),
+                       7_978_856 - 64 * 3 * 7 * 7 - 2 * 64 + 64 * 3 * 3 * 3, 0))        # torchvision's, another stem
         models += [(nanogpt_train.GPT(50257, 12, 12, 768, 1024, 0.0, True, False), 124_439_808, 0),     # GPT-2's own
                    (translate_train.Translator((8848 + 6632) // 2, 0, s.n_layer, s.n_head, s.n_embd, s.n_ffn, s.norm, 0,
                                                True, False), 39_469_056, 0)]        # fairseq's, with two vocabularies
     for model, size, tolerance in models:
         found = sum(p.numel() for p in model.parameters())
         assert abs(found - size) <= tolerance, f"{type(model)}: {found}, not {size}"
-    q, k, v = (normal(i, 2, 3, 20, 8, dtype=torch.bfloat16) for i in range(3))
-    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), is_causal=True)
-    for script in SCRIPTS:
-        with torch.autocast("cpu", torch.bfloat16):
-            close(script.attend(q, k, v, is_causal=True), exact, 1e-5, script.__name__)
 
 
 def lstm_by_hand(model, x):
@@ -3801,7 +3808,7 @@ def convolutional_by_hand(model, x, name):
 
 def test_cifar_models():
     """ResNets, VGG-16 and the modular paper's networks equal their layers written out, ViT torch's own layers; all
-    start as published; losses and normalisations equal sums written out."""
+    start as published; normalisations equal sums written out."""
     torch.manual_seed(0)
     x = normal(2, 3, 3, 32, 32)
 
@@ -3848,12 +3855,9 @@ def test_cifar_models():
                                  .permute(2, 3, 0, 1))
     close(sizes, torch.full_like(sizes, math.sqrt(2) / 9), 1e-5, "modular optimizers begin with weights of their size")
     logits, y = normal(0, 5, 4), torch.tensor([3, 0, 1, 1, 2])
-    p = np.exp(logits.numpy()) / np.exp(logits.numpy()).sum(1, keepdims=True)
-    pairs = [(z, k == y[i]) for i in range(5) for k, z in enumerate(logits[i].tolist())]
-    for kind, by_hand in (("ce", -np.mean([0.8 * np.log(p[i, y[i]]) + 0.2 * np.log(p[i]).mean() for i in range(5)])),
-                          ("mse", np.mean([(z - 2.0 * right) ** 2 for z, right in pairs])),            # sqrt(4)
-                          ("mse30", np.mean([(1 + 14 * right) * (z - 30 * right) ** 2 for z, right in pairs]))):
-        close(cifar_train.loss_of(logits, y, kind, 0.2 if kind == "ce" else 0.0), by_hand, 1e-6, kind)
+    by_hand = np.mean([(1 + 14 * (k == y[i])) * (logits[i, k] - 30 * (k == y[i])) ** 2
+                       for i in range(5) for k in range(4)])
+    close(cifar_train.loss_of(logits, y, "mse30", 0.0), by_hand, 1e-6, "mse30")     # the others are in the loop by hand
 
 
 def test_scripts_modular_trees():
@@ -4041,7 +4045,7 @@ def selective_scan_by_hand(mixer, x, query):
 @torch.no_grad()
 def test_cifar_beds():
     """Swin, GCViT, FocalNet and VMamba equal their mixers written out pixel by pixel, and the pyramid around them;
-    DenseNet its layers, the graph network its edges; windows do not leak across the border."""
+    DenseNet its layers."""
     by_hand = {"swin": lambda mixer, x, q, i: windows_by_hand(mixer, x, q, i % 2 == 1, False),
                "gcvit": lambda mixer, x, q, i: windows_by_hand(mixer, x, q, False, i % 2 == 1),
                "focalnet": lambda mixer, x, q, i: focal_by_hand(mixer, x, q),
@@ -4066,15 +4070,6 @@ def test_cifar_beds():
                 h = h + linear(block.down, F.gelu(linear(block.up, block.norm2(h))))
         close(model(x), linear(model.head, model.norm(h).mean((1, 2))), 1e-9, name)
 
-    shifted = bed("--model swin --width 4").stages[0][1].mixer
-    for i, j in ((0, 0), (1, 15), (15, 7), (5, 5)):     # what does a pixel look at?
-        x = normal(6, 1, 16, 16, 4).requires_grad_()
-        with torch.enable_grad():
-            shifted(x, None)[0, i, j].sum().backward()
-        near = {(a, b) for a in range(16) for b in range(16)
-                if (a + 2) // 4 == (i + 2) // 4 and (b + 2) // 4 == (j + 2) // 4}
-        assert {tuple(place) for place in x.grad[0].abs().sum(-1).nonzero().tolist()} == near, (i, j)
-
     x, model = normal(7, 2, 3, 32, 32), bed("--model densenet121 --width 3 --depth 6").train()
 
     def conv(layer, h):                             # norm, relu, convolution
@@ -4090,9 +4085,6 @@ def test_cifar_beds():
             h = torch.cat([h, conv(layer[3:], conv(layer[:3], h))], 1)
     h = F.relu(F.batch_norm(h, None, None, model.norm.weight, model.norm.bias, training=True)).mean((2, 3))
     close(model(x), linear(model.head, h), 1e-7, "densenet121")
-    large = cifar_train.make_model(settled(cifar_train, "--model densenet121 --width 32 --depth 6"), 1000)
-    size = sum(p.numel() for p in large.parameters())           # torchvision's, with another stem
-    assert size == 7_978_856 - 64 * 3 * 7 * 7 - 2 * 64 + 64 * 3 * 3 * 3, size
 
 
 def test_cifar_graph_network():
@@ -4149,69 +4141,30 @@ def test_cifar_scan():
     assert set(kinds) == {torch.float32}, kinds
 
 
-def test_cifar_imagenet32():
-    """ImageNet-32's archives are read pixel by pixel as documented, unpacked once, then mapped; damage is named."""
-    rng = np.random.default_rng(1)
-    with temporary_folder() as folder:
-        expected, parts = [], ([f"train_data_batch_{i}" for i in range(1, 11)], ["val_data"])
-        (folder / "in").mkdir()
-        for names in parts:
-            data = rng.integers(0, 256, (3 * len(names), 3072), dtype=np.uint8)
-            labels = rng.integers(1, 1001, len(data))
-            for name, pixels, some in zip(names, np.split(data, len(names)), np.split(labels, len(names))):
-                np.savez_compressed(folder / "in" / f"{name}.npz", data=pixels, labels=some, mean=np.zeros(3072))
-            n, row, column, colour = np.indices((len(data), 32, 32, 3))
-            expected += [data[n, 1024 * colour + 32 * row + column], labels.astype(np.int64) - 1]
-        name = f"imagenet32:{folder / 'in'}"
-        images = cifar_train.load_data(name, folder / "data")
-        same_bits(images[:4], map(torch.from_numpy, expected), name)
-        assert len(images.names) == 1000
-        with unittest.mock.patch.object(np.lib.npyio.NpzFile, "__getitem__", side_effect=AssertionError):
-            again = cifar_train.load_data(name, folder / "data")                # no archive is opened again
-        same_bits(again[:4], images[:4], name)
-        assert again.fingerprint == images.fingerprint and len(list((folder / "data").glob("imagenet32*"))) == 1
-        succeed(cifar_train, *CIFAR_TINY, "--model", "gnn", "--depth", "1", "--data", name, "--data_dir",
-                folder / "data", "--out_dir", folder / "run")
-        for damage, words in ((lambda path: path.write_bytes(path.read_bytes()[:200]), "val_data.npz"),
-                              (lambda path: np.savez(path, data=np.zeros((3, 12), np.uint8), labels=[1, 2, 3]), "3072"),
-                              (lambda path: np.savez(path, data=data, labels=np.zeros(3, int)), "1 to 1000"),
-                              (lambda path: np.savez(path, data=data, labels=np.array([None] * 3)), "val_data.npz"),
-                              (lambda path: path.unlink(), "val_data.npz: No such file")):
-            damage(folder / "in/val_data.npz")
-            check_refused(cifar_train, folder, ["--data", name, "--data_dir", folder / "data", "--out_dir",
-                                                folder / "never"], words)
-        assert len(list((folder / "data").glob("imagenet32-*"))) == 1, "nothing half made is taken for the whole"
-
-
 def test_scripts_beds_resume():
-    """Every bed, broken off in mid-run, goes on from its checkpoint and ends with the bits of a run left alone."""
-    def broken_off(*args):
-        if next(count) == 6:
-            raise EOFError
-        return gradients(*args)
-    for script, model in ((nanogpt_train, ()), *((cifar_train, (name, "--depth", "2")) for name in (
-            "gnn", "densenet121", "swin", "gcvit", "focalnet", "vmamba"))):
-        gradients, count = script.gradients, itertools.count(1)
+    """Every bed, killed in mid-run, goes on from its checkpoint and ends with the bits of a run left alone."""
+    beds = [(nanogpt_train, "--arch", "lstm")] + [(cifar_train, "--model", name, "--depth", "2") for name in (
+        "gnn", "densenet121", "swin", "gcvit", "focalnet", "vmamba")]
+    for script, *model in beds:
         with temporary_folder() as folder:
-            flags = "--steps 8 --batch_size 4 --eval_every 8 --save_every 3 --opt rotational_adamw"
-            flags += " --arch lstm" * (script is nanogpt_train)
-            flags = [*tiny(script, folder, model), *flags.split()]
+            flags = "--steps 8 --batch_size 4 --eval_every 8 --save_every 3 --opt rotational_adamw".split()
+            flags = [*tiny(script, folder), *model, *flags]
             succeed(script, *flags, "--out_dir", folder / "calm")
-            with unittest.mock.patch.object(script, "gradients", broken_off), contextlib.suppress(EOFError):
-                call_main(script, *flags, "--out_dir", folder / "broken")
-            assert checkpoint(folder / "broken")["step"] == 3
-            succeed(script, *flags, "--out_dir", folder / "broken", "--resume")
-            same_run(folder / "calm", folder / "broken")
+            run_fork(script, folder, *flags, "--out_dir", "killed", status=-signal.SIGKILL, event="step", number=6,
+                     act=signal.SIGKILL)
+            assert checkpoint(folder / "killed")["step"] == 3, model
+            succeed(script, *flags, "--out_dir", folder / "killed", "--resume")
+            same_run(folder / "calm", folder / "killed")
 
 
 # ======================================================================================================================
 # sweep.py
 # ======================================================================================================================
 
-# A training script in miniature: the same flags, files, lock and exit statuses as the real ones, but it starts at once.
+# A training script in miniature: the same flags, files and exit statuses as the real ones, but it starts at once.
 # Its loss is a recurrence over the steps, so that one that is lost or done twice shows. `starts` counts its starts.
 TOY = '''
-import argparse, fcntl, json, math, os, pathlib, signal, sys, time
+import argparse, json, math, os, pathlib, signal, sys, time
 p = argparse.ArgumentParser()
 p.add_argument("--lr", type=float, default=0.01)
 p.add_argument("--weight_decay", type=float, default=0.0)
@@ -4222,11 +4175,6 @@ p.add_argument("--device"), p.add_argument("--out_dir"), p.add_argument("--resum
 a = p.parse_args()
 out = pathlib.Path(a.out_dir)
 out.mkdir(parents=True, exist_ok=True)
-only_one = open(out / ".lock", "w")
-try:
-    fcntl.flock(only_one, fcntl.LOCK_EX | fcntl.LOCK_NB)
-except BlockingIOError:
-    sys.exit("another run is writing")
 with open(out / "starts", "a") as file:
     file.write("x")
 (out / "where").write_text(" ".join(os.environ.get(key, "-") for key in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")))
@@ -4496,10 +4444,10 @@ def test_sweep_stops_on_signal():
                 time.sleep(0.2)
             out, err = process.communicate(timeout=60)
             assert process.returncode == 143 and "0 of 2 runs are finished" in out, (process.returncode, out, err)
-            for path in (folder / "out").glob("*/ckpt.pt"):
-                with open(path.parent / ".lock") as file:       # it would still be locked if the run were alive
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                assert json.loads(path.read_text())["step"] < 60
+            files = list((folder / "out").glob("*/ckpt.pt"))
+            left = [path.read_text() for path in files]
+            time.sleep(0.5)                         # a run that is still alive would go on
+            assert left == [path.read_text() for path in files] and all(json.loads(x)["step"] < 60 for x in left), left
             resumed, _ = run_script(sweep, folder, *TOYS, *grid, "out")
             assert sorted(calm.splitlines()) == sorted(resumed.splitlines())
 
