@@ -2688,7 +2688,7 @@ def test_scripts_compile_and_bfloat16():
                 succeed(script, "--resume", "--out_dir", run, *flags_of(steps=24, compile=then))
                 return read_log(run)
             assert log_of(0, 1) == log_of(1, 0) != log_of(0, 1, seed=2), script.__name__
-            for opt in ("adamw", "rotational_adamw", "modular_adam"):
+            for opt in ("rotational_adamw", "modular_adam"):
                 losses = [log[-1].get("val_loss", log[-1].get("test_loss")) for log in (
                     log_of(0, 0, opt=opt, dtype=dtype) for dtype in ("float32", "bfloat16"))]
                 assert 0 < abs(losses[1] - losses[0]) < 0.3, f"{script.__name__}, {opt}: {losses}"
@@ -4368,8 +4368,8 @@ def test_sweep_shares_the_machine():
 
 
 def test_sweep_killed_at_any_moment():
-    """Killed by SIGKILL again and again, a sweep gives the report of one never killed, and each run was started exactly
-    once: the next sweep waits for the orphans of the last."""
+    """Killed by SIGKILL six times, a sweep gives the report of one never killed, and each run was started exactly once:
+    the next sweep waits for the orphans of the last."""
     chance = random.Random(0)
     with folder_with_toy() as folder:
         def begin_and_kill(*command, out_dir):
@@ -4382,7 +4382,7 @@ def test_sweep_killed_at_any_moment():
             process.communicate()
         grid = "--grid lr=0.001:1:log8 weight_decay=0,0.1 --fixed steps=20 device=cpu --out_dir".split()
         run_script(sweep, folder, *TOYS, *grid, "calm")
-        for _ in range(KILLS):
+        for _ in range(6):                          # two runs have begun each time, of 16
             begin_and_kill(*grid, out_dir="killed")
         run_script(sweep, folder, *TOYS, *grid, "killed")
         assert [*starts(folder / "killed").values()] == [1] * 16
