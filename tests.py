@@ -1245,8 +1245,7 @@ class Trial:
         self.take, self.around = lambda: self.optimizer.step(), contextlib.nullcontext
         kinds = [kind for kind in self.KINDS if len(kind[0]) < 3 or "norm" not in options]      # "rows" has no filters
         self.params = [nn.Parameter(normal(i, *shape, dtype=dtype)) for i, (shape, dtype) in enumerate(kinds)]
-        # numbers that are exact in all types
-        self.gradients = [[(8 * g).round() / 8 for g in step] for step in noise([shape for shape, _ in kinds], 3)]
+        self.gradients = noise([shape for shape, _ in kinds], 3)
         self.begin()
 
     def named(self):
@@ -1263,93 +1262,25 @@ class Trial:
         return [x for state in self.optimizer.state.values() for x in tensors(state).values()]
 
     def step(self, t):
-        given = [g.to(getattr(p, "grad_dtype", None) or p.dtype) for p, g in zip(self.params, self.gradients[t])]
+        given = [g.to(p.dtype) for p, g in zip(self.params, self.gradients[t])]
         for p, g in zip(self.params, given):
-            p.grad = g.clone(memory_format=torch.preserve_format)
+            p.grad = g
+        self.leave(given)
         with self.around():
             self.take()
-        same_bits([p.grad for p in self.params], given, "a step changed a gradient")
-        same_bits(*zip(*self.left) if self.left else ([], []), "a tensor that is not part of it")
+        same_bits(*zip(*self.left), "a gradient, or a tensor that is not part of it")
 
-    def reload(self, edit=lambda saved: saved, file=through_a_file, order=slice(None), ready=lambda optimizer: None):
+    def reload(self, edit=lambda saved: saved, file=through_a_file, order=1):
         """Weights from a file, then an optimizer on them with other settings, then its state: a resumed run."""
         saved = file({"params": values(self.params), "optimizer": self.optimizer.state_dict()})
         self.params = [nn.Parameter(x) for x in saved["params"]]
         options = {key: value for key, value in self.options.items() if key != "dtype"}
-        self.optimizer = optim.OPTIMIZERS[self.name](self.named()[order], **required(self.name), **options)
-        ready(self.optimizer)
+        self.optimizer = optim.OPTIMIZERS[self.name](self.named()[::order], **required(self.name), **options)
         self.optimizer.load_state_dict(edit(saved["optimizer"]))
 
-    def retyped(self, dtype):
-        """A checkpoint in another precision, as if it were made there."""
-        saved, self.params = self.optimizer.state_dict(), [nn.Parameter(p.detach().to(dtype)) for p in self.params]
-        self.begin()
-        self.optimizer.load_state_dict(saved)
-        assert "dtype" in self.options or {x.dtype for x in self.states()} == {dtype}, "types of the state"
-
-    def split(self):
-        [group] = self.optimizer.param_groups
-        self.optimizer.param_groups[:] = [group | {key: group[key][i::2] for key in ("params", "param_names")}
-                                           for i in range(2)]
-
-    def added(self):
-        self.begin(self.named()[:2])
-        for pair in self.named()[2:]:
-            self.optimizer.add_param_group({"params": [pair]})
-
-    def alone(self):
-        optimizers = [make(self.name, [pair], **self.options) for pair in self.named()]
-        self.take = lambda: [one.step() for one in optimizers]
-
-    def in_turns(self):
-        """One parameter after the other has a gradient. The rest must not be felt, and gets no state."""
-        def take():
-            given = [p.grad for p in self.params]
-            for p, g in zip(self.params, given):
-                self.optimizer.zero_grad()
-                p.grad, known = g, {*self.optimizer.state, p}
-                self.optimizer.step()
-                assert {*self.optimizer.state} == known, "state without a gradient"
-            for p, g in zip(self.params, given):
-                p.grad = g
-        self.take = take
-
-    def closure(self):
-        def take():
-            gradients, calls = [p.grad.clone() for p in self.params], []
-
-            def compute():
-                self.optimizer.zero_grad()
-                calls.append(sum((p * g).sum().double() for p, g in zip(self.params, gradients)))
-                calls[-1].backward()                            # needs gradients enabled
-                return calls[-1]
-
-            assert [self.optimizer.step(compute)] == calls, "a closure is called once, and its loss is returned"
-        self.take = take
-
-    def kept_company(self):
-        for i, p in enumerate(self.params):
-            self.optimizer.state[p] |= {"seen": torch.tensor(0), "note": "mine", f"average {i % 2}": torch.ones(i)}
-
-    def subclass(self):
-        class Own(optim.OPTIMIZERS[self.name]):
-            def __init__(self, params, keep=0.9, **hyper):
-                super().__init__(params, **hyper)
-                self.keep = keep
-
-        self.optimizer = Own(self.named(), **settings(self.name), **self.options)
-
-    def laid_out(self):
-        for p in self.params:
-            p.data = p.data.to(memory_format=torch.channels_last) if p.dim() == 4 else p.data.mT.contiguous().mT \
-                if p.dim() == 2 else p.data
-        strides = [p.stride() for p in self.params]
-        self.begin()
-        self.take = lambda: (self.optimizer.step(), [p.stride() for p in self.params] == strides or 1 / 0)
-
-    def coarse_gradients(self):
-        for p in self.params if hasattr(torch.Tensor, "grad_dtype") else ():
-            p.grad, p.grad_dtype = None, torch.bfloat16
+    def handed_over(self):
+        self.leave(self.states())
+        self.reload(file=lambda saved: saved)
 
     def of_torch(self):
         """torch's own checkpoints, which go by the model's names and take a step with lr 0 on a fresh optimizer."""
@@ -1359,100 +1290,89 @@ class Trial:
         self.begin()
         checkpoints.set_optimizer_state_dict(nn.ParameterDict(self.named()), self.optimizer, saved)
 
+    def become(self, duplicate):
+        self.leave([*self.params, *self.states()])
+        self.params, self.optimizer = duplicate((self.params, self.optimizer))
 
-def edited(group=lambda group: group, **entries):
-    """A state_dict with other groups, and other entries in its states, each made from the old one."""
-    def edit(saved):
-        saved["param_groups"] = list(map(group, saved["param_groups"]))
-        for state in saved["state"].values():
-            state |= {key: make_entry(state) for key, make_entry in entries.items()}
-        return saved
-    return edit
+    def added(self):
+        self.begin(self.named()[:2])
+        for pair in self.named()[2:]:
+            self.optimizer.add_param_group({"params": [pair]})
 
+    def in_turns(self):
+        """One parameter after the other has a gradient. The rest must not be felt, and gets no state."""
+        def take():
+            for p, g in [(p, p.grad) for p in self.params]:
+                self.optimizer.zero_grad()
+                p.grad, known = g, {*self.optimizer.state, p}
+                self.optimizer.step()
+                assert {*self.optimizer.state} == known, "state without a gradient"
+        self.take = take
 
-def multiplied(factor):
-    return lambda saved: saved | {"state": {
-        i: {key: x * factor if torch.is_tensor(x) else x for key, x in state.items()}
-        for i, state in saved["state"].items()}}
+    def closure(self):
+        def take():
+            gradients = [p.grad for p in self.params]
 
+            def compute():
+                self.optimizer.zero_grad()
+                loss = sum((p * g).sum().double() for p, g in zip(self.params, gradients))
+                loss.backward()                                 # needs gradients enabled
+                return loss
 
-def hooked(optimizer):
-    """What a user's hook makes of a state_dict is what is loaded; what it does to the loaded state stays."""
-    optimizer.register_load_state_dict_pre_hook(lambda _, saved: multiplied(4)(saved))
-    optimizer.register_load_state_dict_post_hook(
-        lambda self: [x.mul_(0.5) for state in self.state.values() for x in tensors(state).values()])
+            assert torch.is_tensor(self.optimizer.step(compute)), "the loss of a closure is not returned"
+        self.take = take
+
+    def laid_out(self):
+        for p in self.params:
+            if p.dim() == 2:
+                p.data = p.data.mT.contiguous().mT
+            if p.dim() == 4:
+                p.data = p.data.to(memory_format=torch.channels_last)
+        self.begin()
 
 
 FOREIGN = {"lr_scale": 0.5, "tag": "head", "layer": 3, "name": "body", "initial_lr": 1.0, "max_lr": 1.0, "min_lr": 0.0,
            "base_momentum": 0.1, "max_momentum": 0.9, "swa_lr": 0.1, "wd_multiplier": 1.0}
 
 
-def copied(duplicate):
-    def act(trial):
-        trial.leave([*trial.params, *trial.states()])
-        trial.params, trial.optimizer = duplicate((trial.params, trial.optimizer))
-    return act
+def by_others(saved):
+    """A state_dict of a compiled run, with step counts as torch.optim writes them, and things that nobody here knows."""
+    saved["param_groups"] = [group | FOREIGN | {"compile": True} for group in saved["param_groups"]]
+    for state in saved["state"].values():
+        state |= {"step": torch.tensor(float(state["step"])), "ema": torch.ones(2), "note": "mine"}
+    return saved
 
 
-def scheduled(make_lr):
-    return lambda trial: trial.optimizer.param_groups[0].update(lr=make_lr(settings(trial.name)["lr"]))
+@contextlib.contextmanager
+def coarse_products():
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision("highest")
 
 
 def under(around):
     return lambda trial: setattr(trial, "around", around)
 
 
-@contextlib.contextmanager
-def setting(get, put, value):
-    before = get()
-    put(value)
-    try:
-        yield
-    finally:
-        put(before)
-
-
 SAME = [    # the claim; the step before which it happens; the act; how far off weights may end, in eps of their type
     ("a checkpoint resumes", 1, Trial.reload, 0),
     ("a checkpoint before the first step", 0, Trial.reload, 0),
-    ("a checkpoint whose step counts are tensors", 1, lambda trial: trial.reload(
-        edited(step=lambda state: torch.tensor(float(state["step"])))), 8),
-    ("a checkpoint with foreign keys and entries", 1, lambda trial: trial.reload(
-        edited(lambda group: group | FOREIGN, ema=lambda state: torch.ones(2), note=lambda state: "mine")), 0),
-    ("a checkpoint without names", 1, lambda trial: trial.reload(
-        edited(lambda group: {key: x for key, x in group.items() if key != "param_names"})), 0),
-    ("a checkpoint of a run that was compiled", 1, lambda trial: trial.reload(
-        edited(lambda group: group | {"compile": True})), 0),
-    ("a checkpoint in another order", 1, lambda trial: trial.reload(order=slice(None, None, -1)), 0),
-    ("a checkpoint through hooks", 1, lambda trial: trial.reload(multiplied(0.5), ready=hooked), 0),
-    ("a checkpoint in float64", 1, lambda trial: trial.retyped(torch.float64), 1000),
-    ("a checkpoint in float32", 1, lambda trial: trial.retyped(torch.float32), 1000),
-    ("a state_dict handed over in memory", 1, lambda trial: (
-        trial.leave(trial.states()), trial.reload(file=lambda saved: saved)), 0),
+    ("a checkpoint with foreign keys and entries", 1, lambda trial: trial.reload(by_others), 8),
+    ("a checkpoint in another order", 1, lambda trial: trial.reload(order=-1), 0),
+    ("a state_dict handed over in memory", 1, Trial.handed_over, 0),
     ("torch's own checkpoints", 1, Trial.of_torch, 0),
-    ("pickle", 1, copied(lambda pair: pickle.loads(pickle.dumps(pair))), 0),
-    ("deepcopy", 1, copied(copy.deepcopy), 0),
-    ("one group split into two", 1, Trial.split, 0),
+    ("pickle", 1, lambda trial: trial.become(lambda pair: pickle.loads(pickle.dumps(pair))), 0),
+    ("deepcopy", 1, lambda trial: trial.become(copy.deepcopy), 0),
     ("groups added one by one", 0, Trial.added, 0),
-    ("each parameter in an optimizer of its own", 0, Trial.alone, 0),
     ("one gradient at a time", 0, Trial.in_turns, 0),
-    ("foreign keys in a group", 1, lambda trial: trial.optimizer.param_groups[0].update(FOREIGN), 0),
     ("foreign keys from the start", 0, lambda trial: trial.begin([{"params": trial.named()} | FOREIGN]), 0),
-    ("lr as a tensor", 1, scheduled(lambda lr: torch.tensor(lr, dtype=torch.float64)), 16),
-    ("lr as a tensor with one entry", 1, scheduled(lambda lr: torch.tensor([lr], dtype=torch.float64)), 16),
+    ("lr as a tensor", 1, lambda trial: trial.optimizer.param_groups[0].update(
+        lr=torch.tensor([settings(trial.name)["lr"]], dtype=torch.float64)), 16),
     ("autocast to float16", 1, under(lambda: torch.autocast("cpu", torch.float16)), 0),
-    ("another matmul precision", 1, under(lambda: setting(
-        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium")), 0),
+    ("another matmul precision", 1, under(coarse_products), 0),
     ("another default device", 0, lambda trial: (under(lambda: torch.device("meta"))(trial), trial.begin()), 0),
-    ("another default type", 0, under(lambda: setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64)),
-     0),
     ("other random numbers", 0, lambda trial: (torch.manual_seed(9), trial.begin()), 0),
     ("a closure", 1, Trial.closure, 0),
-    ("hooks around a step", 1, lambda trial: (trial.optimizer.register_step_pre_hook(lambda *_: None),
-                                              trial.optimizer.register_step_post_hook(lambda *_: None)), 0),
-    ("a user's own entries in the state", 1, Trial.kept_company, 0),
-    ("a subclass with an argument of its own", 0, Trial.subclass, 0),
-    ("gradients of another type", 1, Trial.coarse_gradients, 0),
     ("other memory layouts", 0, Trial.laid_out, 64),
     ("a measured step", 1, lambda trial: optim.RotationProbe(trial.optimizer).measure_next_step(), 0),
     ("tensors cut into blocks", 1, under(lambda: in_blocks(7)), 0),
@@ -1476,31 +1396,25 @@ def test_same_numbers_whatever_is_done():
         for claim, when, act, tolerance in SAME:
             trial, what = Trial(name, options), f"{name} {options}, {claim}"
             for t in range(3):
-                if t == when:
-                    act(trial)
-                    assert not trial.optimizer.param_groups[0]["compile"], f"{what}: compile has been loaded"
                 try:
+                    if t == when:
+                        act(trial)
                     trial.step(t)
                 except Exception as error:
                     raise AssertionError(f"{what}: {error}") from error
             for key, p, q in zip("abcdef", trial.params, straight.params):
-                if tolerance:
-                    eps = max(torch.finfo(x.dtype).eps for x in (p, q))
-                    close(p.double(), q.double(), tolerance * eps, f"{what}, {key}", scale=max(1, q.abs().max().item()))
-                else:
-                    same_bits([p], [q], f"{what}, parameter {key}")
-            kept = FOREIGN.items() <= trial.optimizer.param_groups[0].items()
-            assert kept or "foreign" not in claim, f"{what}: lost"
+                assert p.dtype == q.dtype, f"{what}: {key} is {p.dtype}"
+                close(p.double(), q.double(), tolerance * torch.finfo(p.dtype).eps, f"{what}, parameter {key}",
+                      scale=max(1, q.abs().max().item()))
+            group = trial.optimizer.param_groups[0]
+            assert not group["compile"] and ("foreign" not in claim or FOREIGN.items() <= group.items()), f"{what}: keys"
 
 
 def test_foreign_checkpoints_are_refused():
     """The state_dict of another kind of optimizer, or model, is a ValueError, and nothing has been loaded."""
-    pairs = [("adamw", "sgd"), ("adamw", torch.optim.SGD), ("rotational_sgd", "sgd"), ("rotational_adamw", "adamw"),
-             # and where the other one knows more hyperparameters, not fewer
-             ("sgd", "rmsprop"), ("lion", "adamw"), ("adamw", "rotational_adamw"), ("rmsprop", "rf_rmsprop"),
-             ("rf_adamw", "adamw"), ("if_shampoo", "shampoo"), ("shampoo", "if_shampoo"),
-             ("modular_adam", "modular_lion")]                  # the same hyperparameters, one average less
-    cases = [(name, other, {"w": (4, 6)}, {"w": (4, 6)}, []) for name, other in pairs]
+    cases = [(name, other, {"w": (4, 6)}, {"w": (4, 6)}, []) for name, other in (
+        ("adamw", torch.optim.SGD), ("rotational_sgd", "sgd"), ("adamw", "rotational_adamw"), ("sgd", "rmsprop"),
+        ("shampoo", "if_shampoo"), ("modular_adam", "modular_lion"))]   # the last: the same settings, one average less
     for name in optim.OPTIMIZERS:
         cases += [(name, name, {"w": (4, 6)}, {"w": (4, 8)}, ["another model", "w (4, 8) is (4, 6)"]),
                   (name, name, {"w": (4, 6), "q": (3, 4)}, {"w": (4, 6), "k": (3, 4)}, ["k", "q"])]
@@ -1516,13 +1430,14 @@ def test_foreign_checkpoints_are_refused():
 def test_standing_still():
     """A step with lr 0 changes no weight of any type, to the bit, on a fresh optimizer and later. Updates of zero turn
     nothing and add nothing, nor do those that are the same for all weights of a neuron; the next ones do."""
-    alike = {"rotational_sgd": lambda g: torch.full_like(g, 0.1), "rotational_lion": lambda g: g.abs() + 0.1}
-    rows = [(optim.OPTIMIZERS, {"lr": 0.0}, MIXED, torch.clone), (MODULAR, {"lr": 0.0, "norm": "rows"}, [(6, 5)],
-                                                                  torch.clone)]
-    rows += [(ROTATIONAL, {"rotational_eps": eps}, TURNING, torch.zeros_like) for eps in (1e-8, 0.0)]
-    rows += [(MODULAR, {"weight_decay": 0.0}, TURNING, torch.zeros_like)]
-    rows += [(["shampoo"], {"weight_decay": 0.0, "graft": to}, TURNING, torch.zeros_like) for to in ("sgd", "adam")]
-    rows += [([name], {}, TURNING, change) for name, change in alike.items()]
+    zero = torch.zeros_like
+    rows = [
+        (optim.OPTIMIZERS, {"lr": 0.0}, MIXED, torch.clone), (MODULAR, {"lr": 0.0, "norm": "rows"}, [(6, 5)], torch.clone),
+        *((ROTATIONAL, {"rotational_eps": eps}, TURNING, zero) for eps in (1e-8, 0.0)),
+        (MODULAR, {"weight_decay": 0.0}, TURNING, zero),
+        *((["shampoo"], {"weight_decay": 0.0, "graft": to}, TURNING, zero) for to in ("sgd", "adam")),
+        (["rotational_sgd"], {}, TURNING, lambda g: torch.full_like(g, 0.1)),
+        (["rotational_lion"], {}, TURNING, lambda g: g.abs() + 0.1)]
     for names, options, shapes, change in rows:
         for name, dtype in itertools.product(names, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
             params, what = parameters(shapes, dtype), f"{name} {options} {dtype}"
@@ -1538,31 +1453,21 @@ def test_standing_still():
 
 
 def test_schedulers_drive_it():
-    """All schedulers of torch (some move momentum or beta1 too) act as on torch.optim."""
+    """Schedulers of torch, those that move momentum or beta1 and that end below 0 among them, act as on torch.optim."""
     S = torch.optim.lr_scheduler
-    parts = lambda o: [S.ConstantLR(o, factor=0.5), S.StepLR(o, 4)]
-    makers = {"LambdaLR": lambda o: S.LambdaLR(o, lambda t: min(1, t / 5)), "StepLR": lambda o: S.StepLR(o, 4),
-              "MultiplicativeLR": lambda o: S.MultiplicativeLR(o, lambda t: 0.9), "PolynomialLR": S.PolynomialLR,
-              "MultiStepLR": lambda o: S.MultiStepLR(o, [3, 9]), "ConstantLR": S.ConstantLR,
-              "LinearLR": lambda o: S.LinearLR(o, end_factor=0, total_iters=4),         # ends at lr = -4e-19
-              "ExponentialLR": lambda o: S.ExponentialLR(o, 0.9),
-              "CosineAnnealingLR": lambda o: S.CosineAnnealingLR(o, 8),
-              "CosineAnnealingWarmRestarts": lambda o: S.CosineAnnealingWarmRestarts(o, 4),
-              "ReduceLROnPlateau": lambda o: S.ReduceLROnPlateau(o, patience=1),
-              "CyclicLR": lambda o: S.CyclicLR(o, 0.001, 0.05, 3), "OneCycleLR": lambda o: S.OneCycleLR(o, 0.1, 20),
-              "SequentialLR": lambda o: S.SequentialLR(o, parts(o), [3]),
-              "ChainedScheduler": lambda o: S.ChainedScheduler(parts(o))}
-    assert makers.keys() == set(S.__all__) - {"LRScheduler"}, "torch has other schedulers now"
-    for kind, name in itertools.product(makers, (*TORCH_TWINS, "rotational_sgd")):
+    makers = [lambda o: S.OneCycleLR(o, 0.1, 20), lambda o: S.CyclicLR(o, 0.001, 0.05, 3),
+              lambda o: S.LinearLR(o, end_factor=0, total_iters=4),             # ends at lr = -4e-19
+              lambda o: S.SequentialLR(o, [S.ConstantLR(o), S.StepLR(o, 4)], [3])]
+    for (place, maker), name in itertools.product(enumerate(makers), (*TORCH_TWINS, "rotational_sgd")):
         ours, theirs = parameters(MIXED), parameters(MIXED)
-        twin = TORCH_TWINS.get(name, optim.OPTIMIZERS[name])                            # no twin: it runs, at least
+        twin = TORCH_TWINS.get(name, optim.OPTIMIZERS[name])                    # no twin: it runs, at least
         for optimizer in (make(name, ours), twin(theirs, **settings(name))):
-            scheduler = makers[kind](optimizer)
+            scheduler = maker(optimizer)
             for gradients in noise(MIXED, 8):
                 run(optimizer, [gradients])
-                scheduler.step(*[1.0] * (kind == "ReduceLROnPlateau"))
+                scheduler.step()
         for p, q in zip(ours, theirs):
-            close(p, q, 1e-12, f"{name} {kind}")
+            close(p, q, 1e-12, f"{name}, scheduler {place}")
 
 
 def test_precisions():
@@ -1573,9 +1478,7 @@ def test_precisions():
         starts = values(exact)
         run(make(name, params), gradients)
         run(make(name, exact), [[g.double() for g in step] for step in gradients])
-        for p, q in zip(params, exact):
-            assert p.dtype == dtype and p.isfinite().all(), f"{name} {dtype}"
-            # Rounding to nearest costs at most half an eps of the weight each step.
+        for p, q in zip(params, exact):                     # rounding costs at most half an eps of the weight each step
             close(p.double(), q, 6 * torch.finfo(dtype).eps, f"{name} {dtype} {tuple(p.shape)}",
                   scale=max(1.0, q.abs().max().item()))
         moved = max((q - start).abs().max().item() for q, start in zip(exact, starts))
@@ -1596,52 +1499,43 @@ def test_nan_is_not_hidden():
 
 class Watch(TorchDispatchMode):
     """Sees every operation while it is on: how often a number was fetched from a tensor, which makes the host wait for
-    the device, and how many bytes the largest tensor has that any operation makes (a view is not made)."""
+    the device, and how many entries the largest tensor has that any operation returns."""
     fetched = largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, leaves = func.overloadpacket.__name__, torch.utils._pytree.tree_leaves
-        self.fetched += name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
-        known = {x.untyped_storage().data_ptr() for x in leaves((args, kwargs)) if torch.is_tensor(x)}
+        self.fetched += func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
         out = func(*args, **(kwargs or {}))
-        made = [x.untyped_storage() for x in leaves(out) if torch.is_tensor(x)]
-        self.largest = max([self.largest, *(x.nbytes() for x in made if x.data_ptr() not in known)])
+        if torch.is_tensor(out) and not func.is_view:
+            self.largest = max(self.largest, out.numel())
         return out
-
-
-def test_blocks_save_memory():
-    """With large tensors cut into blocks of rows, whatever a step makes is no larger than a block, where directions go
-    entry by entry and rows move by themselves. (That the numbers are the same is a row of SAME.)"""
-    for name in (name for name in optim.OPTIMIZERS if base(name) in BY_ENTRY):
-        rows = {"norm": "rows"} if rescales(name) else {}
-        params = parameters([(50, 8), (90,)] + [(7, 3, 2, 2)] * (not rows))
-        optimizer, gradients = make(name, params, **rows), noise([p.shape for p in params], 2)
-        run(optimizer, gradients[:1])                       # makes the state
-        for p, g in zip(params, gradients[1]):
-            p.grad = g
-        with in_blocks(45), Watch() as watch:
-            optimizer.step()
-        assert 0 < watch.largest <= 8 * 45, f"{name} made a tensor of {watch.largest} bytes"
 
 
 def test_no_step_waits_for_the_device():
     """Once its state exists, no optimizer fetches a number from a tensor during step(), nor makes tensors elsewhere:
-    meta tensors, which have no numbers, get through. A checkpoint brings state to its parameter's device."""
+    meta tensors, which have no numbers, get through. A checkpoint brings state to its parameter's device. Directions by
+    entry, on rows that move by themselves, make no tensor larger than a block."""
     with Watch() as watch:
         torch.ones(1).item()
     assert watch.fetched == 1, "the watch is blind"
-    for name, options in [(name, {}) for name in optim.OPTIMIZERS] + [
-            ("shampoo", {"graft": "sgd"}), ("shampoo", {"graft": "adam"}), ("shampoo", {"compile": True})]:
-        with unittest.mock.patch.object(optim, "update_compiled", optim.update):            # what would be compiled
-            optimizer = make(name, parameters(MIXED, torch.float32), **options)
-            run(optimizer, noise(MIXED, 1, torch.float32))
+    variants = [("shampoo", {"graft": to}) for to in ("sgd", "adam")] + [("shampoo", {"compile": True})]
+    for name, options in [(name, {}) for name in optim.OPTIMIZERS] + variants:
+        by_block = base(name) in BY_ENTRY
+        rows = {"norm": "rows"} if by_block and rescales(name) else {}
+        shapes = [(50, 8), (90,), ()] + [(7, 3, 2, 2)] * (not rows)
+        params, gradients = (parameters(shapes, torch.float32, seed) for seed in range(2))
+        with unittest.mock.patch.object(optim, "update_compiled", optim.update), in_blocks(45):    # what is compiled
+            optimizer = make(name, params, **options, **rows)
+            run(optimizer, [gradients])
+            for p, g in zip(params, gradients):
+                p.grad = g.detach()
             with Watch() as watch:
-                run(optimizer, noise(MIXED, 2, torch.float32))
-        assert watch.fetched == 0, f"{name} {options}: {watch.fetched} numbers fetched in 2 steps"
-        far = [nn.Parameter(p.detach().to("meta")) for p in parameters(MIXED, torch.float32)]
+                optimizer.step()
+        assert watch.fetched == 0, f"{name} {options}: {watch.fetched} numbers fetched in a step"
+        assert 0 < watch.largest <= 45 or not by_block, f"{name} made a tensor of {watch.largest} entries"
+        far = [nn.Parameter(p.detach().to("meta")) for p in params]
         with unittest.mock.patch("optim.Optimizer._check_parameter"):           # it looks at a neuron's numbers, once
             for saved in (None, optimizer.state_dict()) if not options else ():
-                loaded = make(name, far)
+                loaded = make(name, far, **rows)
                 if saved:
                     loaded.load_state_dict(saved)
                 run(loaded, [[torch.empty_like(p) for p in far]])
@@ -1678,7 +1572,7 @@ def replica(rank, folder):
         fully_shard(model)
         try:
             optimizer = make(name, model.parameters())
-            optim.build(name, model, **settings(name))          # accepts what the class accepts
+            optim.build(name, model, **settings(name))      # accepts what the class accepts
             with in_blocks(10):
                 train(model, optimizer, batches)
             weights[f"sharded {name}"] = values(p.full_tensor() for p in model.parameters())
@@ -1709,18 +1603,17 @@ def test_data_parallel_replicas():
 def test_compiled_equals_eager():
     """compile=True gives the numbers of eager mode under a changing lr, for tensors in blocks, of 0 dims, embeddings,
     and compiles nothing after the first step; so does torch.compile of a whole training step."""
-    named, found = os.environ.get("CXX"), [shutil.which(c) for c in ("c++", "g++", "clang++")]
-    if not (shutil.which(named) if named else any(found)):
+    if not any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"])):
         raise Skip("torch.compile needs a C++ compiler: none of $CXX, c++, g++, clang++ was found")
     from torch._dynamo.utils import counters
     shapes, lrs = [(8, 6), ()], [0.01 * t for t in range(4)]
-    for name, small in (("rotational_sgd", 24), ("modular_sgd", sys.maxsize)):              # 24: twice 4 rows
-        options = {"norm": "rows"} if rescales(name) else {}                    # where torch's compiler has a bug
+    for name, small, options in (("rotational_sgd", 24, {}),                    # 24: twice 4 rows
+                                 ("modular_sgd", sys.maxsize, {"norm": "rows"})):           # torch's compiler has a bug
         torch._dynamo.reset()
         counters.clear()
         params, compiled, graphs = parameters(shapes), parameters(shapes), []
-        optimizer = make(name, [{"params": compiled} | options], compile=True)
-        run(make(name, [{"params": params} | options]), noise(shapes, 4), lrs)
+        optimizer = make(name, compiled, compile=True, **options)
+        run(make(name, params, **options), noise(shapes, 4), lrs)
         with in_blocks(small):
             for lr, step in zip(lrs, noise(shapes, 4)):
                 run(optimizer, [step], [lr])
