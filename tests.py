@@ -566,75 +566,48 @@ def test_exercises():
 
 
 def test_plain_equals_torch():
-    """SGD, Adam, AdamW, RMSProp equal torch.optim to 1e-11, for all shapes and options, at their default lr, under a
+    """SGD, Adam, AdamW, RMSProp equal torch.optim to 1e-11, for all shapes, by default and with options, under a
     schedule that starts at 0, and with lr, decay, momentum, betas, alpha and eps edited by hand in mid-run."""
-    cases = {
-        "sgd": [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"momentum": 0.8, "weight_decay": 0.3}],
-        "adam": [{}, {"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1},
-                 {"betas": (0.0, 0.99)}],
-        "adamw": [{}, {"weight_decay": 0.0}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.5}],
-        "rmsprop": [{}, {"weight_decay": 0.3}, {"alpha": 0.9, "eps": 1e-3, "momentum": 0.9},
-                    {"alpha": 0.5, "momentum": 0.5, "weight_decay": 0.1}]}
+    cases = [("sgd", {}), ("sgd", {"momentum": 0.8, "weight_decay": 0.3}), ("adam", {}), ("adamw", {}),
+             *((name, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}) for name in ("adam", "adamw")),
+             ("rmsprop", {}), ("rmsprop", {"alpha": 0.9, "eps": 1e-3, "momentum": 0.9, "weight_decay": 0.1})]
     edits = [{"lr": 0.1}, {"weight_decay": 0.7}, {"weight_decay": 0}, {"momentum": 0.1, "betas": (0.0, 0.5)},
              {"momentum": 0.95, "betas": (0.95, 0.9)}, {"alpha": 0.3, "eps": 0.1, "lr": 0}]
     gradients = noise(SHAPES, 24)
-    for name, hyper in ((name, hyper) for name in cases for hyper in cases[name]):
+    for name, hyper in cases:
         ours, theirs = parameters(SHAPES), parameters(SHAPES)
         for optimizer in (optim.OPTIMIZERS[name](ours, **hyper), TORCH_TWINS[name](theirs, **hyper)):
             run(optimizer, gradients[:4])
             run(optimizer, gradients[4:12], [0.06 * math.sin(t / 5) ** 2 for t in range(8)])
             for t, edit in enumerate(edits):
                 own = {key: x for key, x in edit.items() if key in optimizer.defaults}
-                if name == "rmsprop" and not hyper.get("momentum"):
+                if name == "rmsprop" and not hyper:
                     own.pop("momentum", None)               # torch's has no buffer then, and fails
                 optimizer.param_groups[0].update(own)
                 run(optimizer, gradients[12 + 2 * t:14 + 2 * t])
-        for p, q, start in zip(ours, theirs, parameters(SHAPES)):
+        for p, q in zip(ours, theirs):
             close(p, q, 1e-11, f"{name} {hyper} {tuple(p.shape)}")
-            assert not torch.equal(p, start), f"{name}: nothing moved"
 
 
 def test_defaults_are_the_papers():
-    """Called with parameters alone, the others have these settings, their factors the same, and state as documented."""
-    root_free, shampoo = {"weight_decay": 0.0, "momentum": 0.9}, {"max_dim": 2048, "dtype": None}
-    turning = {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True, "rotational_eps": 1e-8,
-               "rotational": None}
-    adam = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-    muon = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "adjust": "original", "dtype": None,
-            "betas": (0.9, 0.999), "eps": 1e-8, "adamw_lr_scale": 0.1, "use_muon": True}
-    modular = {"lr": 0.25, "weight_decay": 0.0, "share": 1.0, "norm": "spectral", "scale": None, "seed": 0}
+    """Called with parameters alone, those that torch.optim does not have are set as in their papers. A signature shows
+    every argument. state_bytes counts: 4 for each average, 8 for each matrix of a mode."""
     expected = {
-        "lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
-        "rf_rmsprop": root_free | {"lr": 1e-2, "alpha": 0.99, "eps": 1e-4, "batch_size": None},
-        "rf_adamw": adam | {"eps": 1e-4, "bias_correction": False, "batch_size": None},
-        "shampoo": root_free | shampoo | {"lr": 1e-2, "damping": 1e-6, "lr_cov": 0.05, "update_every": 2,
-                                          "graft": None},
-        "if_shampoo": root_free | shampoo | {"lr": 1e-3, "damping": 1e-4, "lr_cov": 0.1, "riemannian_momentum": 0.5,
-                                             "update_every": 2, "batch_size": None, "lr_cov_scale": 1.0},
-        "rotational_sgd": turning | {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
-        "rotational_adam": turning | adam, "rotational_adamw": turning | adam,
-        "rotational_lion": turning | {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 1.0},
-        "muon": muon, "rotational_muon": turning | muon, "modular_muon": muon | modular | {"adamw_lr_scale": 1.0},
-        "modular_sgd": modular | {"momentum": 0.9}, "modular_adam": modular | {"betas": (0.9, 0.99)}}
+        "lion": {"lr": 1e-4, "betas": (0.9, 0.99)}, "rf_adamw": {"betas": (0.9, 0.999), "bias_correction": False},
+        "rf_rmsprop": {"alpha": 0.99, "momentum": 0.9}, "modular_adam": {"betas": (0.9, 0.99)},
+        "shampoo": {"momentum": 0.9, "lr_cov": 0.05, "damping": 1e-6, "update_every": 2, "graft": None},
+        "if_shampoo": {"momentum": 0.9, "lr_cov": 0.1, "damping": 1e-4, "riemannian_momentum": 0.5},
+        "rotational_lion": {"weight_decay": 1.0}, "rotational_sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
+        "rotational_adam": {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True,
+                            "rotational_eps": 1e-8, "weight_decay": 1e-2}}
     for name, kind in optim.OPTIMIZERS.items():
         takes = kind.takes()
-        if name in expected:
-            assert takes == expected[name] | {"compile": False}, f"{name}: {takes}"
-        elif kind.geometry is not optim.PLAIN:              # composed: the direction's, but for what the geometry sets
-            own = turning | {"weight_decay": 1e-2} if turns(name) else modular
-            assert takes == optim.OPTIMIZERS[base(name)].takes() | own, f"{name}: {takes}"
+        assert expected.get(name, {}).items() <= takes.items(), f"{name}: {takes}"
         shown = {key: argument.default for key, argument in inspect.signature(kind).parameters.items()}
         del shown["params"]                                 # help() and a notebook's pop-up show the rest
-        assert shown == takes, f"{name}: {shown}"
-        assert kind.__doc__ and kind.__name__ == type(kind([weight(3, 4)], **required(name))).__name__
-    # bytes a weight of a 1000 x 1000 matrix: 4 for each average, 8 for each matrix of a mode
-    for name, count in zip(DIRECTIONS, (4, 8, 8, 4, 8, 8, 8, 4, 20, 20)):
+        assert shown == takes and kind.__doc__, f"{name}: {shown}"
+    for name, count in zip(DIRECTIONS, (4, 8, 8, 4, 8, 8, 8, 4, 20, 20)):       # on a matrix of 1000 x 1000
         close(optim.state_bytes(optim.OPTIMIZERS[name]), count, 0, f"state of {name}")
-        if name in HEAVY_BALL:
-            [p] = parameters([(3, 4)])
-            optimizer = make(name, [p], momentum=0.0)
-            run(optimizer, noise([(3, 4)], 1))
-            assert "momentum_buffer" not in optimizer.state[p], f"{name}: a buffer without momentum"
 
 
 # ======================================================================================================================
@@ -788,27 +761,23 @@ def test_neurons_keep_norm_and_mean_and_turn_by_the_angle():
 
 
 def test_centring():
-    """Construction removes even a mean of 1e-4 of the norm in float32 and keeps the norm; what is centred already,
-    rounding and drift included, stays as it is, to the bit, in all four types. add_param_group does the same."""
-    w = normal(0, 5, 24)
-    w = w - w.mean(dim=1, keepdim=True)
-    for dtype, offset in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
-        p = nn.Parameter((w / w.norm(dim=1, keepdim=True) + offset).to(dtype))
-        make("rotational_sgd", [p])
-        assert p.double().mean(dim=1).abs().max() < offset / 50, f"{dtype}: mean {p.double().mean(dim=1)}"
+    """Construction removes even a mean of 1e-4 of the norm in float32; what is centred already, rounding and drift
+    included, stays as it is, to the bit, in all four types. add_param_group does the same."""
     for name, dtype in itertools.product(ROTATIONAL, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
-        params, late, apart = (parameters(TURNING, dtype) for _ in "abc")
-        for p in params + late + apart:
-            p.data.add_(0.3)                                # as far from the centre as no rounding brings them
-        starts, optimizer = values(params), make(name, params)
+        params, late = parameters(TURNING, dtype), parameters(TURNING, dtype)
+        optimizer, what = make(name, params), f"{name} {dtype}"
         optimizer.add_param_group({"params": late})
-        optimizer.add_param_group({"params": apart, "zero_mean": False})
-        same_bits(late + apart, params + starts, f"{name} {dtype}: a group added later")
+        same_bits(late, params, f"{what}: a group added later")
         for steps in (0, 10):                               # centred just now, and after a while of rounding
-            run(optimizer, [step * 3 for step in noise(TURNING, steps, dtype)])
+            run(optimizer, [step * 2 for step in noise(TURNING, steps, dtype)])
             here = values(params)
             make(name, params)
-            same_bits(params, here, f"{name} {dtype}: centred twice, {steps} steps on")
+            same_bits(params, here, f"{what}: centred twice, {steps} steps on")
+    [p] = params = parameters([(5, 24)], torch.float32)
+    make("rotational_sgd", params)
+    p.data.add_(1e-4 * p.norm(dim=1, keepdim=True))
+    make("rotational_sgd", params)
+    close(p.double().mean(dim=1) / p.norm(dim=1), np.zeros(5), 1e-6, "mean over norm", scale=1)
 
 
 def test_decay_scheduled_to_zero_freezes():
@@ -820,7 +789,6 @@ def test_decay_scheduled_to_zero_freezes():
         run(optimizer, [first])
         start = p.detach().clone()
         optimizer.param_groups[0]["weight_decay"] = 0.0
-        run(optimizer, [second] * 3)
         saved, optimizer = through_a_file(optimizer.state_dict()), make(name, [p])
         optimizer.load_state_dict(saved)
         run(optimizer, [second] * 3)
@@ -834,11 +802,11 @@ def test_decay_scheduled_to_zero_freezes():
 def test_neurons_that_rest():
     """A neuron without gradients keeps its bits while the others turn, and turns once gradients come. A gradient too
     large for its square to be a float32 counts as none, and the next step knows nothing of it."""
-    for name, dtype, eps in itertools.product(ROTATIONAL, (torch.float32, torch.float64), (1e-8, 0.0)):
+    for name, dtype in itertools.product(ROTATIONAL, (torch.float32, torch.float64)):
         [p], gradients = parameters([(5, 24)], dtype), noise([(5, 24)], 9, dtype)
         for [g] in gradients[:6]:
             g[3] = 0                                        # an unused token, a dead unit
-        optimizer = make(name, [p], rotational_eps=eps)
+        optimizer = make(name, [p], rotational_eps=0.0)
         start = p.detach().clone()
         run(optimizer, gradients[:6])
         same_bits([p[3]], [start[3]], f"{name} {dtype}: turned without a gradient")
@@ -856,23 +824,21 @@ def test_neurons_that_rest():
 def test_weights_that_change_before_their_first_step():
     """A layer that was frozen when the optimizer was made moves, once thawed, as one that never was: centred first. One
     that became all zero since then is refused by the first step, which moves and counts nothing."""
-    for name in ROTATIONAL:
-        [thawed], [never] = parameters([(5, 24)]), parameters([(5, 24)])
-        thawed.requires_grad_(False)
-        optimizers = make(name, [thawed]), make(name, [never])
-        thawed.requires_grad_(True)
-        for one in optimizers:
-            run(one, noise([(5, 24)], 2))
-        same_bits([thawed], [never], name)
-        good, bad = parameters([(4, 6), (3, 5)])
-        optimizer = make(name, [good, bad])
-        good.data.add_(1.0)                                 # off centre, as loaded weights are
-        bad.data[1] = 0
-        start = values([good])
-        refused(ValueError, [type(optimizer).__name__, "parameter 1 of group 0", "all zeros"],
-                lambda: run(optimizer, noise([(4, 6), (3, 5)], 1)))
-        same_bits([good], start, f"{name}: a weight beside the refused one")
-        assert not optimizer.state.get(good), f"{name}: a step that was refused is counted"
+    [thawed], [never] = parameters([(5, 24)]), parameters([(5, 24)])
+    for one, trained in ((thawed, False), (never, True)):
+        optimizer = make("rotational_adamw", [one.requires_grad_(trained)])
+        one.requires_grad_(True)
+        run(optimizer, noise([(5, 24)], 2))
+    same_bits([thawed], [never], "thawed")
+    good, bad = parameters([(4, 6), (3, 5)])
+    optimizer = make("rotational_adamw", [good, bad])
+    good.data.add_(1.0)                                     # off centre, as loaded weights are
+    bad.data[1] = 0
+    start = values([good])
+    refused(ValueError, ["RotationalAdamW", "parameter 1 of group 0", "all zeros"],
+            lambda: run(optimizer, noise([(4, 6), (3, 5)], 1)))
+    same_bits([good], start, "a weight beside the refused one")
+    assert not optimizer.state.get(good), "a step that was refused is counted"
 
 
 # ======================================================================================================================
@@ -895,13 +861,16 @@ def test_modular_shares_of_random_trees():
     def expression(depth):
         """-> a tree, [(mass, sensitivity of what comes after it in here), ...] in forward order, sensitivity"""
         inner = ("compose", "compose", "tuple", "sum", "scale", "tare")
-        kind = draw.choice(inner if depth else ("weight", "bond"))
+        kind = draw.choice(inner if depth else ("weight", "bond", "power"))
         if kind == "weight":
             mass = draw.uniform(0.1, 3)
             return optim.weight(nn.Linear(2, 2), mass=mass), [(mass, 1.0)], 1.0
         if kind == "bond":
             s = draw.uniform(0.5, 2)
             return optim.bond("b", s), [], s
+        if kind == "power":
+            s, L = draw.uniform(0.5, 2), draw.randint(1, 4)
+            return (s * optim.weight(*linears(L, 2))) ** L, [(1, s ** (L - i)) for i in range(L)], s**L
         one, in_one, s_one = expression(depth - 1)
         if kind == "scale":
             a = draw.uniform(-2, -0.5)
@@ -915,15 +884,12 @@ def test_modular_shares_of_random_trees():
             return two @ one, [(m, after * s_two) for m, after in in_one] + in_two, s_one * s_two
         return (one + two if kind == "sum" else optim.as_tree((one, two))), in_one + in_two, s_one + s_two
 
-    biggest = 0
     for _ in range(200):
         tree, leaves, sensitivity = expression(draw.randint(1, 5))
         total = sum(mass for mass, _ in leaves)
         close([tree.mass, tree.sensitivity], [total, sensitivity], 1e-12, repr(tree))
         close([mass for _, mass, _ in tree.weights()], [mass for mass, _ in leaves], 1e-12, repr(tree))
         close(shares(tree), [mass / total / after for mass, after in leaves], 1e-12, repr(tree))
-        biggest = max(biggest, len(leaves))
-    assert biggest >= 10, f"no tree has more than {biggest} weights: this shows little"
 
 
 def test_modular_shares_of_the_papers_networks():
@@ -939,18 +905,13 @@ def test_modular_shares_of_the_papers_networks():
         close([mlp.mass, mlp.sensitivity], [3, 1], 1e-12, f"ResMLP with {L} blocks")
 
 
-def test_powers_take_layers_in_order():
-    """M ** L takes the i-th run of every leaf's layers for copy i, nested or not, and amplification by later copies. A
-    tree prints as the expression that made it, whatever its bonds are called."""
+def test_trees_in_words_and_in_order():
+    """M ** L takes the i-th run of every leaf's layers for copy i, nested or not. A tree prints as the expression that
+    made it, whatever its bonds are called, and str shows its weights."""
     layers, a, b = linears(6), optim.bond("a"), optim.bond("b")
-    tree = (2 * (0.5 * optim.weight(*layers)) ** 3) ** 2    # 2 blocks of 3 layers, each block of sensitivity 2 / 8
+    tree = (2 * (0.5 * optim.weight(*layers)) ** 3) ** 2
     assert [leaf.layer for leaf, _, _ in tree.weights()] == layers
-    expected = [1 / 6 / (0.5 ** (3 - i % 3) * 2 * (0.25 if i < 3 else 1)) for i in range(6)]
-    close(shares(tree), expected, 1e-12, repr(tree))
-    around = optim.weight(nn.Linear(6, 2)) @ optim.weight(*layers) ** 6 @ optim.weight(nn.Linear(3, 6), mass=2)
-    close(shares(around), [2 / 9, *[1 / 9] * 7], 1e-12, "the copies have their masses beside others")
-    text = str(tree)
-    assert text.count("Linear 6x6  spectral") == 6 and "sensitivity 0.0625" in text, text
+    assert str(tree).count("Linear 6x6  spectral") == 6 and "sensitivity 0.0625" in str(tree), tree
     for tree, text in (((b @ a) ** 2, "(b @ a) ** 2"), (2 * (a + b) ** 3, "2 * ((a + b) ** 3)"),
                        (a + b @ a, "(a + b @ a)"), (optim.bond("C++") @ a, "C++ @ a"),
                        ((0.5 * optim.weight(*layers)).tare(3), "(0.5 * Linear 6x6 (of 6)).tare(3)")):
@@ -960,19 +921,16 @@ def test_powers_take_layers_in_order():
 def test_modular_sizes():
     """Once power iteration has settled, an update's largest singular value (by SVD) is lr * share * scale. A group's
     `scale` stands in for the usual size, in the step and as the norm of rows; a row of zeros stays."""
-    for shape, scale in (((20, 30), math.sqrt(20 / 30)), ((30, 20, 3, 3), math.sqrt(30 / 20) / 9)):
+    for shape, own, scale in (((20, 30), {}, math.sqrt(20 / 30)), ((30, 20, 3, 3), {}, math.sqrt(30 / 20) / 9),
+                              ((20, 30), {"scale": 3.0}, 3.0)):
         [w], g = parameters([shape]), normal(9, *shape)     # the same at every step, so d is its sign
-        optimizer = optim.ModularAdam([{"params": [w], "share": 0.7}], lr=0.01)
+        optimizer = optim.ModularAdam([{"params": [w], "share": 0.7} | own], lr=0.01)
         run(optimizer, [[g]] * 150)
         before = w.detach().clone()
         run(optimizer, [[g]])
         for step in (w.detach() - before).reshape(*shape[:2], -1).unbind(-1):
-            close(np.linalg.norm(step.numpy(), 2), 0.01 * 0.7 * scale, 1e-3, f"{shape}")
+            close(np.linalg.norm(step.numpy(), 2), 0.01 * 0.7 * scale, 1e-3, f"{shape} {own}")
     for name in MODULAR:
-        for shape in ((1, 9), (1, 9, 1, 1)):                # one row: its spectral norm is its Euclidean one
-            [w], [start] = parameters([shape]), parameters([shape])
-            run(make(name, [{"params": [w], "scale": 3.0, "share": 0.5}], lr=0.1, weight_decay=0.0), noise([shape], 1))
-            close((w - start).norm(), 0.1 * 0.5 * 3, 1e-12, f"{name} {shape}")
         [w], gradients = parameters([(6, 5)]), noise([(6, 5)], 3)
         for x in (w.data, *(g for [g] in gradients)):
             x[2] = 0                                        # an Embedding's padding_idx
@@ -986,15 +944,14 @@ def test_power_iteration_survives():
     that is too large, or no number, does not spoil the vector."""
     hidden, first = (torch.zeros(4, 5, dtype=torch.float64) for _ in "ab")
     first[1, 1] = hidden[2, 0] = 1.0                        # row spaces e_1, which u takes on at once, and e_0
-    for kernel in ([], [1], [1, 10]):                       # a matrix, and a convolution's positions
-        factors = torch.tensor(kernel or 1.0, dtype=torch.float64)
-        first_there, there = (x[..., None] * factors if kernel else x for x in (first, hidden))
-        w = nn.Parameter(0 * there)
+    for kernel in ((), (2,)):                               # a matrix; a convolution, with one u for each position
+        one, other = (x.view(4, 5, *[1] * len(kernel)).expand(4, 5, *kernel) for x in (first, hidden))
+        w = nn.Parameter(torch.zeros(4, 5, *kernel, dtype=torch.float64))
         optimizer = optim.ModularSGD([w], lr=1.0, momentum=0.0)
-        run(optimizer, [[first_there]])
+        run(optimizer, [[one]])
         before = w.detach().clone()
-        run(optimizer, [[there]])
-        close(w - before, -(there / factors) * math.sqrt(4 / 5) / max(1, len(kernel)), 1e-12, "orthogonal to u")
+        run(optimizer, [[other]])
+        close(w - before, -other * math.sqrt(4 / 5) / math.prod(kernel), 1e-12, "orthogonal to u")
     [w] = parameters([(4, 5)])
     optimizer, huge = optim.ModularSGD([w], lr=1.0, momentum=0.0), torch.zeros_like(hidden)
     run(optimizer, [[hidden]])
@@ -1065,7 +1022,7 @@ def test_shampoo_at_the_limits_of_its_type():
     as in a diagonal."""
     here, there = (torch.diag(torch.tensor(x, dtype=torch.float64)) for x in ([1, 0], [0, 1]))
     for max_dim in (2, 1):
-        w = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+        w = weight(2, 2, fill=0.0, dtype=torch.float64)
         optimizer = optim.Shampoo([w], lr=1.0, momentum=0.0, damping=1e-4, update_every=5, max_dim=max_dim)
         run(optimizer, [[here]] * 6)                        # the roots of step 5 know nothing of index 1
         before = w.detach().clone()
@@ -1073,11 +1030,10 @@ def test_shampoo_at_the_limits_of_its_type():
         close(before - w, there * 1e-4 ** -0.5, 1e-12, f"max_dim={max_dim}")
     a, b = (normal(i, 30, dtype=torch.float32) for i in range(2))
     g = 1e3 * torch.outer(a / a.norm(), b / b.norm())       # on a gradient of rank 1, s u v^T, both roots act as
-    w = torch.zeros(30, 30, requires_grad=True)             # (s^2 + damping)^(-1/4): d = g / sqrt(s^2 + damping)
+    w = weight(30, 30, fill=0.0)                            # (s^2 + damping)^(-1/4): d = g / sqrt(s^2 + damping)
     run(optim.Shampoo([w], lr=1.0, momentum=0.0, damping=1e-6, lr_cov=1.0, update_every=1), [[g]])
     close(w.norm(), 1.0, 0.1, "the step")
     for value in (math.inf, math.nan):                      # where LAPACK is left alone with it, it fails
-        w, g = torch.zeros(4, 4, requires_grad=True), normal(2, 4, 4, dtype=torch.float32)
         g[0, 0] = value
         run(optim.Shampoo([w], lr=1.0, momentum=0.0, update_every=1), [[g]] * 2)
         assert w.isnan().all(), f"a gradient with {value} in it went unnoticed"
@@ -1101,7 +1057,6 @@ def test_if_shampoo_finds_the_inverse():
         run(optimizer, [[torch.linalg.cholesky(S)[:, t % d] * math.sqrt(d)]])
         average = average + (optimizer.state[w]["K0"] @ optimizer.state[w]["K0"].T / 4 if t >= 1196 else 0)
     target = np.linalg.inv((B * S + damping * torch.eye(d, dtype=torch.float64)).numpy())
-    assert np.linalg.cond(target) > 5, "nearly a multiple of I, so this shows little"
     close(average, target, 0.01, "K K^T")
 
 
@@ -1124,57 +1079,53 @@ def test_if_shampoo_does_not_feel_any_linear_map():
 
 
 def test_if_shampoo_runs_in_bfloat16():
-    """dtype=bfloat16: weights stay float32, and the run close to that of float32. In float16,
-    whose largest number is 2^16, factors of 2^10 and 2^-10 do not lead beyond it on the way to d."""
+    """dtype=bfloat16: weights stay float32, and the run close to that of float32. In float16, whose largest number is
+    2^16, factors of 2^10 and 2^-10 do not lead beyond it on the way to d."""
     h, gradients = settings("if_shampoo", batch_size=32, weight_decay=1e-3), noise(MIXED[:2], 20, torch.float32)
-    for name in ("if_shampoo", "rotational_if_shampoo"):
-        fine, coarse, starts = (parameters(MIXED[:2], torch.float32) for _ in "abc")
-        for params, dtype in ((fine, torch.float32), (coarse, torch.bfloat16)):
-            run(optim.OPTIMIZERS[name](params, dtype=dtype, **h), gradients)
-        for p, q, start in zip(fine, coarse, starts):
-            close(q, p, 0.1, f"{name} after 20 steps", scale=(p - start).abs().max().item())
-            assert q.dtype == torch.float32 and not torch.equal(p, q), f"{name}: bfloat16 was not felt at all"
+    fine, coarse, starts = (parameters(MIXED[:2], torch.float32) for _ in "abc")
+    for params, dtype in ((fine, torch.float32), (coarse, torch.bfloat16)):
+        run(optim.InverseFreeShampoo(params, dtype=dtype, **h), gradients)
+    for p, q, start in zip(fine, coarse, starts):
+        close(q, p, 0.1, "after 20 steps", scale=(p - start).abs().max().item())
+        assert not torch.equal(p, q), "bfloat16 was not felt at all"
     g, eye = 2**7 * torch.arange(1.0, 5.0).view(2, 2), torch.eye(2, dtype=torch.float16)
-    for sign in (1, -1):
-        state = {"K0": sign * 2**10 * eye, "K1": 2**-10 * eye, "M0": 0 * eye, "M1": 0 * eye}
-        close(optim.DIRECTIONS["if_shampoo"].update(g, state, {"refresh": False}), g, 0, "K0 = 2^10, K1 = 2^-10")
+    state = {"K0": 2**10 * eye, "K1": 2**-10 * eye, "M0": 0 * eye, "M1": 0 * eye}
+    close(optim.DIRECTIONS["if_shampoo"].update(g, state, {"refresh": False}), g, 0, "K0 = 2^10, K1 = 2^-10")
 
 
 def test_muon_equals_torch():
     """With iterations in bfloat16 Muon equals torch.optim.Muon within 1 % of the distance moved (bfloat16 has 8 bits),
     defaults included; vectors equal torch.optim.AdamW at a tenth of the learning rate."""
-    shapes = [(4, 8), (8, 4), (5, 5)]
-    for hyper in ({}, {"lr": 0.02, "momentum": 0.9, "nesterov": False, "weight_decay": 0.5}):
-        for adjust in ("original", "match_rms_adamw"):
-            ours, theirs = (parameters([*shapes, (9,)], torch.float32) for _ in range(2))
-            decay = hyper.get("weight_decay", 0.1)
-            gradients = noise([*shapes, (9,)], 20, torch.float32)
-            run(optim.Muon(ours, dtype=torch.bfloat16, adjust=adjust, **hyper), gradients)
-            run(torch.optim.Muon(theirs[:-1], adjust_lr_fn=adjust, **hyper), [step[:-1] for step in gradients])
-            adamw = torch.optim.AdamW(theirs[-1:], lr=hyper.get("lr", 1e-3) / 10, weight_decay=decay)
-            run(adamw, [step[-1:] for step in gradients])
-            for p, q, start in zip(ours, theirs, parameters([*shapes, (9,)], torch.float32)):
-                close(p, q, 0.01 if p.dim() > 1 else 1e-5, f"{hyper} {adjust} {tuple(p.shape)}",
-                      scale=(q - start).abs().max().item())
+    shapes, other = [(4, 8), (8, 4), (5, 5), (9,)], {"lr": 0.02, "momentum": 0.9, "nesterov": False}
+    gradients = noise(shapes, 20, torch.float32)
+    for hyper, adjust in itertools.product(({}, other), ("original", "match_rms_adamw")):
+        ours, theirs = (parameters(shapes, torch.float32) for _ in range(2))
+        run(optim.Muon(ours, dtype=torch.bfloat16, adjust=adjust, **hyper), gradients)
+        run(torch.optim.Muon(theirs[:-1], adjust_lr_fn=adjust, **hyper), [step[:-1] for step in gradients])
+        adamw = torch.optim.AdamW(theirs[-1:], lr=hyper.get("lr", 1e-3) / 10, weight_decay=0.1)
+        run(adamw, [step[-1:] for step in gradients])
+        for p, q, start in zip(ours, theirs, parameters(shapes, torch.float32)):
+            close(p, q, 0.01 if p.dim() > 1 else 1e-5, f"{hyper} {adjust} {tuple(p.shape)}",
+                  scale=(q - start).abs().max().item())
 
 
 def test_muon_singular_values():
     """Muon's d has the singular vectors of the gradient, and singular values in [0.6, 1.3] from 0.0015 of its norm
-    upwards, none above 1.3: of noise, a condition of 1e6, rank one, 1e-20 in size; zero gives zero. So in bfloat16."""
-    one, sizes = normal(3, 24, 1) @ normal(4, 1, 10), torch.logspace(0, -6, 10, dtype=torch.float64)
+    upwards, none above 1.3: of noise, a condition of 1e6, 1e-20 in size; zero gives zero. So in bfloat16."""
+    sizes = torch.logspace(0, -6, 10, dtype=torch.float64)
     spread = torch.linalg.qr(normal(1, 24, 10))[0] @ torch.diag(sizes) @ torch.linalg.qr(normal(2, 10, 10))[0]
     for what, g in (("noise", normal(0, 24, 10)), ("wide", normal(0, 10, 24)), ("square", normal(1, 16, 16)),
-                    ("condition 1e6", spread), ("rank one", one), ("tiny", 1e-20 * normal(0, 24, 10))):
-        for dtype, slack in ((torch.float64, 0), (torch.float32, 0), (torch.bfloat16, 0.02)):
+                    ("condition 1e6", spread), ("tiny", 1e-20 * normal(0, 24, 10))):
+        for dtype, slack in ((torch.float64, 0), (torch.bfloat16, 0.02)):
             d = optim.orthogonalise(g.to(dtype)).double()
             U, S, Vh = torch.linalg.svd(g.to(dtype).double(), full_matrices=False)
             on_modes = U.T @ d @ Vh.T
-            values, felt = on_modes.diagonal(), S / S.norm() > 0.0015
-            assert values[felt].min() > 0.6 - slack and values.max() < 1.3 + slack, f"{what} {dtype}: {values}"
-            close(on_modes, torch.diag(values), 0.3 if dtype == torch.bfloat16 else 1e-4, f"{what} {dtype}", scale=1)
+            found, felt = on_modes.diagonal(), S / S.norm() > 0.0015
+            assert found[felt].min() > 0.6 - slack and found.max() < 1.3 + slack, f"{what} {dtype}: {found}"
+            close(on_modes, torch.diag(found), 0.3 if dtype == torch.bfloat16 else 1e-4, f"{what} {dtype}", scale=1)
     assert optim.orthogonalise(torch.zeros(4, 3)).abs().max() == 0
-    for x, y in ((0.447214, 1.114), (0.894427, 0.689)):     # the figures beside the 2 x 2 example
-        close(optim.orthogonalise(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).diagonal()[int(x > 0.5)], y, 1e-3, "example")
+    d = optim.orthogonalise(torch.diag(torch.tensor([1.0, 2.0])))
+    close(d.diagonal(), [1.114, 0.689], 1e-3, "the figures beside the 2 x 2 example")
 
 
 # ======================================================================================================================
@@ -1336,7 +1287,7 @@ FOREIGN = {"lr_scale": 0.5, "tag": "head", "layer": 3, "name": "body", "initial_
 
 
 def by_others(saved):
-    """A state_dict of a compiled run, with step counts as torch.optim writes them, and things that nobody here knows."""
+    """A state_dict of a compiled run, with step counts as torch.optim writes them, and what nobody here knows."""
     saved["param_groups"] = [group | FOREIGN | {"compile": True} for group in saved["param_groups"]]
     for state in saved["state"].values():
         state |= {"step": torch.tensor(float(state["step"])), "ema": torch.ones(2), "note": "mine"}
@@ -1407,7 +1358,8 @@ def test_same_numbers_whatever_is_done():
                 close(p.double(), q.double(), tolerance * torch.finfo(p.dtype).eps, f"{what}, parameter {key}",
                       scale=max(1, q.abs().max().item()))
             group = trial.optimizer.param_groups[0]
-            assert not group["compile"] and ("foreign" not in claim or FOREIGN.items() <= group.items()), f"{what}: keys"
+            assert not group["compile"], f"{what}: compile has been loaded"
+            assert "foreign" not in claim or FOREIGN.items() <= group.items(), f"{what}: lost"
 
 
 def test_foreign_checkpoints_are_refused():
@@ -1432,7 +1384,8 @@ def test_standing_still():
     nothing and add nothing, nor do those that are the same for all weights of a neuron; the next ones do."""
     zero = torch.zeros_like
     rows = [
-        (optim.OPTIMIZERS, {"lr": 0.0}, MIXED, torch.clone), (MODULAR, {"lr": 0.0, "norm": "rows"}, [(6, 5)], torch.clone),
+        (optim.OPTIMIZERS, {"lr": 0.0}, MIXED, torch.clone),
+        (MODULAR, {"lr": 0.0, "norm": "rows"}, [(6, 5)], torch.clone),
         *((ROTATIONAL, {"rotational_eps": eps}, TURNING, zero) for eps in (1e-8, 0.0)),
         (MODULAR, {"weight_decay": 0.0}, TURNING, zero),
         *((["shampoo"], {"weight_decay": 0.0, "graft": to}, TURNING, zero) for to in ("sgd", "adam")),
@@ -1640,8 +1593,7 @@ def test_errors_of_values():
     nan, inf, bad = math.nan, math.inf, {}
     for keys, values_of, words in (
             ("lr weight_decay eps rotational_eps damping lr_cov lr_cov_scale adamw_lr_scale share",
-             (-1e-9, nan, inf, None, "0.1"),
-             "[0, inf)"),
+             (-1e-9, nan, inf, None, "0.1", torch.ones(2)), "[0, inf)"),
             ("momentum alpha update_norm_decay_factor riemannian_momentum", (-0.1, 1.0, nan, None), "[0, 1)"),
             ("betas", ((0.9, 1.0), (-0.1, 0.9), (0.9,), (0.9, 0.9, 0.9), (nan, 0.9), 0.9, None, ("a", "b")), "[0, 1)"),
             ("per_neuron zero_mean compile bias_correction nesterov use_muon", (1, "yes", None), "True, False"),
@@ -1651,14 +1603,12 @@ def test_errors_of_values():
             ("max_dim", (-1, nan, None), "[0, inf"), ("scale", (0, -1.0, nan, inf), "(0, inf)"),
             ("graft", ("lion", "Adam", True, 0), "'sgd', 'adam'"), ("norm", ("x", None), "'spectral', 'rows'"),
             ("dtype", (torch.int32, torch.complex64, torch.float8_e4m3fn, "float32", 16), "float32")):
-        bad |= {key: (values_of + (torch.ones(2),) * (key == "lr"), words) for key in keys.split()}
-    taken = set().union(*(optim.OPTIMIZERS[name].takes() for name in optim.OPTIMIZERS if base(name) in DIRECTIONS))
-    assert taken == bad.keys(), f"no values to try for {taken ^ bad.keys()}"
+        bad |= {key: (values_of, words) for key in keys.split()}
     for name, kind in optim.OPTIMIZERS.items():
         optimizer = make(name, [weight(3, 4)])
         run(optimizer, [[weight(3, 4)]])
         [group], before = optimizer.param_groups, repr(optimizer.state_dict())
-        for key in bad.keys() & kind.takes():
+        for key in kind.takes() if base(name) in DIRECTIONS else ():
             for value in bad[key][0]:
                 shown = [kind.__name__, f"{key}={value!r}", bad[key][1], "group"]
                 groups = [{"params": [weight(3, 4)]}, {"params": [weight(2, 5)], key: value}]
@@ -1669,15 +1619,11 @@ def test_errors_of_values():
         assert before == repr(optimizer.state_dict()), f"{name}: moved by a step that it refuses"
 
 
-def row_of(value, row=1):
+def row_of(value):
     """A weight of 3 x 24, one row of which has one value everywhere."""
     p = normal(0, 3, 24)
-    p[row] = value
+    p[1] = value
     return nn.Parameter(p)
-
-
-def bits(*params):
-    return str([p.detach().to_dense().tolist() for p in params])
 
 
 def roots(name):
@@ -1689,23 +1635,20 @@ def rootless(name):
 
 
 anyone, exempt, off_centre = (lambda name: True), {"rotational": False}, {"zero_mean": False}
-# Of whom; the parameters, alone in their group; what else is in the group; words of the ValueError, or None: accepted.
+# Of whom; the parameter, alone in its group; what else is in the group; words of the ValueError, or None: accepted.
 BAD_GROUPS = [
     (anyone, weight(3, 4), {"weigth_decay": 0.1}, ["'weigth_decay'", "'weight_decay'", "group 0"]),
     (anyone, weight(3, 4), {"learning_rate": 0.1}, None),               # a user's own, and far from any
+    (anyone, weight(3, 4), {"amsgrad": True}, ["amsgrad", "not offered"]),
     (anyone, weight(4, fill=1j, dtype=torch.complex64), {}, ["parameter 0 of group 0", "complex64", "view_as_real"]),
     (anyone, ("head.w", weight(3, 4, fill=1j, dtype=torch.complex64)), {}, ["head.w", "complex64"]),
-    (anyone, nn.Parameter(weight(3, 4).detach().to_sparse()), {}, ["parameter 0 of group 0", "sparse_coo", "dense"]),
-    *((anyone, nn.Parameter(p.detach()), {}, ["parameter 0 of group 0", str(tuple(p.shape)), "expanded", "clone()"])
-      for p in (weight(3, 1).expand(3, 4), weight(4).expand(3, 4), weight(1).expand(4))),
+    (anyone, nn.Parameter(weight(3, 4).detach().to_sparse()), {}, ["sparse_coo", "dense"]),
+    (anyone, nn.Parameter(weight(4).detach().expand(3, 4)), {}, ["(3, 4)", "expanded", "clone()"]),
     (anyone, nn.Parameter(weight().detach().expand(1)), {}, None),      # stride 0, but of one entry
     *((turns, p, own, ["parameter 0 of group 0", str(tuple(p.shape)), why, "rotational=False"]) for p, own, why in (
-        (weight(4, 1), {}, "1 weight,"), (weight(4, 1), off_centre, "1 weight,"), (weight(4, 2), {}, "2 weights"),
-        (weight(3, 2, 1, 1), {}, "2 weights"), (row_of(0.0), {}, "all zeros"), (row_of(0.1), {}, "equal"),
-        (row_of(0.0), off_centre, "all zeros"), (weight(3, 4, fill=0.1), {}, "equal"),
-        (weight(3, 4, fill=0.1, dtype=torch.bfloat16), {}, "equal"), (row_of(math.nan), {}, "NaN"),
-        (row_of(math.inf), off_centre, "infinity"))),
-    (turns, ("head.w", weight(4, 1)), {}, ["head.w", "1 weight,"]),
+        (weight(4, 1), off_centre, "1 weight,"), (weight(3, 2, 1, 1), {}, "2 weights"), (row_of(0.0), {}, "all zeros"),
+        (row_of(0.1), {}, "equal"), (row_of(0.0), off_centre, "all zeros"), (row_of(math.nan), {}, "NaN"),
+        (weight(3, 4, fill=0.1, dtype=torch.bfloat16), {}, "equal"), (row_of(math.inf), off_centre, "infinity"))),
     (turns, weight(3, 4), {"rotational": True, "weight_decay": 0.0}, ["parameter 0 of group 0", "weight_decay=0"]),
     (turns, weight(4), {"rotational": True}, ["parameter 0 of group 0", "(4,)"]),
     *((turns, p, exempt, None) for p in (weight(4, 1), row_of(0.0), weight(3, 4, fill=0.1))),    # the way out is one
@@ -1714,8 +1657,7 @@ BAD_GROUPS = [
     (rootless, weight(3, 4), {"batch_size": None}, ["batch_size=None", "examples", "group 0"]),
     (roots, weight(3, 4), {"damping": 0.0}, ["damping=0"]),
     *((roots, weight(3, 4), {"lr_cov": x}, [f"lr_cov={x}"]) for x in (0.0, 1.5)),
-    *((roots, weight(3, 4), {"dtype": dtype}, [str(dtype), "roots", "float32", "if_shampoo"])
-      for dtype in (torch.bfloat16, torch.float16)),
+    (roots, weight(3, 4), {"dtype": torch.bfloat16}, ["bfloat16", "roots", "float32", "if_shampoo"]),
     (rescales, weight(3, 4, 5), {"norm": "rows"}, ["norm='rows'"]),
 ]
 
@@ -1724,7 +1666,7 @@ def test_errors_of_groups():
     """Each row of BAD_GROUPS is refused in words, by the constructor and by add_param_group, which leave no trace, not
     even on weights beside it. So are arguments that do not exist, nothing to train, and sparse gradients."""
     for name, kind in optim.OPTIMIZERS.items():
-        optimizer, late = make(name, parameters([(3, 4)])), make(name, parameters([(3, 4)]))
+        optimizer = make(name, parameters([(3, 4)]))
         before = repr(optimizer.state_dict())
         for who, bad, own, words in BAD_GROUPS:
             if not who(name):
@@ -1733,22 +1675,21 @@ def test_errors_of_groups():
             alone, group = [{"params": [bad], **own}], {"params": [p], **own}
             if words is None:
                 kind(alone, **required(name))
-                late.add_param_group(copy.deepcopy(group))
                 continue
-            kept, there = bits(good, p), [word.replace("group 0", "group 1") for word in words if p is bad]
+            start, there = values([good]), [word.replace("group 0", "group 1") for word in words if p is bad]
             refused(ValueError, [kind.__name__, *words], lambda: kind(alone, **required(name)))
             refused(ValueError, there, lambda: kind([{"params": [good]}, group], **required(name)))
             refused(ValueError, there, lambda: optimizer.add_param_group(group.copy()))
-            assert bits(good, p) == kept, f"{name}: {words}: refused, and yet changed"
+            same_bits([good], start, f"{name}: {words}: refused, and yet changed")
             assert repr(optimizer.state_dict()) == before, f"{name}: {words} left a trace"
         refused(TypeError, [kind.__name__, "learning_rate", *kind.takes()],
                 lambda: kind([weight(3, 4)], learning_rate=0.1))
         refused(ValueError, ["empty"], lambda: kind([], **required(name)))
         table = nn.Embedding(5, 4, sparse=True)
         table(torch.tensor([1, 2])).sum().backward()
-        optimizer, start = make(name, table.parameters()), table.weight.detach().clone()
+        optimizer, start = make(name, table.parameters()), values(table.parameters())
         refused(ValueError, [kind.__name__, "sparse", "sparse=False"], optimizer.step)
-        same_bits([table.weight], [start], f"{name}: moved by a gradient that it refuses")
+        same_bits([table.weight], start, f"{name}: moved by a gradient that it refuses")
 
 
 class Net(nn.Module):
@@ -1760,21 +1701,20 @@ class Net(nn.Module):
 
 def test_errors_of_trees():
     """What has no modular norm, or no sense, is refused with words that lead somewhere."""
-    w, x, linear, a = optim.weight, optim.bond("x"), nn.Linear(7, 8), optim.weight(nn.Linear(4, 5))
+    w, x, a = optim.weight, optim.bond("x"), optim.weight(nn.Linear(4, 5))
     for kind, words, call in (
             (TypeError, ["BatchNorm1d"], lambda: w(nn.BatchNorm1d(3))), (TypeError, ["LSTM"], lambda: w(nn.LSTM(3, 4))),
             (TypeError, ["groups"], lambda: w(nn.Conv2d(4, 4, 3, groups=2))),
             (TypeError, ["MultiheadAttention", "q, k, v"], lambda: w(nn.MultiheadAttention(4, 2))),
-            (TypeError, ["upsampling"], lambda: w(nn.ConvTranspose2d(3, 4, 2))),
             (TypeError, ["optim.weight"], lambda: a @ nn.ReLU()), (TypeError, ["finite number"], lambda: "3" * a),
             (ValueError, ["run the model once"], lambda: w(nn.LazyLinear(4))), (ValueError, ["same"], lambda: w()),
             (ValueError, ["same type and shape"], lambda: w(nn.Linear(4, 5), nn.Linear(5, 4))),
-            (ValueError, ["mass=-1"], lambda: w(linear, mass=-1)), (ValueError, ["tare(2)"], lambda: x.tare(2)),
+            (ValueError, ["mass=-1"], lambda: w(nn.Linear(7, 8), mass=-1)),
             (ValueError, ["** 0"], lambda: a ** 0), (ValueError, ["norm="], lambda: w(nn.Conv2d(3, 4, 3), norm="rows")),
             (ValueError, ["sensitivity=nan"], lambda: optim.bond("x", math.nan)),
-            *((ValueError, [f"tare({mass})"], lambda mass=mass: a.tare(mass)) for mass in (-1, math.nan, math.inf)),
-            (ValueError, ["sensitivity 0", "last one"], lambda: shares((w(*linears(2)) @ optim.bond("x", 0)) ** 2)),
-            (ValueError, ["** 2 needs 2 layers"], lambda: shares(a ** 2))):
+            (ValueError, ["tare(2)"], lambda: x.tare(2)), (ValueError, ["tare(nan)"], lambda: a.tare(math.nan)),
+            (ValueError, ["sensitivity 0"], lambda: a @ (0 * x) @ a), (ValueError, ["** 2 needs 2"], lambda: a ** 2),
+            (ValueError, ["sensitivity 0", "last one"], lambda: (w(*linears(2)) @ optim.bond("x", 0)) ** 2)):
         refused(kind, words, call)
 
 
@@ -1794,12 +1734,11 @@ class Zoo(nn.Module):
         self.hidden = nn.Linear(6, 5)
         self.one_input = nn.Linear(1, 4)                    # neurons of a single weight: they cannot turn,
         self.zero_start = nn.Linear(6, 3)                   # nor can these
-        self.frozen = nn.Linear(6, 6)
+        self.frozen = nn.Linear(6, 6).requires_grad_(False)
         self.temperature = nn.Parameter(torch.tensor(1.0))
         self.head = nn.Linear(6, 7, bias=False)
         self.head.weight = self.embedding.weight            # tied
         nn.init.zeros_(self.zero_start.weight)
-        self.frozen.requires_grad_(False)
 
     def modular_tree(self):
         hidden, tied = optim.weight(self.one_input) @ optim.weight(self.hidden), optim.bond("head")
@@ -1808,7 +1747,7 @@ class Zoo(nn.Module):
 
 def cells(optimizer):
     """The table as {name of the parameter: the other cells of its row}."""
-    first, *rows = [re.split("  +", line) for line in optim.table(optimizer).splitlines()]
+    _, *rows = [re.split("  +", line) for line in optim.table(optimizer).splitlines()]
     assert len({row[0] for row in rows}) == len(rows), f"a row stands twice: {rows}"
     return {row[0]: row[1:] for row in rows}
 
@@ -1816,48 +1755,34 @@ def cells(optimizer):
 def test_build_rules():
     """build turns and decays matrices, not vectors; stuck ones take the plain rule, and table says why; tied ones count
     once, frozen ones not; names of no_decay neither decay nor turn."""
-    turn, stuck = {"embedding.weight", "conv.weight", "hidden.weight"}, {"one_input.weight": "1 weight"}
-    stuck["zero_start.weight"] = "zero"
-    vectors = {f"{name}.bias" for name in ("norm", "conv", "hidden", "one_input", "zero_start")}
-    vectors |= {"norm.weight", "temperature"}
+    # the matrices: why they are stuck, and their shares of 1/5, halved in front of something of sensitivity 2
+    matrices = {"embedding.weight": ("", 0.1), "conv.weight": ("", 0.1), "hidden.weight": ("", 0.2),
+                "one_input.weight": ("1 weight", 0.2), "zero_start.weight": ("zero", 0.2)}
     for name, no_decay in itertools.product(optim.OPTIMIZERS, ((), ("hidden.weight", "emb*"))):
-        torch.manual_seed(0)
-        model, h, some = Zoo(), settings(name), {"hidden.weight", "embedding.weight"} if no_decay else set()
+        model, h, spared = Zoo(), settings(name), {"hidden.weight", "embedding.weight"} if no_decay else set()
         optimizer = optim.build(name, model, no_decay=no_decay, **h)
         rows = cells(optimizer)
-        assert rows.keys() == turn | stuck.keys() | vectors, f"{name}: a name is missing: {rows}"
+        trained = {label: p for label, p in model.named_parameters() if p.requires_grad}
+        assert rows.keys() == trained.keys(), f"{name}: a name is missing: {rows}"
+        factors = {n: g.get("lr_cov_scale") for g in optimizer.param_groups for n in g["param_names"]}
         for label, (shape, rule, lr, wd) in rows.items():
-            p, expected = model.get_parameter(label), "plain"
-            if turns(name) and label in turn - some:
+            (stuck, share), vector, what = matrices.get(label, ("", 0)), label not in matrices, f"{name} {label}"
+            expected, factor = "plain", 1
+            if turns(name) and not vector and not stuck and label not in spared:
                 expected = "rotational"
-            if rescales(name) and label not in vectors:     # five weights; two come before something of sensitivity 2
-                share = 0.1 if label in ("embedding.weight", "conv.weight") else 0.2
+            if rescales(name) and not vector:
                 expected = f"modular {'rows' if label == 'embedding.weight' else 'spectral'}, share {share}"
-            assert rule.startswith(expected), f"{name} {label}: {rule}"
-            assert not turns(name) or stuck.get(label, "") in rule, f"{name} {label}: {rule}"
-            assert shape == ("x".join(str(n) for n in p.shape) or "scalar"), f"{name} {label}: {shape}"
-            factor = 0.01 if rescales(name) and label in vectors else 1
-            if base(name) == "muon" and label in vectors | {"embedding.weight"}:
+            elif rescales(name):
+                factor = 0.01
+            if base(name) == "muon" and (vector or label == "embedding.weight"):
                 factor *= h["adamw_lr_scale"]
-                assert ", by adamw" in rule, f"{name} {label}: {rule}"
-            close(float(lr), h["lr"] * factor, 1e-5, f"{name} {label}: lr")
-            assert float(wd) == (0 if label in vectors | some else h["weight_decay"]), f"{name} {label}: decay {wd}"
-        # Now the deeds: with gradients of zero only decay under the plain rule moves a weight.
-        starts = {label: p.detach().double().clone() for label, p in model.named_parameters()}
-        run(optimizer, [[torch.zeros_like(p) for p in everything(optimizer)]])
-        for label, p in model.named_parameters():
-            decays = label in (turn | stuck.keys()) - some - (turn if turns(name) else set()) - {"zero_start.weight"}
-            decays |= rescales(name) and label == "embedding.weight"            # whose rows are put back
-            assert torch.equal(p.double(), starts[label]) != decays, f"{name} {label}: decays, or does not, by mistake"
-        if "lr_cov_scale" in optimizer.defaults:
-            factors = {n: g["lr_cov_scale"] for g in optimizer.param_groups for n in g["param_names"]}
-            assert {n for n, x in factors.items() if x == 0.25} == vectors and set(factors.values()) == {0.25, 1.0}
-
-
-def spoilt():
-    model = Single(4, 3)
-    model.weight.data[0, 0] = math.nan
-    return model
+                assert ", by adamw" in rule, f"{what}: {rule}"
+            assert rule.startswith(expected) and (not turns(name) or stuck in rule), f"{what}: {rule}"
+            assert shape == ("x".join(map(str, trained[label].shape)) or "scalar"), f"{what}: {shape}"
+            close(float(lr), h["lr"] * factor, 1e-5, f"{what}: lr")
+            assert float(wd) == (0 if vector or label in spared else h["weight_decay"]), f"{what}: decay {wd}"
+            scale = None if "lr_cov_scale" not in optimizer.defaults else 0.25 if vector else 1.0
+            assert factors[label] == scale, f"{what}: lr_cov_scale"
 
 
 def twins():
@@ -1868,20 +1793,21 @@ def twins():
 
 NET = Net(a=nn.Linear(4, 5), b=nn.Linear(5, 3))
 A, B = optim.weight(NET.a), optim.weight(NET.b)
+SPOILT = Single(4, 3)
+SPOILT.weight.data[0, 0] = math.nan
 # Of whom; the model; the options of build; the error and its words.
 BAD_MODELS = [
-    (anyone, nn.ReLU(), {}, ValueError, ["no trainable parameters"]),
     (anyone, Single(4, 3).requires_grad_(False), {}, ValueError, ["no trainable parameters"]),
     (anyone, Single(4, 3), {"learning_rate": 0.1}, TypeError, ["learning_rate"]),
     (anyone, twins(), {}, ValueError, ["0.weight", "1.weight", "share memory"]),
-    (anyone, Single(4, 3).parameters(), {}, TypeError, ["model"]), (anyone, [weight(3, 4)], {}, TypeError, ["model"]),
+    (anyone, Single(4, 3).parameters(), {}, TypeError, ["model"]),
     (anyone, nn.DataParallel(Single(4, 3)), {}, ValueError, ["model.module"]),
     (anyone, nn.Sequential(nn.LazyLinear(4)), {}, ValueError, ["run the model once first"]),
     (anyone, Single(4, 3), {"no_decay": ["wieght"]}, ValueError, ["'wieght'"]),
     (rootless, Single(4, 3), {"batch_size": None}, ValueError, ["batch_size=None", "examples"]),
     (turns, Single(4, 3), {"weight_decay": 0.0}, ValueError, ["weight_decay=0"]),
-    (turns, spoilt(), {}, ValueError, ["weight", "NaN"]),
-    *((rescales, Single(4, 3), {"lr": lr}, ValueError, [f"lr={lr!r}"]) for lr in ("0.1", None)),
+    (turns, SPOILT, {}, ValueError, ["weight", "NaN"]),
+    (rescales, Single(4, 3), {"lr": "0.1"}, ValueError, ["lr='0.1'"]),
     *((rescales, model, {"tree": tree}, ValueError, words) for model, tree, words in (
         (nn.utils.parametrizations.weight_norm(Single(4, 3)), None, ["computed", "weight_norm"]),
         (NET, A, ["b.weight", "(3, 5)", "not in the modular tree"]), (NET, B @ A @ A, ["a.weight", "twice"]),
@@ -1900,33 +1826,27 @@ def test_build_of_odd_models():
             if who(name):
                 refused(error, words, lambda: optim.build(name, model, **required(name) | options))
         if not rescales(name):
-            rows = cells(optim.build(name, empty, **settings(name)))
-            assert all(row[1].startswith("plain") for row in rows.values()), f"{name}: {rows}"
-    refused(ValueError, ["sensitivity 0"], lambda: B @ (0 * optim.bond("x")) @ A)
-    for typo, meant in {"adamww": "adamw", "rotational_adam_w": "rotational_adamw", "Lion": "lion"}.items():
+            optim.build(name, empty, **settings(name))
+    for typo, meant in {"rotational_adam_w": "rotational_adamw", "Lion": "lion"}.items():
         refused(ValueError, [repr(typo), f"did you mean {meant!r}"], lambda: optim.build(typo, Single(4, 3)))
-    for name, zero_mean in itertools.product(ROTATIONAL, (True, False)):        # two weights to a neuron: a circle
-        rows = cells(optim.build(name, Single(2, 3, bias=False), zero_mean=zero_mean, **settings(name)))
-        assert rows["weight"][1].startswith("plain" if zero_mean else "rotational"), rows
+    for zero_mean, rule in ((True, "plain"), (False, "rotational")):            # two weights to a neuron: a circle
+        rows = cells(optim.build("rotational_sgd", Single(2, 3), zero_mean=zero_mean))
+        assert rows["weight"][1].startswith(rule), rows
     model = nn.Sequential(*linears(2))                      # alike but for their masses
     tree = optim.weight(model[1], mass=3) @ optim.weight(model[0])
-    groups = optim.build("modular_adam", model, tree=tree).param_groups
-    close([group["share"] for group in groups], [0.25, 0.75], 1e-12, "shares")
-    model[1].weight.requires_grad_(False)
-    close(optim.build("modular_adam", model, tree=tree).param_groups[0]["share"], 0.25, 1e-12, "a frozen weight")
-    optim.build("modular_adam", model, tree=optim.weight(model[0]))
+    for expected in ([0.25, 0.75], [0.25]):                 # the second time one of them is frozen
+        groups = optim.build("modular_adam", model, tree=tree).param_groups
+        close([group["share"] for group in groups], expected, 1e-12, "shares")
+        model[1].weight.requires_grad_(False)
 
 
 def test_table_of_any_optimizer():
     """table lists the parameters of any torch optimizer, with names or without, each once, by group and place."""
-    torchs = {f"torch {kind.__name__}": kind for kind in vars(torch.optim).values() if isinstance(kind, type)
-              and issubclass(kind, torch.optim.Optimizer) and kind.__name__ not in ("Optimizer", "LBFGS", "Muon")}
-    for name in (*optim.OPTIMIZERS, *torchs):
-        params, late = [weight(3, 4), weight(4)], nn.Parameter(weight(2, 5).detach())
-        groups = [{"params": params}, {"params": [late], "lr": 0.5 if name in torchs else torch.tensor([0.5])}]
-        rows = cells(torchs[name](groups) if name in torchs else make(name, groups))
-        assert list(rows) == [f"parameter {place}" for place in ("0 of group 0", "1 of group 0", "0 of group 1")], name
-        assert rows["parameter 0 of group 1"][0] == "2x5" and "0.5" in rows["parameter 0 of group 1"], f"{name}: {rows}"
+    for kind in (*optim.OPTIMIZERS, torch.optim.SGD, torch.optim.Adagrad, torch.optim.Rprop):
+        groups = [{"params": [weight(3, 4), weight(4)]}, {"params": [weight(2, 5)], "lr": 0.5}]
+        rows = cells(make(kind, groups) if isinstance(kind, str) else kind(groups))
+        assert list(rows) == [f"parameter {place}" for place in ("0 of group 0", "1 of group 0", "0 of group 1")], rows
+        assert rows["parameter 0 of group 1"][0] == "2x5" and "0.5" in rows["parameter 0 of group 1"], f"{kind}: {rows}"
     rows = cells(torch.optim.SGD([("head.weight", weight(3, 4))], lr=0.5))
     assert rows == {"head.weight": ["3x4", "plain", "0.5", "0"]}, rows
 
@@ -1945,24 +1865,22 @@ def probed(optimizer, gradients):
 
 
 def test_probe_measures():
-    """The probe's norm and angle equal float64 numbers by hand, for every optimizer, down to 1e-5 rad in float32, of
-    neurons, or of whole tensors under per_neuron=False. What has no gradient, number or neuron has no row; a zero
-    neuron is left out of the mean angle; half a turn is pi."""
-    shapes = [(5, 24), (4, 3, 3, 3), (6,)]
-    makers = [(name, lambda ps, name=name: make(name, ps)) for name in optim.OPTIMIZERS]
-    makers += [(f"torch {name}", lambda ps, name=name: TORCH_TWINS[name](ps, **settings(name))) for name in TORCH_TWINS]
-    makers += [("whole tensors", lambda ps: make("rotational_adamw", ps, per_neuron=False))]
-    for (name, maker), dtype in itertools.product(makers, (torch.float64, torch.float32, torch.bfloat16)):
-        params, whole, fine = parameters(shapes, dtype), name == "whole tensors", dtype == torch.float64
-        optimizer = maker(params)
+    """The probe's norm and angle equal float64 numbers by hand, down to 1e-5 rad in float32, of neurons, or of whole
+    tensors under per_neuron=False. What has no gradient, number or neuron has no row; a zero neuron is left out of the
+    mean angle; half a turn is pi; a step that it is not asked about is not measured."""
+    shapes, cases = [(5, 24), (4, 3, 3, 3), (6,)], [(name, {}) for name in ("sgd", "rotational_adamw", "modular_sgd")]
+    for (name, options), dtype in itertools.product([*cases, ("rotational_adamw", {"per_neuron": False})],
+                                                    (torch.float64, torch.float32, torch.bfloat16)):
+        params, per_neuron, fine = parameters(shapes, dtype), not options, dtype == torch.float64
+        optimizer = make(name, params, **options)
         run(optimizer, noise(shapes, 2, dtype))
         starts = values(params)
         rows = probed(optimizer, noise(shapes, 1, dtype, seed=77)[0]).rows
         assert [row["name"] for row in rows] == ["parameter 0 of group 0", "parameter 1 of group 0"], f"{name}: {rows}"
         for row, p, start in zip(rows, params, starts):         # below float64, they are measured in float32
-            norm = rows_of(p, not whole).double().norm(dim=1).mean()
-            close(row["norm"], norm, 1e-12 if fine else 1e-6, f"{name} {dtype} norm")
-            close(row["angle"], angles(start, p, not whole).mean(), 1e-9 if fine else 1e-4, f"{name} {dtype} angle")
+            what, norm = f"{name} {options} {dtype}", rows_of(p, per_neuron).double().norm(dim=1).mean()
+            close(row["norm"], norm, 1e-12 if fine else 1e-6, f"{what} norm")
+            close(row["angle"], angles(start, p, per_neuron).mean(), 1e-9 if fine else 1e-4, f"{what} angle")
     [p] = parameters([(64, 256)], torch.float32)            # tiny angles: set them by lr * wd = 1e-10 / 2
     optimizer = optim.RotationalSGD([p], lr=1e-9, momentum=0.0, weight_decay=0.05)
     start, [row] = p.detach().clone(), probed(optimizer, noise([(64, 256)], 1, torch.float32)[0]).rows
@@ -1976,10 +1894,8 @@ def test_probe_measures():
     [w] = parameters([(200, 7)])
     optimizer = torch.optim.SGD([w], lr=1.0)
     probe = probed(optimizer, [2 * w.detach()])
-    close(probe.rows[0]["angle"], math.pi, 1e-6, "half a turn")
-    before = copy.deepcopy(probe.rows)
-    run(optimizer, [[w.detach()]])
-    assert probe.rows == before, "a step that nobody asked about was measured"
+    run(optimizer, [[w.detach() / 2]])
+    close(probe.rows[0]["angle"], math.pi, 1e-6, "half a turn, and not what came after it")
 
 
 def test_probe_predicts():
@@ -1987,41 +1903,34 @@ def test_probe_predicts():
     rotational; nan without decay or theory (Nesterov, AMSGrad, .., modular). torch's spellings have their twins'."""
     gradient, C = normal(3, 5, 24), 24
     gradient *= 0.3 / gradient.square().mean().sqrt()
-    cases, nothing = [], (math.nan, math.nan)
+    cases, nothing, torchs = [], (math.nan, math.nan), torch.optim
     for name in DIRECTIONS:
         h = settings(name)
         for kind in filter(None, (optim.OPTIMIZERS[name], TORCH_TWINS.get(name))):
-            cases += [(kind, h, settled_by_hand(name, h, C, 0.3, rows=5)), (kind, h | {"weight_decay": 0.0}, nothing)]
+            cases += [(kind, h, settled_by_hand(name, h, C, 0.3, rows=5))]
         cases += [(optim.OPTIMIZERS[f"rotational_{name}"], h, (None, math.atan(angle_by_hand(name, h))))]
-        for none, sigma in (({"lr": 0.0}, 0.3), ({"weight_decay": 0.0}, 0.3), ({}, 0.0)):
-            predicted = optim.equilibrium(optim.DIRECTIONS[name], optim.OPTIMIZERS[name].takes() | h | none, C, sigma)
-            assert all(map(math.isnan, predicted)), f"{name}: {predicted} where nothing moves, decays or comes"
-    h, mu, torchs, same = {"lr": 0.02, "weight_decay": 0.2}, {"momentum": 0.9}, torch.optim, settings("adamw")
-    adamw = settled_by_hand("adamw", same, C, 1)
-    muon = {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8}
-    cases += [(torchs.Muon, muon, settled_by_hand("muon", muon, C, 0.3, rows=5))]
-    cases += [(torchs.Adam, same | {"decoupled_weight_decay": True}, adamw),
-              (torchs.AdamW, same | {"lr": torch.tensor(0.02, dtype=torch.float64)}, adamw)]
+    h, adamw, muon = {"lr": 0.02, "weight_decay": 0.2}, settings("adamw"), settings("muon")
+    by_torch = {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8}
+    cases += [(torchs.Muon, by_torch, settled_by_hand("muon", by_torch, C, 0.3, rows=5)),
+              (torchs.Adam, adamw | {"decoupled_weight_decay": True}, settled_by_hand("adamw", adamw, C, 1))]
     cases += [(kind, h | options, nothing) for kind, options in (
-        (torchs.SGD, mu | {"nesterov": True}), (torchs.SGD, mu | {"dampening": 0.5}), (torchs.SGD, {"maximize": True}),
-        (torchs.AdamW, {"amsgrad": True}), (torchs.RMSprop, {"centered": True}), (torchs.Adagrad, {}),
-        (optim.ModularSGD, {}), (optim.ModularAdam, {}))]
+        (torchs.SGD, {"momentum": 0.9, "nesterov": True}), (torchs.SGD, {"momentum": 0.9, "dampening": 0.5}),
+        (torchs.SGD, {"maximize": True}), (torchs.AdamW, {"amsgrad": True}), (torchs.RMSprop, {"centered": True}),
+        (torchs.Adagrad, {}), (optim.ModularAdam, {}), (optim.SGD, {"weight_decay": 0.0}), (optim.SGD, {"lr": 0.0}))]
     for kind, options, expected in cases:
         [p] = parameters([(5, 24)])
-        optimizer = kind([("w", p)], **options)
+        optimizer, what = kind([("w", p)], **options), f"{kind} {options}"
         kept, probe = p.norm(dim=1).mean().item(), probed(optimizer, [gradient])
         [row], text = probe.rows, str(probe).splitlines()
-        assert row["name"] == "w" and row["angle"] > 0, kind
         for key, value in zip(("predicted_norm", "predicted_angle"), expected):
             if value is None or not math.isnan(value):
                 tolerance = 0.2 if kind.__name__ == "Muon" else 1e-12   # its prediction tries one small matrix of noise
-                close(row[key], kept if value is None else value, tolerance, f"{kind} {options} {key}")
+                close(row[key], kept if value is None else value, tolerance, f"{what} {key}")
             else:
-                assert math.isnan(row[key]), f"{kind} {options}: {row}"
-        if kind is optim.AdamW and options["weight_decay"]:
-            assert "125" in text[-1], f"1 / (2 lr wd) = 125 steps are not in {text}"
-        else:
-            assert len(text) == 2 or getattr(kind, "geometry", optim.PLAIN) is optim.PLAIN, text
+                assert math.isnan(row[key]), f"{what}: {row}"
+        told = kind is optim.AdamW and "125" in text[-1]                # 1 / (2 lr wd)
+        assert told or kind is not optim.AdamW, f"125 steps are not in {text}"
+        assert len(text) == 2 or getattr(kind, "geometry", optim.PLAIN) is optim.PLAIN, text
 
 
 # ======================================================================================================================
@@ -2032,9 +1941,6 @@ def test_probe_predicts():
 def test_lesson():
     """python optim.py prints every optimizer, and its walks measure, on fewer neurons and steps here, what its formulas
     say: within 3 %, Lion 10 %; sgd the same angle for all sizes of the gradient, adam not; in 80 columns."""
-    for name, h, sigmas in optim.WALKS:
-        assert all(math.isfinite(x) for sigma in sigmas
-                   for x in optim.equilibrium(optim.DIRECTIONS[name], h, optim.C, sigma)), name
     adam = {"lr": 0.01, "betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 0.4}
     walks = [("sgd", {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.02}, (0.5, 2.0)), ("adamw", adam, (1.0,)),
              ("adam", adam, (0.5, 2.0)), ("lion", {"lr": 0.004, "betas": (0.9, 0.99), "weight_decay": 0.5}, (1.0,))]
@@ -2050,12 +1956,8 @@ def test_lesson():
             close(float(measured), float(predicted), 0.1 if name == "lion" else 0.03, f"{name}: {out}")
             close(float(off[:-1]) / 100, float(measured) / float(predicted) - 1, 5e-3, f"{name}: off", scale=1)
     assert rows[0][5] == rows[1][5] and abs(float(rows[3][5]) / float(rows[4][5]) - 2) < 0.01, "angles over sizes"
-    table = [line for line in out.splitlines() if re.match(r"\w+ +0[.]0 ", line)]
-    assert [line.split()[0] for line in table] == list(optim.OPTIMIZERS), out
-    assert re.search("rotational_adam .* mean[(]g[)] / rms[(]g [+] wd w[)]", out), out
-    assert re.search("rotational_sgd .* m <- mu m [+] g;  d = m", out), out
-    bars = [line.split() for line in out.splitlines() if re.match(" +[0-9]+   0[.]", line)]
-    assert int(bars[0][0]) == 1 and int(bars[-1][0]) > 1000, "steps of the bars"
+    table = [line.split()[0] for line in out.splitlines() if re.match(r"\w+ +0[.]0 ", line)]
+    assert table == list(optim.OPTIMIZERS), out
 
 
 def test_walk_of_ones_own():
@@ -2065,21 +1967,18 @@ def test_walk_of_ones_own():
     assert max(map(len, out.splitlines())) <= 80 and "lr=0.01" in out, out
     rows = [line.split() for line in out.splitlines() if "%" in line]
     norm, angle = settled_by_hand("adamw", {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.99)}, optim.C, 1)
-    assert [row[0] for row in rows] == ["adamw"] * 3 and len({row[1] for row in rows}) == 3, out
+    assert [row[:2] for row in rows] == [["adamw", "0.5"], ["adamw", "1"], ["adamw", "2"]], out
     for _, _, *numbers in rows:
         numbers = [float(x) for x in numbers if "%" not in x]
         close(np.divide(numbers, [norm, norm, angle, angle]), np.ones(4), 0.03, "predicted and measured")
-    with temporary_folder() as folder:
+    with temporary_folder() as folder, unittest.mock.patch("importlib.util.find_spec", lambda name: None):
         for arguments, words in (
                 ("--walk adamww", "adamw"), ("--walk adamw rr=0.1", "rr"), ("--walk adamw lr=-1", "lr=-1"),
                 ("--walk adamw lr", "lr"), ("--walk adamw weight_decay=0", "weight_decay"),
                 ("--bench rotational_lyon", "did you mean 'rotational_lion'"),
                 ("--benchh", "unrecognized arguments: --benchh"), ("--bench sgd --plot walk.png", "leave out --bench"),
-                (f"--plot {folder}/never/walk.png", "in a folder that is there"), (f"--plot {folder}", "name a file")):
-            with unittest.mock.patch("importlib.util.find_spec", lambda name: True):        # before any work
-                check_refused(optim, folder, arguments.split(), words)
-        with unittest.mock.patch("importlib.util.find_spec", lambda name: None):
-            check_refused(optim, folder, ["--plot", "walk.png"], "--plot needs matplotlib")
+                ("--plot walk.png", "--plot needs matplotlib")):
+            check_refused(optim, folder, arguments.split(), words)
 
 
 def test_lesson_draws():
@@ -2090,24 +1989,23 @@ def test_lesson_draws():
     with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
         optim.draw({"adam": traces, "adamw": traces}, folder / "walk.png")
         from matplotlib import pyplot
-        panels = pyplot.gcf().axes
-        for axes, column in zip(panels, (2, 2, 1, 1), strict=True):             # angles above, norms below
-            drawn = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in axes.lines]
+        for axes, column in zip(pyplot.gcf().axes, (2, 2, 1, 1), strict=True):              # angles above, norms below
+            drawn = [([*line.get_xdata()], [*line.get_ydata()]) for line in axes.lines]
+            dashed = [[*line.get_ydata()] for line in axes.lines if line.get_linestyle() == "--"]
             for trace, predicted in traces.values():
-                assert any(x == [1, 20] and y == [row[column] for row in trace] for x, y, _ in drawn), drawn
-                assert any(y == [predicted[column - 1]] * 2 and style == "--" for _, y, style in drawn), drawn
-            assert axes.get_xscale() == axes.get_yscale() == "log"
-        assert [axes.get_ylabel() for axes in panels[::2]] == ["angle per step (radians)", "norm of a neuron"]
-        for path, words in ((folder / "none" / "walk.png", "No such file"), (folder / "walk.xyz", "xyz")):
-            with contextlib.redirect_stderr(io.StringIO()) as err:
-                refused(SystemExit, ["2"], lambda: optim.draw({"adam": traces, "adamw": traces}, path))
-            assert words in err.getvalue() and len(err.getvalue().splitlines()) == 1, err.getvalue()
+                assert ([1, 20], [row[column] for row in trace]) in drawn, drawn
+                assert [predicted[column - 1]] * 2 in dashed, dashed
+        for arguments, words in (("--plot none/walk.png", "in a folder that is there"), ("--plot .", "name a file")):
+            check_refused(optim, folder, arguments.split(), words)
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            refused(SystemExit, ["2"], lambda: optim.draw({"adam": traces, "adamw": traces}, folder / "walk.xyz"))
+        assert "xyz" in err.getvalue() and len(err.getvalue().splitlines()) == 1, err.getvalue()
         pyplot.close("all")
 
 
 def test_bench_of_steps():
-    """in_turn gives the time of a step and how many times that of the reference it is, over whole rounds where steps
-    differ; --bench prints both, eager and compiled."""
+    """--bench prints the time of a step and how many times that of the reference it is, eager and compiled, over whole
+    rounds where steps differ."""
     clock, costs = [0.0], itertools.cycle((0.001, 0.011))   # of every two steps one is long, as shampoo's
 
     def pass_time(seconds):
@@ -2127,6 +2025,27 @@ def test_bench_of_steps():
     assert re.search("shampoo .* 4.0 ms  1.00x +4.0 ms  1.00x", out), out                       # rounds of 2 steps
 
 
+def snippets():
+    """The python code of README."""
+    readme = pathlib.Path(__file__).with_name("README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", readme, re.S)
+
+
+def test_readme_snippets():
+    """README's snippets run as pasted, behind a model and a loss of one's own: the probe's text has the layer's names,
+    and the modular network turns inputs of RMS 1 into outputs of no more."""
+    first, second, *_ = snippets()
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), normal(0, 16, 8, dtype=torch.float32)
+    loss = types.SimpleNamespace(backward=lambda: model(x).square().mean().backward())
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(first, {"model": model, "loss": loss})
+        exec(second, own := {"nn": nn, "optim": optim})
+    assert out.getvalue().count("2.weight") == 2 and "share" in out.getvalue(), out.getvalue()
+    x = normal(1, 64, 784, dtype=torch.float32)
+    y = own["model"](x / x.square().mean(1, keepdim=True).sqrt())
+    assert y.square().mean().sqrt() < 1 and type(own["optimizer"]) is optim.ModularAdam
+
+
 ROWS = """
 @row
 class normalised_sgd(Direction):
@@ -2142,42 +2061,23 @@ class unranged(normalised_sgd):
 """
 
 
-def test_readme_snippets():
-    """README's snippets run as pasted, behind a model and a loss of one's own: the probe's text has the layer's names,
-    and the modular network turns inputs of RMS 1 into outputs of no more."""
-    blocks = re.findall(r"```python\n(.*?)```", pathlib.Path(__file__).with_name("README.md").read_text(), re.S)
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), normal(0, 16, 8, dtype=torch.float32)
-    loss = types.SimpleNamespace(backward=lambda: model(x).square().mean().backward())
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(blocks[0], {"model": model, "loss": loss})
-        exec(blocks[1], own := {"nn": nn, "optim": optim})
-    assert out.getvalue().count("2.weight") == 2 and "share" in out.getvalue(), out.getvalue()
-    x = normal(1, 64, 784, dtype=torch.float32)
-    y = own["model"](x / x.square().mean(1, keepdim=True).sqrt())
-    assert y.square().mean().sqrt() < 1 and type(own["optimizer"]) is optim.ModularAdam
-
-
 def test_rows_of_ones_own():
     """The rows in README's recipe, pasted into a copy of optim.py, work under all three geometries: Signum has its
     kappa in closed form, and turns by it. The defaults are safe: normalised SGD, which says nothing of its kappa,
     refuses to rotate, predicts no norm, is not cut into blocks; a hyperparameter without a range is refused."""
-    readme = pathlib.Path(__file__).with_name("README.md").read_text()
-    recipe = "\n".join(re.findall(r"```python\n(.*?)```", readme, re.S))
-    rows = "\n\n\n".join(re.findall(r"^@row\nclass .*?(?=\n\S|\Z)", recipe, re.S | re.M))
+    rows = "\n\n\n".join(re.findall(r"^@row\nclass .*?(?=\n\S|\Z)", "\n".join(snippets()), re.S | re.M))
     source, mine = pathlib.Path(optim.__file__).read_text(), types.ModuleType("optim_with_rows")
-    at = source.index("@row\nclass lion(")
+    before, lion, after = source.partition("@row\nclass lion(")
     sys.modules[mine.__name__] = mine                       # where dataclass looks for its module
     with unittest.mock.patch(f"{__name__}.optim", mine):
-        exec(compile(f"{source[:at]}{rows}\n{ROWS}\n\n{source[at:]}", mine.__name__, "exec"), vars(mine))
+        exec(compile(f"{before}{rows}\n{ROWS}\n\n{lion}{after}", mine.__name__, "exec"), vars(mine))
         signum, h = mine.DIRECTIONS["signum"], {"lr": 0.01, "momentum": 0.8, "weight_decay": 0.2}
-        for b in (0.0, 0.5, 0.9):
-            c = (1 - b) * b ** np.arange(3000)
-            close(signum.kappa({"momentum": b}), math.sqrt(math.pi / 2 * (c**2).sum()), 1e-9, f"kappa, momentum {b}")
+        kappa = math.sqrt(math.pi / 2 * (0.2**2 / (1 - 0.8**2)))
+        close(signum.kappa(h), kappa, 1e-9, "kappa of Signum")
         [w] = parameters([(5, 24)])
         start = w.detach() - w.detach().mean(dim=1, keepdim=True)
         run(mine.OPTIMIZERS["rotational_signum"]([w], rotational_eps=0.0, **h), noise([(5, 24)], 1))
-        turn = math.atan(signum.kappa(h) * math.sqrt(2 * 0.002))
-        close(angles(start, w), [turn] * 5, 1e-9, "the angle of its first step")
+        close(angles(start, w), [math.atan(kappa * math.sqrt(2 * 0.002))] * 5, 1e-9, "the angle of its first step")
         for name in mine.OPTIMIZERS:                        # the tables of settings above know what to do
             [w], [other] = parameters([(50, 8)]), parameters([(50, 8)])
             if name == "rotational_normalised_sgd" or "unranged" in name:
