@@ -542,27 +542,24 @@ def test_worked_example():
 
 def test_exercises():
     """The answers at the end of optim.py: 3 heavy ball, 4 Adam's first step, 5 Signum's kappa, 7 the curvature B s, 8
-    three layers in a row, 9 Newton's step without an inverse."""
+    three layers in a row."""
     def after(name, weights, gradients, **hyper):
         w = nn.Parameter(weights.clone())
         optimizer = optim.OPTIMIZERS[name]([w], **hyper)
         run(optimizer, [[g] for g in gradients])
         return w.detach(), optimizer.state[w]
+
     _, state = after("sgd", W, [G, G], lr=0.1, momentum=0.9, weight_decay=0.5)
     close(state["momentum_buffer"], [[4.625, 3.7], [0.925, 3.7]], 1e-12, "exercise 3")
     for factor in (1, 100):
         close(after("adamw", W, [factor * G], lr=0.1, weight_decay=0.0)[0], [[2.9, 4.0], [1.0, -0.1]], 1e-7, "4")
     close(optim.DIRECTIONS["lion"].kappa({"betas": (0.9, 0.9)}), 0.2875, 5e-5, "exercise 5", scale=1)
-    for mean_over, told, s in ((1, 1, 1), (100, 100, 0.01), (100, 1, 0.01)):
-        _, state = after("rf_rmsprop", 0 * normal(0, 1000), normal(1, 150, 1000) / math.sqrt(mean_over),
-                         batch_size=told, momentum=0.0, alpha=0.9)
-        close(state["square_avg"].mean(), s, 0.05, f"exercise 7: {told} for {mean_over}")
-    p, q, r = map(optim.weight, linears(3, 2))
-    damp = optim.bond("damp", 0.5)
+    for B in (1, 100):
+        _, state = after("rf_rmsprop", 0 * normal(0, 1000), normal(1, 150, 1000) / math.sqrt(B),
+                         batch_size=B, momentum=0.0, alpha=0.9)
+        close(B * state["square_avg"].mean(), 1, 0.05, f"exercise 7: B = {B}")
+    (p, q, r), damp = map(optim.weight, linears(3, 2)), optim.bond("damp", 0.5)
     close(shares(r @ damp @ q @ damp @ p), [4 / 3, 2 / 3, 1 / 3], 1e-12, "exercise 8")
-    [g], h = normal(3, 1), {"damping": 0.1, "lr_cov": 0.2, "update_every": 1, "batch_size": 1}
-    w, state = after("if_shampoo", normal(4, 1), [g.view(1)] * 200, lr=0.0, **h)
-    close(state["K0"] ** 2, [[1 / (g**2 + 0.1)]], 1e-6, "exercise 9")
 
 
 def test_plain_equals_torch():
@@ -590,16 +587,12 @@ def test_plain_equals_torch():
 
 
 def test_defaults_are_the_papers():
-    """Called with parameters alone, those that torch.optim does not have are set as in their papers. A signature shows
-    every argument. state_bytes counts: 4 for each average, 8 for each matrix of a mode."""
-    expected = {
-        "lion": {"lr": 1e-4, "betas": (0.9, 0.99)}, "rf_adamw": {"betas": (0.9, 0.999), "bias_correction": False},
-        "rf_rmsprop": {"alpha": 0.99, "momentum": 0.9}, "modular_adam": {"betas": (0.9, 0.99)},
-        "shampoo": {"momentum": 0.9, "lr_cov": 0.05, "damping": 1e-6, "update_every": 2, "graft": None},
-        "if_shampoo": {"momentum": 0.9, "lr_cov": 0.1, "damping": 1e-4, "riemannian_momentum": 0.5},
-        "rotational_lion": {"weight_decay": 1.0}, "rotational_sgd": {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
-        "rotational_adam": {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True,
-                            "rotational_eps": 1e-8, "weight_decay": 1e-2}}
+    """Those that torch.optim does not have are set as in their papers. A signature shows every argument. state_bytes
+    counts 4 for each average, 8 for each matrix of a mode."""
+    expected = {"lion": {"betas": (0.9, 0.99)}, "rf_rmsprop": {"alpha": 0.99, "momentum": 0.9},
+                "modular_adam": {"betas": (0.9, 0.99)}, "shampoo": {"momentum": 0.9, "damping": 1e-6},
+                "if_shampoo": {"momentum": 0.9, "damping": 1e-4, "riemannian_momentum": 0.5},
+                "rotational_adam": {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True}}
     for name, kind in optim.OPTIMIZERS.items():
         takes = kind.takes()
         assert expected.get(name, {}).items() <= takes.items(), f"{name}: {takes}"
@@ -761,8 +754,8 @@ def test_neurons_keep_norm_and_mean_and_turn_by_the_angle():
 
 
 def test_centring():
-    """Construction removes even a mean of 1e-4 of the norm in float32; what is centred already, rounding and drift
-    included, stays as it is, to the bit, in all four types. add_param_group does the same."""
+    """What is centred, rounding and drift included, is not centred again, to the bit, in all four types; even a mean of
+    1e-4 of the norm in float32 is. add_param_group does the same."""
     for name, dtype in itertools.product(ROTATIONAL, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
         params, late = parameters(TURNING, dtype), parameters(TURNING, dtype)
         optimizer, what = make(name, params), f"{name} {dtype}"
@@ -773,11 +766,11 @@ def test_centring():
             here = values(params)
             make(name, params)
             same_bits(params, here, f"{what}: centred twice, {steps} steps on")
-    [p] = params = parameters([(5, 24)], torch.float32)
-    make("rotational_sgd", params)
-    p.data.add_(1e-4 * p.norm(dim=1, keepdim=True))
-    make("rotational_sgd", params)
-    close(p.double().mean(dim=1) / p.norm(dim=1), np.zeros(5), 1e-6, "mean over norm", scale=1)
+    [p] = parameters([(5, 24)], torch.float32)
+    for _ in range(2):
+        make("rotational_sgd", [p])
+        close(p.double().mean(dim=1) / p.norm(dim=1), np.zeros(5), 1e-6, "mean over norm", scale=1)
+        p.data.add_(1e-4 * p.detach().norm(dim=1, keepdim=True))
 
 
 def test_decay_scheduled_to_zero_freezes():
@@ -800,8 +793,7 @@ def test_decay_scheduled_to_zero_freezes():
 
 
 def test_neurons_that_rest():
-    """A neuron without gradients keeps its bits while the others turn, and turns once gradients come. A gradient too
-    large for its square to be a float32 counts as none, and the next step knows nothing of it."""
+    """A neuron without gradients keeps its bits while the others turn, and turns once gradients come."""
     for name, dtype in itertools.product(ROTATIONAL, (torch.float32, torch.float64)):
         [p], gradients = parameters([(5, 24)], dtype), noise([(5, 24)], 9, dtype)
         for [g] in gradients[:6]:
@@ -812,13 +804,6 @@ def test_neurons_that_rest():
         same_bits([p[3]], [start[3]], f"{name} {dtype}: turned without a gradient")
         run(optimizer, gradients[6:])
         assert angles(start, p).min() > 0.02, f"{name} {dtype}: stuck, or NaN: {angles(start, p)}"
-    ends = []
-    for scale in (1e25, 0.0):                               # an average of NaN would hold the neuron for good
-        [w], gradients = parameters([(6, 5)], torch.float32), noise([(6, 5)], 3, torch.float32)
-        gradients[0][0][2] *= scale
-        run(optim.RotationalSGD([w], lr=0.1, momentum=0, weight_decay=0.01), gradients)
-        ends.append(w)
-    same_bits(ends[:1], ends[1:], "an overflow")
 
 
 def test_weights_that_change_before_their_first_step():
@@ -892,19 +877,6 @@ def test_modular_shares_of_random_trees():
         close(shares(tree), [mass / total / after for mass, after in leaves], 1e-12, repr(tree))
 
 
-def test_modular_shares_of_the_papers_networks():
-    """With T = 2 + mass of the blocks: 1/T at both ends, mass/(T depth), or mass/T and mass/(3T), at every width, L."""
-    for L in (1, 2, 7):
-        gpt = nanogpt_train.ModularGPT(11, L, 2, 8, 4, 0.0)
-        one = [5 / 7] * 3 + [5 / 21] * 3                    # q, k, v; attention's output, up, down
-        close(shares(gpt.modular_tree()), [1 / 7, 1 / 7, *one * L, 1 / 7], 1e-12, f"GPT with {L} blocks")
-        residue = (optim.bond("centre") @ optim.bond("abs") @ optim.weight(*linears(L * 3))) ** 3
-        blocks = (((1 - 1 / L) * optim.bond("x") + 1 / L * residue) ** L).tare(1)
-        mlp = optim.weight(nn.Linear(6, 3)) @ blocks @ optim.weight(nn.Linear(9, 6))
-        close(shares(mlp), [1 / 3, *[1 / 9] * L * 3, 1 / 3], 1e-12, f"ResMLP with {L} blocks of 3")
-        close([mlp.mass, mlp.sensitivity], [3, 1], 1e-12, f"ResMLP with {L} blocks")
-
-
 def test_trees_in_words_and_in_order():
     """M ** L takes the i-th run of every leaf's layers for copy i, nested or not. A tree prints as the expression that
     made it, whatever its bonds are called, and str shows its weights."""
@@ -940,39 +912,27 @@ def test_modular_sizes():
 
 
 def test_power_iteration_survives():
-    """An update orthogonal to the kept vector has its true norm at once, in a matrix as at every kernel position; one
-    that is too large, or no number, does not spoil the vector."""
+    """An update orthogonal to the kept vector has its true norm at once, in a matrix as at every kernel position."""
     hidden, first = (torch.zeros(4, 5, dtype=torch.float64) for _ in "ab")
     first[1, 1] = hidden[2, 0] = 1.0                        # row spaces e_1, which u takes on at once, and e_0
     for kernel in ((), (2,)):                               # a matrix; a convolution, with one u for each position
         one, other = (x.view(4, 5, *[1] * len(kernel)).expand(4, 5, *kernel) for x in (first, hidden))
         w = nn.Parameter(torch.zeros(4, 5, *kernel, dtype=torch.float64))
-        optimizer = optim.ModularSGD([w], lr=1.0, momentum=0.0)
-        run(optimizer, [[one]])
-        before = w.detach().clone()
-        run(optimizer, [[other]])
-        close(w - before, -other * math.sqrt(4 / 5) / math.prod(kernel), 1e-12, "orthogonal to u")
-    [w] = parameters([(4, 5)])
-    optimizer, huge = optim.ModularSGD([w], lr=1.0, momentum=0.0), torch.zeros_like(hidden)
-    run(optimizer, [[hidden]])
-    kept, huge[0] = optimizer.state[w]["u"].clone(), 1e154  # times u it is in range; the square of its norm is not
-    for spoilt in (huge, hidden * math.nan):
-        run(optimizer, [[spoilt]])
-        same_bits([optimizer.state[w]["u"]], [kept], "a gradient that is no number has spoilt u")
+        run(optim.ModularSGD([w], lr=1.0, momentum=0.0), [[one], [other]])
+        expected = -(one + other) * math.sqrt(4 / 5) / math.prod(kernel)
+        close(w, expected, 1e-12, "orthogonal to u")
 
 
 def test_initialise():
     """initialise: singular values sqrt(out/in), for a Conv at each kernel position over k^2; rows of norm sqrt(dim),
     and zeros at padding_idx; in bfloat16, too. A computed weight is refused."""
-    up, down, conv, rows = nn.Linear(3, 12), nn.Linear(12, 3), nn.Conv2d(4, 8, 3), nn.Embedding(9, 5)
-    padded, coarse = nn.Embedding(4, 5, padding_idx=2), nn.Linear(6, 3, dtype=torch.bfloat16)
-    optim.initialise(optim.as_tree(tuple(map(optim.weight, (up, down, conv, rows, padded, coarse)))))
-    singular = [(up.weight, 2.0), (down.weight, 0.5), (coarse.weight, math.sqrt(0.5)),
-                *((position, math.sqrt(2) / 9) for position in conv.weight.flatten(2).unbind(2))]
-    for w, expected in singular:
+    up, down, conv = nn.Linear(3, 12), nn.Linear(12, 3, dtype=torch.bfloat16), nn.Conv2d(4, 8, 3)
+    padded = nn.Embedding(4, 5, padding_idx=2)
+    optim.initialise(optim.as_tree(tuple(map(optim.weight, (up, down, conv, padded)))))
+    positions = [(position, math.sqrt(2) / 9, 1e-5) for position in conv.weight.flatten(2).unbind(2)]
+    for w, expected, tolerance in [(up.weight, 2.0, 1e-5), (down.weight, 0.5, 0.01), *positions]:
         found = np.linalg.svd(w.detach().float().numpy())[1]
-        close(found, np.full_like(found, expected), 0.01 if w.dtype == torch.bfloat16 else 1e-5, f"{tuple(w.shape)}")
-    close(rows.weight.norm(dim=1), np.full(9, math.sqrt(5)), 1e-5, "Embedding")
+        close(found, np.full_like(found, expected), tolerance, f"{tuple(w.shape)}")
     close(padded.weight.norm(dim=1), math.sqrt(5) * np.array([1, 1, 0, 1]), 1e-5, "padding")
     made = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     refused(ValueError, ["initialise", "computed", "weight_norm"], lambda: optim.initialise(optim.weight(made)))
@@ -986,27 +946,26 @@ def test_modular_bound():
     for width, L in ((4, 1), (16, 2), (64, 3), (16, 12)):
         torch.manual_seed(width + L)
         inner, first, last = linears(L, width), *linears(1, 5, width), *linears(1, width, 3)
-        net = nn.ModuleList([first, *inner, last]).double()
+        layers = nn.ModuleList([first, *inner, last]).double()
         block = (1 - 1 / L) * optim.bond("x") + 1 / L * (optim.bond("abs") @ optim.weight(*inner))
         tree = optim.weight(last) @ block ** L @ optim.weight(first)
         optim.initialise(tree)
-        weights = {name: p.detach() for name, p in net.named_parameters()}
-        share_of = dict(zip(weights, shares(tree), strict=True))        # both in the order of the forward pass
+        weights = [layer.weight.detach() for layer in layers]
         x, worst = normal(0, 5), 0.0
         x *= math.sqrt(5) / x.norm()                                    # RMS 1
 
         def function(weights):
-            head, *blocks, tail = weights.values()
+            head, *blocks, tail = weights
             h = head @ x
             for w in blocks:
                 h = (1 - 1 / L) * h + 1 / L * (w @ h).abs()
             return tail @ h
 
         for c in normal(1, 10, 3):
-            slopes, update = torch.func.grad(lambda ws: (c * function(ws)).sum())(weights), {}
-            for name, slope in slopes.items():
-                U, S, V = torch.linalg.svd(slope, full_matrices=False)
-                update[name] = share_of[name] * math.sqrt(slope.shape[0] / slope.shape[1]) * U[:, :1] @ V[:1]
+            slopes, update = torch.func.grad(lambda ws: (c * function(ws)).sum())(weights), []
+            for share, slope in zip(shares(tree), slopes, strict=True):
+                U, _, V = torch.linalg.svd(slope, full_matrices=False)
+                update.append(share * math.sqrt(slope.shape[0] / slope.shape[1]) * U[:, :1] @ V[:1])
             _, change = torch.func.jvp(function, (weights,), (update,))
             worst = max(worst, change.square().mean().sqrt().item())
         assert 0.05 <= worst <= 1 + 1e-9, f"width {width}, {L} blocks: the output changes by {worst}"
@@ -1017,9 +976,8 @@ def test_modular_bound():
 # ======================================================================================================================
 
 def test_shampoo_at_the_limits_of_its_type():
-    """A matrix with eigenvalues from 0 to 10^6 has its roots in float32, and one with infinity or NaN in it gives NaN:
-    neither stops the run. An index without gradient until now has L = 0, so its roots are damping^(-1/4), in a matrix
-    as in a diagonal."""
+    """A matrix with eigenvalues from 0 to 10^6 has its roots in float32. An index without gradient until now has L = 0,
+    so its roots are damping^(-1/4), in a matrix as in a diagonal."""
     here, there = (torch.diag(torch.tensor(x, dtype=torch.float64)) for x in ([1, 0], [0, 1]))
     for max_dim in (2, 1):
         w = weight(2, 2, fill=0.0, dtype=torch.float64)
@@ -1033,10 +991,6 @@ def test_shampoo_at_the_limits_of_its_type():
     w = weight(30, 30, fill=0.0)                            # (s^2 + damping)^(-1/4): d = g / sqrt(s^2 + damping)
     run(optim.Shampoo([w], lr=1.0, momentum=0.0, damping=1e-6, lr_cov=1.0, update_every=1), [[g]])
     close(w.norm(), 1.0, 0.1, "the step")
-    for value in (math.inf, math.nan):                      # where LAPACK is left alone with it, it fails
-        g[0, 0] = value
-        run(optim.Shampoo([w], lr=1.0, momentum=0.0, update_every=1), [[g]] * 2)
-        assert w.isnan().all(), f"a gradient with {value} in it went unnoticed"
 
 
 def test_if_shampoo_refreshes_on_time():
@@ -1110,22 +1064,17 @@ def test_muon_equals_torch():
 
 
 def test_muon_singular_values():
-    """Muon's d has the singular vectors of the gradient, and singular values in [0.6, 1.3] from 0.0015 of its norm
-    upwards, none above 1.3: of noise, a condition of 1e6, 1e-20 in size; zero gives zero. So in bfloat16."""
-    sizes = torch.logspace(0, -6, 10, dtype=torch.float64)
-    spread = torch.linalg.qr(normal(1, 24, 10))[0] @ torch.diag(sizes) @ torch.linalg.qr(normal(2, 10, 10))[0]
-    for what, g in (("noise", normal(0, 24, 10)), ("wide", normal(0, 10, 24)), ("square", normal(1, 16, 16)),
-                    ("condition 1e6", spread), ("tiny", 1e-20 * normal(0, 24, 10))):
-        for dtype, slack in ((torch.float64, 0), (torch.bfloat16, 0.02)):
-            d = optim.orthogonalise(g.to(dtype)).double()
-            U, S, Vh = torch.linalg.svd(g.to(dtype).double(), full_matrices=False)
-            on_modes = U.T @ d @ Vh.T
-            found, felt = on_modes.diagonal(), S / S.norm() > 0.0015
-            assert found[felt].min() > 0.6 - slack and found.max() < 1.3 + slack, f"{what} {dtype}: {found}"
-            close(on_modes, torch.diag(found), 0.3 if dtype == torch.bfloat16 else 1e-4, f"{what} {dtype}", scale=1)
+    """Muon's d has the singular vectors of the gradient, and singular values in [0.68, 1.21] from 0.0015 of its norm
+    upwards, none above; zero gives zero; the figures of the 2 x 2 example."""
+    Q, R = (torch.linalg.qr(normal(seed, 40, 20))[0] for seed in (1, 2))
+    sizes = torch.logspace(0, -6, 20, dtype=torch.float64)
+    d = Q.T @ optim.orthogonalise(1e-9 * Q @ torch.diag(sizes) @ R.T) @ R
+    found, felt = d.diagonal(), sizes / sizes.norm() > 0.0015
+    assert found[felt].min() > 0.68 and 0 < found.min() and found.max() < 1.21, found
+    close(d, torch.diag(found), 1e-9, "singular vectors", scale=1)
     assert optim.orthogonalise(torch.zeros(4, 3)).abs().max() == 0
-    d = optim.orthogonalise(torch.diag(torch.tensor([1.0, 2.0])))
-    close(d.diagonal(), [1.114, 0.689], 1e-3, "the figures beside the 2 x 2 example")
+    example = optim.orthogonalise(torch.diag(torch.tensor([1.0, 2.0])))
+    close(example.diagonal(), [1.114, 0.689], 1e-3, "the figures beside the 2 x 2 example")
 
 
 # ======================================================================================================================
@@ -1223,15 +1172,12 @@ class Trial:
 
     def reload(self, edit=lambda saved: saved, file=through_a_file, order=1):
         """Weights from a file, then an optimizer on them with other settings, then its state: a resumed run."""
+        self.leave(self.states())
         saved = file({"params": values(self.params), "optimizer": self.optimizer.state_dict()})
         self.params = [nn.Parameter(x) for x in saved["params"]]
         options = {key: value for key, value in self.options.items() if key != "dtype"}
         self.optimizer = optim.OPTIMIZERS[self.name](self.named()[::order], **required(self.name), **options)
         self.optimizer.load_state_dict(edit(saved["optimizer"]))
-
-    def handed_over(self):
-        self.leave(self.states())
-        self.reload(file=lambda saved: saved)
 
     def of_torch(self):
         """torch's own checkpoints, which go by the model's names and take a step with lr 0 on a fresh optimizer."""
@@ -1296,8 +1242,15 @@ def by_others(saved):
 
 @contextlib.contextmanager
 def coarse_products():
+    """Fast and coarse matrix products, wherever the hardware has them. A step must have fine ones, all the same."""
+    def update(work, original=optim.update):
+        found = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        assert found == ("ieee", "ieee"), found
+        original(work)
+
     torch.set_float32_matmul_precision("medium")
-    yield
+    with unittest.mock.patch.object(optim, "update", update):
+        yield
     torch.set_float32_matmul_precision("highest")
 
 
@@ -1310,7 +1263,7 @@ SAME = [    # the claim; the step before which it happens; the act; how far off 
     ("a checkpoint before the first step", 0, Trial.reload, 0),
     ("a checkpoint with foreign keys and entries", 1, lambda trial: trial.reload(by_others), 8),
     ("a checkpoint in another order", 1, lambda trial: trial.reload(order=-1), 0),
-    ("a state_dict handed over in memory", 1, Trial.handed_over, 0),
+    ("a state_dict handed over in memory", 1, lambda trial: trial.reload(file=lambda saved: saved), 0),
     ("torch's own checkpoints", 1, Trial.of_torch, 0),
     ("pickle", 1, lambda trial: trial.become(lambda pair: pickle.loads(pickle.dumps(pair))), 0),
     ("deepcopy", 1, lambda trial: trial.become(copy.deepcopy), 0),
@@ -1383,14 +1336,13 @@ def test_standing_still():
     """A step with lr 0 changes no weight of any type, to the bit, on a fresh optimizer and later. Updates of zero turn
     nothing and add nothing, nor do those that are the same for all weights of a neuron; the next ones do."""
     zero = torch.zeros_like
-    rows = [
-        (optim.OPTIMIZERS, {"lr": 0.0}, MIXED, torch.clone),
-        (MODULAR, {"lr": 0.0, "norm": "rows"}, [(6, 5)], torch.clone),
-        *((ROTATIONAL, {"rotational_eps": eps}, TURNING, zero) for eps in (1e-8, 0.0)),
-        (MODULAR, {"weight_decay": 0.0}, TURNING, zero),
-        *((["shampoo"], {"weight_decay": 0.0, "graft": to}, TURNING, zero) for to in ("sgd", "adam")),
-        (["rotational_sgd"], {}, TURNING, lambda g: torch.full_like(g, 0.1)),
-        (["rotational_lion"], {}, TURNING, lambda g: g.abs() + 0.1)]
+    rows = [(optim.OPTIMIZERS, {"lr": 0.0}, MIXED, torch.clone),
+            (MODULAR, {"lr": 0.0, "norm": "rows"}, [(6, 5)], torch.clone),
+            *((ROTATIONAL, {"rotational_eps": eps}, TURNING, zero) for eps in (1e-8, 0.0)),
+            (MODULAR, {"weight_decay": 0.0}, TURNING, zero),
+            (["shampoo"], {"weight_decay": 0.0, "graft": "adam"}, TURNING, zero),
+            (["rotational_sgd"], {}, TURNING, lambda g: torch.full_like(g, 0.1)),
+            (["rotational_lion"], {}, TURNING, lambda g: g.abs() + 0.1)]
     for names, options, shapes, change in rows:
         for name, dtype in itertools.product(names, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
             params, what = parameters(shapes, dtype), f"{name} {options} {dtype}"
@@ -1408,19 +1360,18 @@ def test_standing_still():
 def test_schedulers_drive_it():
     """Schedulers of torch, those that move momentum or beta1 and that end below 0 among them, act as on torch.optim."""
     S = torch.optim.lr_scheduler
-    makers = [lambda o: S.OneCycleLR(o, 0.1, 20), lambda o: S.CyclicLR(o, 0.001, 0.05, 3),
-              lambda o: S.LinearLR(o, end_factor=0, total_iters=4),             # ends at lr = -4e-19
-              lambda o: S.SequentialLR(o, [S.ConstantLR(o), S.StepLR(o, 4)], [3])]
-    for (place, maker), name in itertools.product(enumerate(makers), (*TORCH_TWINS, "rotational_sgd")):
+    makers = {"OneCycleLR": lambda o: S.OneCycleLR(o, 0.1, 20), "CyclicLR": lambda o: S.CyclicLR(o, 0.001, 0.05, 3),
+              "LinearLR": lambda o: S.LinearLR(o, end_factor=0, total_iters=4)}         # ends at lr = -4e-19
+    for kind, name in itertools.product(makers, (*TORCH_TWINS, "rotational_sgd")):
         ours, theirs = parameters(MIXED), parameters(MIXED)
         twin = TORCH_TWINS.get(name, optim.OPTIMIZERS[name])                    # no twin: it runs, at least
         for optimizer in (make(name, ours), twin(theirs, **settings(name))):
-            scheduler = maker(optimizer)
+            scheduler = makers[kind](optimizer)
             for gradients in noise(MIXED, 8):
                 run(optimizer, [gradients])
                 scheduler.step()
         for p, q in zip(ours, theirs):
-            close(p, q, 1e-12, f"{name}, scheduler {place}")
+            close(p, q, 1e-12, f"{name} {kind}")
 
 
 def test_precisions():
@@ -1555,7 +1506,7 @@ def test_data_parallel_replicas():
 
 def test_compiled_equals_eager():
     """compile=True gives the numbers of eager mode under a changing lr, for tensors in blocks, of 0 dims, embeddings,
-    and compiles nothing after the first step; so does torch.compile of a whole training step."""
+    and compiles nothing after the first step."""
     if not any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"])):
         raise Skip("torch.compile needs a C++ compiler: none of $CXX, c++, g++, clang++ was found")
     from torch._dynamo.utils import counters
@@ -1574,12 +1525,6 @@ def test_compiled_equals_eager():
         for p, q in zip(compiled, params):
             close(p, q, 1e-12, name)
         assert 0 < graphs[0] == graphs[-1], f"{name}: compiled again and again, or never: {graphs}"
-    model, twin = network(), network()
-    step, x = torch.compile(train, backend="aot_eager"), [normal(0, 8, 6)]      # all but the code generation
-    step(model, make("rotational_sgd", model.parameters()), x)
-    train(twin, make("rotational_sgd", twin.parameters()), x)
-    for p, q in zip(model.parameters(), twin.parameters()):
-        close(p, q, 1e-12, "a compiled training step")
 
 
 # ======================================================================================================================
@@ -1842,12 +1787,11 @@ def test_build_of_odd_models():
 
 def test_table_of_any_optimizer():
     """table lists the parameters of any torch optimizer, with names or without, each once, by group and place."""
-    for kind in (*optim.OPTIMIZERS, torch.optim.SGD, torch.optim.Adagrad, torch.optim.Rprop):
-        groups = [{"params": [weight(3, 4), weight(4)]}, {"params": [weight(2, 5)], "lr": 0.5}]
-        rows = cells(make(kind, groups) if isinstance(kind, str) else kind(groups))
+    for kind in (optim.SGD, torch.optim.SGD, torch.optim.Rprop):                # the last has no decay
+        rows = cells(kind([{"params": [weight(3, 4), weight(4)]}, {"params": [weight(2, 5)], "lr": 0.5}]))
         assert list(rows) == [f"parameter {place}" for place in ("0 of group 0", "1 of group 0", "0 of group 1")], rows
-        assert rows["parameter 0 of group 1"][0] == "2x5" and "0.5" in rows["parameter 0 of group 1"], f"{kind}: {rows}"
-    rows = cells(torch.optim.SGD([("head.weight", weight(3, 4))], lr=0.5))
+        assert rows["parameter 0 of group 1"][:3] == ["2x5", "plain", "0.5"], f"{kind}: {rows}"
+    rows = cells(torch.optim.SGD([("head.weight", weight(3, 4))], lr=torch.tensor([0.5])))
     assert rows == {"head.weight": ["3x4", "plain", "0.5", "0"]}, rows
 
 
@@ -1868,9 +1812,10 @@ def test_probe_measures():
     """The probe's norm and angle equal float64 numbers by hand, down to 1e-5 rad in float32, of neurons, or of whole
     tensors under per_neuron=False. What has no gradient, number or neuron has no row; a zero neuron is left out of the
     mean angle; half a turn is pi; a step that it is not asked about is not measured."""
-    shapes, cases = [(5, 24), (4, 3, 3, 3), (6,)], [(name, {}) for name in ("sgd", "rotational_adamw", "modular_sgd")]
-    for (name, options), dtype in itertools.product([*cases, ("rotational_adamw", {"per_neuron": False})],
-                                                    (torch.float64, torch.float32, torch.bfloat16)):
+    shapes, whole = [(5, 24), (4, 3, 3, 3), (6,)], {"per_neuron": False}
+    for (name, options), dtype in itertools.product(
+            [("sgd", {}), ("rotational_adamw", {}), ("rotational_adamw", whole)],
+            (torch.float64, torch.float32, torch.bfloat16)):
         params, per_neuron, fine = parameters(shapes, dtype), not options, dtype == torch.float64
         optimizer = make(name, params, **options)
         run(optimizer, noise(shapes, 2, dtype))
@@ -1901,18 +1846,18 @@ def test_probe_measures():
 def test_probe_predicts():
     """The probe predicts the closed-form equilibrium, and says how many steps it takes; kept norm and set angle where
     rotational; nan without decay or theory (Nesterov, AMSGrad, .., modular). torch's spellings have their twins'."""
-    gradient, C = normal(3, 5, 24), 24
+    gradient, C, torchs, nothing = normal(3, 5, 24), 24, torch.optim, (math.nan, math.nan)
     gradient *= 0.3 / gradient.square().mean().sqrt()
-    cases, nothing, torchs = [], (math.nan, math.nan), torch.optim
+    h, adamw = {"lr": 0.02, "weight_decay": 0.2}, settings("adamw")
+    by_torch = h | {"momentum": 0.8}
+    cases = [(torchs.Muon, by_torch, settled_by_hand("muon", by_torch, C, 0.3, rows=5)),
+             (torchs.Adam, adamw | {"decoupled_weight_decay": True}, settled_by_hand("adamw", adamw, C, 1))]
     for name in DIRECTIONS:
-        h = settings(name)
-        for kind in filter(None, (optim.OPTIMIZERS[name], TORCH_TWINS.get(name))):
-            cases += [(kind, h, settled_by_hand(name, h, C, 0.3, rows=5))]
-        cases += [(optim.OPTIMIZERS[f"rotational_{name}"], h, (None, math.atan(angle_by_hand(name, h))))]
-    h, adamw, muon = {"lr": 0.02, "weight_decay": 0.2}, settings("adamw"), settings("muon")
-    by_torch = {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8}
-    cases += [(torchs.Muon, by_torch, settled_by_hand("muon", by_torch, C, 0.3, rows=5)),
-              (torchs.Adam, adamw | {"decoupled_weight_decay": True}, settled_by_hand("adamw", adamw, C, 1))]
+        own = settings(name)
+        cases += [(optim.OPTIMIZERS[name], own, settled_by_hand(name, own, C, 0.3, rows=5)),
+                  (optim.OPTIMIZERS[f"rotational_{name}"], own, (None, math.atan(angle_by_hand(name, own))))]
+        if name in TORCH_TWINS:
+            cases += [(TORCH_TWINS[name], own, settled_by_hand(name, own, C, 0.3))]
     cases += [(kind, h | options, nothing) for kind, options in (
         (torchs.SGD, {"momentum": 0.9, "nesterov": True}), (torchs.SGD, {"momentum": 0.9, "dampening": 0.5}),
         (torchs.SGD, {"maximize": True}), (torchs.AdamW, {"amsgrad": True}), (torchs.RMSprop, {"centered": True}),
@@ -1921,16 +1866,14 @@ def test_probe_predicts():
         [p] = parameters([(5, 24)])
         optimizer, what = kind([("w", p)], **options), f"{kind} {options}"
         kept, probe = p.norm(dim=1).mean().item(), probed(optimizer, [gradient])
-        [row], text = probe.rows, str(probe).splitlines()
         for key, value in zip(("predicted_norm", "predicted_angle"), expected):
-            if value is None or not math.isnan(value):
-                tolerance = 0.2 if kind.__name__ == "Muon" else 1e-12   # its prediction tries one small matrix of noise
-                close(row[key], kept if value is None else value, tolerance, f"{what} {key}")
-            else:
-                assert math.isnan(row[key]), f"{what}: {row}"
-        told = kind is optim.AdamW and "125" in text[-1]                # 1 / (2 lr wd)
-        assert told or kind is not optim.AdamW, f"125 steps are not in {text}"
-        assert len(text) == 2 or getattr(kind, "geometry", optim.PLAIN) is optim.PLAIN, text
+            found, value = probe.rows[0][key], kept if value is None else value
+            if math.isnan(value):
+                assert math.isnan(found), f"{what}: {probe.rows}"
+            else:                                           # Muon's prediction tries one small matrix of noise
+                close(found, value, 0.2 if kind.__name__ == "Muon" else 1e-12, f"{what} {key}")
+        if kind is optim.AdamW:
+            assert "125" in str(probe).splitlines()[-1], f"1 / (2 lr wd) = 125 steps are not in {probe}"
 
 
 # ======================================================================================================================
@@ -1939,34 +1882,31 @@ def test_probe_predicts():
 
 
 def test_lesson():
-    """python optim.py prints every optimizer, and its walks measure, on fewer neurons and steps here, what its formulas
-    say: within 3 %, Lion 10 %; sgd the same angle for all sizes of the gradient, adam not; in 80 columns."""
-    adam = {"lr": 0.01, "betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 0.4}
-    walks = [("sgd", {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.02}, (0.5, 2.0)), ("adamw", adam, (1.0,)),
-             ("adam", adam, (0.5, 2.0)), ("lion", {"lr": 0.004, "betas": (0.9, 0.99), "weight_decay": 0.5}, (1.0,))]
+    """python optim.py prints every optimizer and walk in 80 columns: sgd has one angle for all sizes of the gradient,
+    adam has not, and what is off is measured over predicted."""
     walk = optim.walk
-    with unittest.mock.patch.multiple(optim, WALKS=walks, NEURONS=16, state_bytes=lambda _: 0.0,
-                                      walk=lambda *rest: walk(*rest[:3], rest[3] * 2 // 5)):
+    with unittest.mock.patch.multiple(optim, NEURONS=4, state_bytes=lambda _: 0.0,
+                                      walk=lambda name, h, sigmas, steps: walk(name, h, sigmas, 40)):
         status, out, err = call_main(optim)
     assert status == 0 and not err and max(map(len, out.splitlines())) <= 80, out + err
-    rows = [line.replace("adam + L2", "adam").split() for line in out.splitlines() if re.search("[+-][0-9.]+%", line)]
-    assert [row[0] for row in rows] == ["sgd", "sgd", "adamw", "adam", "adam", "lion", "exact"], out
-    for name, sigma, norm, measured_norm, off_norm, angle, measured_angle, off_angle in rows:
-        for predicted, measured, off in ((norm, measured_norm, off_norm), (angle, measured_angle, off_angle)):
-            close(float(measured), float(predicted), 0.1 if name == "lion" else 0.03, f"{name}: {out}")
-            close(float(off[:-1]) / 100, float(measured) / float(predicted) - 1, 5e-3, f"{name}: off", scale=1)
-    assert rows[0][5] == rows[1][5] and abs(float(rows[3][5]) / float(rows[4][5]) - 2) < 0.01, "angles over sizes"
     table = [line.split()[0] for line in out.splitlines() if re.match(r"\w+ +0[.]0 ", line)]
     assert table == list(optim.OPTIMIZERS), out
+    rows = [line.replace("adam + L2", "adam").split() for line in out.splitlines() if re.search("[+-][0-9.]+%", line)]
+    for name, sigma, *numbers in rows:
+        for predicted, measured, off in (numbers[:3], numbers[3:]):
+            close(1 + float(off[:-1]) / 100, float(measured) / float(predicted), 0.01, f"{name}: off")
+    predicted = {(name, sigma): float(angle) for name, sigma, _, _, _, angle, *_ in rows}
+    assert {name for name, _ in predicted} == {*DIRECTIONS, "exact"} - {"shampoo"}, out
+    assert predicted["sgd", "0.5"] == predicted["sgd", "2"], out
+    close(predicted["adam", "0.5"] / predicted["adam", "2"], 2, 0.01, "adam's angles over sizes")
 
 
 def test_walk_of_ones_own():
-    """--walk prints, for three sizes of the gradient, what is predicted and measured, within 3 %, in 80 columns; what
-    it cannot walk is refused in one line, as are flags, names and files that are none."""
+    """--walk prints, for three sizes of the gradient, what is predicted and measured, within 3 %; what it cannot walk
+    is refused in one line, as are flags, names and files that are none."""
     out = succeed(optim, "--walk", "adamw", "lr=0.01", "weight_decay=0.5", "betas=(0.8,0.99)")
-    assert max(map(len, out.splitlines())) <= 80 and "lr=0.01" in out, out
-    rows = [line.split() for line in out.splitlines() if "%" in line]
     norm, angle = settled_by_hand("adamw", {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.99)}, optim.C, 1)
+    rows = [line.split() for line in out.splitlines() if "%" in line]
     assert [row[:2] for row in rows] == [["adamw", "0.5"], ["adamw", "1"], ["adamw", "2"]], out
     for _, _, *numbers in rows:
         numbers = [float(x) for x in numbers if "%" not in x]
@@ -1975,9 +1915,8 @@ def test_walk_of_ones_own():
         for arguments, words in (
                 ("--walk adamww", "adamw"), ("--walk adamw rr=0.1", "rr"), ("--walk adamw lr=-1", "lr=-1"),
                 ("--walk adamw lr", "lr"), ("--walk adamw weight_decay=0", "weight_decay"),
-                ("--bench rotational_lyon", "did you mean 'rotational_lion'"),
-                ("--benchh", "unrecognized arguments: --benchh"), ("--bench sgd --plot walk.png", "leave out --bench"),
-                ("--plot walk.png", "--plot needs matplotlib")):
+                ("--bench rotational_lyon", "did you mean 'rotational_lion'"), ("--benchh", "unrecognized"),
+                ("--bench sgd --plot a.png", "leave out --bench"), ("--plot a.png", "--plot needs matplotlib")):
             check_refused(optim, folder, arguments.split(), words)
 
 
@@ -1990,16 +1929,12 @@ def test_lesson_draws():
         optim.draw({"adam": traces, "adamw": traces}, folder / "walk.png")
         from matplotlib import pyplot
         for axes, column in zip(pyplot.gcf().axes, (2, 2, 1, 1), strict=True):              # angles above, norms below
-            drawn = [([*line.get_xdata()], [*line.get_ydata()]) for line in axes.lines]
-            dashed = [[*line.get_ydata()] for line in axes.lines if line.get_linestyle() == "--"]
+            drawn = [([*line.get_ydata()], line.get_linestyle()) for line in axes.lines]
             for trace, predicted in traces.values():
-                assert ([1, 20], [row[column] for row in trace]) in drawn, drawn
-                assert [predicted[column - 1]] * 2 in dashed, dashed
-        for arguments, words in (("--plot none/walk.png", "in a folder that is there"), ("--plot .", "name a file")):
-            check_refused(optim, folder, arguments.split(), words)
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            refused(SystemExit, ["2"], lambda: optim.draw({"adam": traces, "adamw": traces}, folder / "walk.xyz"))
-        assert "xyz" in err.getvalue() and len(err.getvalue().splitlines()) == 1, err.getvalue()
+                assert [row[column] for row in trace] in [y for y, _ in drawn], drawn
+                assert ([predicted[column - 1]] * 2, "--") in drawn, drawn
+        for file, words in (("none/walk.png", "in a folder that is there"), (".", "name a file")):
+            check_refused(optim, folder, ["--plot", file], words)
         pyplot.close("all")
 
 
@@ -2020,9 +1955,8 @@ def test_bench_of_steps():
     with unittest.mock.patch.multiple(
             optim, gpt2_parameters=lambda *_: small, in_turn=lambda step, reference, count: (4.0, 0.5 * count),
             update_compiled=optim.update):
-        out = succeed(optim, "--bench", "adamw", "shampoo")
-    assert re.search("adamw +8.0 B/weight +4.0 ms  0.50x +4.0 ms  0.50x", out), out
-    assert re.search("shampoo .* 4.0 ms  1.00x +4.0 ms  1.00x", out), out                       # rounds of 2 steps
+        out = succeed(optim, "--bench", "shampoo")
+    assert re.search("shampoo +20.0 B/weight +4.0 ms  1.00x +4.0 ms  1.00x", out), out          # rounds of 2 steps
 
 
 def snippets():
