@@ -668,7 +668,7 @@ def test_random_walks_settle_where_theory_says():
 # ======================================================================================================================
 
 
-def test_neurons_keep_norm_and_mean_and_turn_by_the_angle():
+def test_rotational_neurons_keep_norm_and_mean_and_turn_by_the_angle():
     """In float32 neurons keep their norm and a mean of zero, to 1e-5; one that was rescaled and shifted gets its norm
     back in one step. The first step turns by exactly arctan(eta_r); all do so if update_norm_decay_factor is 0."""
     for name, per_neuron, factor in itertools.product(ROTATIONAL, (True, False), (0.0, 0.9)):
@@ -892,6 +892,7 @@ def test_modular_bound():
 # ======================================================================================================================
 # Matrices: muon, shampoo, if_shampoo
 # ======================================================================================================================
+
 
 def test_shampoo_at_the_limits_of_its_type():
     """A matrix with eigenvalues from 0 to 10^6 has its roots in float32. An index without gradient until now has L = 0,
@@ -1582,26 +1583,19 @@ def test_errors_of_trees():
 # ======================================================================================================================
 
 
-class Zoo(nn.Module):
-    """One of everything that a model may hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(7, 6)
-        self.conv = nn.Conv2d(2, 4, 3)
-        self.norm = nn.LayerNorm(6)
-        self.hidden = nn.Linear(6, 5)
-        self.one_input = nn.Linear(1, 4)                    # neurons of a single weight: they cannot turn,
-        self.zero_start = nn.Linear(6, 3)                   # nor can these
-        self.frozen = nn.Linear(6, 6).requires_grad_(False)
-        self.temperature = nn.Parameter(torch.tensor(1.0))
-        self.head = nn.Linear(6, 7, bias=False)
-        self.head.weight = self.embedding.weight            # tied
-        nn.init.zeros_(self.zero_start.weight)
-
-    def modular_tree(self):
-        hidden, tied = optim.weight(self.one_input) @ optim.weight(self.hidden), optim.bond("head")
-        return tied @ (optim.weight(self.zero_start), hidden) @ (optim.weight(self.embedding), optim.weight(self.conv))
+def zoo():
+    """A model with one of everything that a model may hold."""
+    model = Net(embedding=nn.Embedding(7, 6), conv=nn.Conv2d(2, 4, 3), norm=nn.LayerNorm(6), hidden=nn.Linear(6, 5),
+                one_input=nn.Linear(1, 4),                  # neurons of a single weight: they cannot turn,
+                zero_start=nn.Linear(6, 3),                 # nor can these
+                frozen=nn.Linear(6, 6).requires_grad_(False), temperature=nn.Parameter(torch.tensor(1.0)),
+                head=nn.Linear(6, 7, bias=False))
+    model.head.weight = model.embedding.weight              # tied
+    nn.init.zeros_(model.zero_start.weight)
+    leaves = map(optim.weight, (model.zero_start, model.one_input, model.hidden, model.embedding, model.conv))
+    zero_start, one_input, hidden, embedding, conv = leaves
+    model.modular_tree = lambda: optim.bond("head") @ (zero_start, one_input @ hidden) @ (embedding, conv)
+    return model
 
 
 def cells(optimizer):
@@ -1618,7 +1612,7 @@ def test_build_rules():
     matrices = {"embedding.weight": ("", 0.1), "conv.weight": ("", 0.1), "hidden.weight": ("", 0.2),
                 "one_input.weight": ("1 weight", 0.2), "zero_start.weight": ("zero", 0.2)}
     for name, no_decay in itertools.product(optim.OPTIMIZERS, ((), ("hidden.weight", "emb*"))):
-        model, h, spared = Zoo(), settings(name), {"hidden.weight", "embedding.weight"} if no_decay else set()
+        model, h, spared = zoo(), settings(name), {"hidden.weight", "embedding.weight"} if no_decay else set()
         optimizer = optim.build(name, model, no_decay=no_decay, **h)
         rows = cells(optimizer)
         trained = {label: p for label, p in model.named_parameters() if p.requires_grad}
@@ -1815,7 +1809,7 @@ def test_lesson():
     close(predicted["adam", "0.5"] / predicted["adam", "2"], 2, 0.01, "adam's angles over sizes")
 
 
-def test_walk_of_ones_own():
+def test_walks_of_ones_own():
     """--walk prints, for three sizes of the gradient, what is predicted and measured, within 3 %; what it cannot walk
     is refused in one line, as are flags, names and files that are none."""
     out = succeed(optim, "--walk", "adamw", "lr=0.01", "weight_decay=0.5", "betas=(0.8,0.99)")
