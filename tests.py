@@ -830,15 +830,20 @@ def test_modular_sizes():
 
 
 def test_power_iteration_survives():
-    """An update orthogonal to the kept vector has its true norm at once, in a matrix as at every kernel position."""
-    hidden, first = (torch.zeros(4, 5, dtype=torch.float64) for _ in "ab")
-    first[1, 1] = hidden[2, 0] = 1.0                        # row spaces e_1, which u takes on at once, and e_0
+    """For an update orthogonal to the kept vector the Frobenius norm stands in at once, and soon its spectral norm is
+    found, in a matrix as at every kernel position."""
+    first, hidden = (torch.zeros(4, 5, dtype=torch.float64) for _ in "ab")
+    first[1, 1], hidden[2, 0], hidden[3, 2] = 1.0, 1.0, 0.5             # u takes on e_1 at once
     for kernel in ((), (2,)):                               # a matrix; a convolution, with one u for each position
         one, other = (x.view(4, 5, *[1] * len(kernel)).expand(4, 5, *kernel) for x in (first, hidden))
-        w = nn.Parameter(torch.zeros(4, 5, *kernel, dtype=torch.float64))
-        run(optim.ModularSGD([w], lr=1.0, momentum=0.0), [[one], [other]])
-        expected = -(one + other) * math.sqrt(4 / 5) / math.prod(kernel)
-        close(w, expected, 1e-12, "orthogonal to u")
+        w, scale = nn.Parameter(0 * one), math.sqrt(4 / 5) / math.prod(kernel)
+        optimizer = optim.ModularSGD([w], lr=1.0, momentum=0.0)
+        run(optimizer, [[one], [other]])
+        close(w, -scale * (one + other / math.sqrt(1.25)), 1e-12, f"{kernel}: at once")
+        run(optimizer, [[other]] * 30)
+        before = w.detach().clone()
+        run(optimizer, [[other]])
+        close(w - before, -scale * other, 1e-12, f"{kernel}: soon")
 
 
 def test_initialise():
