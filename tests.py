@@ -388,8 +388,8 @@ def plain_by_hand(name, w, gradients, lrs, h):
 
 
 def angle_by_hand(name, h):
-    """The average rotation per step, kappa sqrt(2 lr gain wd): kappa = sqrt(sum c_k^2) / sum c_k and gain = sum c_k come
-    from the weights c_k with which one gradient enters the updates that follow (averages have a gain of 1)."""
+    """The average rotation per step, kappa sqrt(2 lr gain wd). With c_k, the weights with which one gradient enters the
+    updates that follow, kappa = sqrt(sum c_k^2) / sum c_k and gain = sum c_k (of averages: 1)."""
     name, k, mu, (b1, b2) = base(name), np.arange(20_000), h.get("momentum", 0.0), h.get("betas", (0.0, 0.0))
     if name in HEAVY_BALL:
         c = mu**k
