@@ -246,34 +246,30 @@ class DirectionByHand:
 
     def __call__(self, g, l2=0, only_v=False):
         self.t += 1
-        h, t, x, mu = self.h, self.t, g + l2, self.h.get("momentum")
-        b1, b2 = h.get("betas", (mu, h.get("alpha", 0.0)))
+        h, t, x = self.h, self.t, g + l2
+        b1, b2 = h.get("betas", (h.get("momentum"), h.get("alpha", 0.0)))
         if self.name in ("modular_sgd", "modular_adam"):    # averages that start warm, at the first gradient
             self.m = self.m + (1 - b1) ** ((t - 1) / t) * (g - self.m)
             self.v = self.v + (1 - b2) ** ((t - 1) / t) * (g * g - self.v)
             return self.m if self.name == "modular_sgd" else \
                 np.divide(self.m, np.sqrt(self.v), out=np.zeros_like(self.m), where=self.v > 0)
-        if self.name == "sgd":
-            self.m = mu * self.m + x
-            return self.m
-        if self.name == "rmsprop":
-            self.v = b2 * self.v + (1 - b2) * x**2
-            self.m = mu * self.m + x / (np.sqrt(self.v) + h.get("eps", 1e-8))
-            return self.m
-        if self.name == "rf_rmsprop":                       # the decay joins after the division
-            self.v = b2 * self.v + (1 - b2) * g**2
-            self.m = mu * self.m + g / (h["batch_size"] * self.v + h["eps"]) + l2
-            return self.m
         if self.name == "lion":
             d = np.sign(b1 * self.m + (1 - b1) * g)
             self.m = b2 * self.m + (1 - b2) * g
             return d
+        self.v = b2 * self.v + (1 - b2) * (g if self.name.startswith("rf_") else x) ** 2
+        if self.name in HEAVY_BALL:
+            if self.name == "rmsprop":
+                x = x / (np.sqrt(self.v) + h.get("eps", 1e-8))
+            if self.name == "rf_rmsprop":                   # the decay joins after the division
+                x = g / (h["batch_size"] * self.v + h["eps"]) + l2
+            self.m = b1 * self.m + x
+            return self.m
+        self.m = b1 * self.m + (1 - b1) * (g if only_v or self.name == "rf_adamw" else x)
         if self.name == "rf_adamw":
-            self.m, self.v = b1 * self.m + (1 - b1) * g, b2 * self.v + (1 - b2) * g**2
             c1, c2 = (1 - b1**t, 1 - b2**t) if h.get("bias_correction") else (1, 1)
             return self.m / c1 / (h["batch_size"] * self.v / c2 + h["eps"])
         assert self.name in ("adam", "adamw"), f"no transcription of {self.name}"
-        self.m, self.v = b1 * self.m + (1 - b1) * (g if only_v else x), b2 * self.v + (1 - b2) * x**2
         return self.m / (1 - b1**t) / (np.sqrt(self.v / (1 - b2**t)) + h.get("eps", 1e-8))
 
 
@@ -392,19 +388,21 @@ def plain_by_hand(name, w, gradients, lrs, h):
 
 
 def angle_by_hand(name, h):
-    """The average rotation per step (table 1 of the rotational equilibrium paper), written out for each optimizer."""
-    product = h["lr"] * h["weight_decay"]
-    if base(name) in HEAVY_BALL:
-        return math.sqrt(2 * product / (1 + h["momentum"]))
-    if base(name) == "muon":                                # c_j of x = (1-mu) g + mu m, or of m; they add up to 1
-        c = (1 - h["momentum"]) * h["momentum"] ** np.arange(3000)
+    """The average rotation per step, kappa sqrt(2 lr gain wd). With c_k, the weights with which one gradient enters the
+    updates that follow, kappa = sqrt(sum c_k^2) / sum c_k and gain = sum c_k (of averages: 1)."""
+    name, k, mu, (b1, b2) = base(name), np.arange(20_000), h.get("momentum", 0.0), h.get("betas", (0.0, 0.0))
+    if name in HEAVY_BALL:
+        c = mu**k
+    elif name == "muon":                                    # of x = (1-mu) g + mu m, or of m
+        c = (1 - mu) * mu**k
         if h.get("nesterov", True):
-            c = h["momentum"] * c + (1 - h["momentum"]) * (np.arange(3000) == 0)
-        return math.sqrt(2 * product * (c**2).sum())
-    b1, b2 = h["betas"]
-    if base(name) == "lion":
-        return math.sqrt(math.pi * product * ((1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)))
-    return math.sqrt(2 * product * (1 - b1) / (1 + b1))
+            c = mu * c + (1 - mu) * (k == 0)
+    elif name == "lion":                                    # of the average inside; then what the sign takes away
+        c = math.sqrt(math.pi / 2) * np.where(k == 0, 1 - b1, b1 * (1 - b2) * b2 ** (k - 1.0))
+    else:
+        c = (1 - b1) * b1**k
+    gain = c.sum() if name in HEAVY_BALL else 1
+    return math.sqrt((c**2).sum()) / gain * math.sqrt(2 * h["lr"] * gain * h["weight_decay"])
 
 
 def rotational_by_hand(name, w, gradients, lrs, h):
@@ -440,17 +438,18 @@ def modular_by_hand(name, w, gradients, lrs, h):
     for g, lr in zip(gradients, lrs):
         d = direction(g)
         if h.get("norm") == "rows":
+            length = h.get("scale") or math.sqrt(n_in)
             for i in range(n_out):
                 size = np.sqrt((d[i] ** 2).sum())
-                w[i] -= lr * share * math.sqrt(n_in) * d[i] / size if size else 0
-                w[i] *= math.sqrt(n_in) / np.sqrt((w[i] ** 2).sum()) if lr else 1
+                w[i] -= lr * share * length * d[i] / size if size else 0
+                w[i] *= length / np.sqrt((w[i] ** 2).sum()) if lr else 1
         else:
+            scale = h.get("scale") or math.sqrt(n_out / n_in) / np.prod(kernel, initial=1)
             for at in np.ndindex(kernel):
                 D = d[(..., *at)]
                 left = D @ u[(..., *at)]
                 u[(..., *at)] = D.T @ (left / np.linalg.norm(left))
-                w[(..., *at)] -= lr * share * math.sqrt(n_out / n_in) / np.prod(kernel, initial=1) * D \
-                    / np.linalg.norm(u[(..., *at)])
+                w[(..., *at)] -= lr * share * scale * D / np.linalg.norm(u[(..., *at)])
             w *= 1 - lr * share * h["weight_decay"]
         yield w.copy()
 
@@ -492,21 +491,19 @@ def test_every_optimizer_equals_its_transcription():
         known, r = optim.OPTIMIZERS[name].takes(), random.Random(f"{name} {case}")
         sizes = (1, 3, 5) if name == "modular_lion" else (1, 2, 3, 4, 5)        # signs cancel in even numbers
         shapes = [tuple(r.choice(sizes) for _ in range(dims)) for dims in (r.randint(0, 1), 2, 2, 3, r.randint(3, 5))]
-        drawn = {"momentum": r.choice([0.0, r.uniform(0, 0.95)]), "betas": (r.uniform(0, 0.95), r.uniform(0.5, 0.999)),
-                 "alpha": r.uniform(0.5, 0.99), "eps": 10 ** r.uniform(-8, -1), "weight_decay": r.uniform(0, 0.5),
-                 "batch_size": r.choice([0.5, 1, 100]), "bias_correction": r.random() < 0.5,
-                 "damping": 10 ** r.uniform(-3, 0), "lr_cov": r.uniform(0.01, 0.5),
-                 "update_every": r.choice([1, 3, 10]), "riemannian_momentum": r.uniform(0, 0.9), "seed": case,
-                 "max_dim": r.choice([0, 3, 2048]), "graft": r.choice([None, "sgd", "adam"]),
-                 "zero_mean": r.random() < 0.5,
-                 "nesterov": r.random() < 0.5, "adjust": r.choice(["original", "match_rms_adamw"]),
-                 "adamw_lr_scale": r.random(), "per_neuron": r.random() < 0.5,
-                 "update_norm_decay_factor": r.choice([0.0, r.random()])}
-        h, own = {key: value for key, value in drawn.items() if key in known}, {}
+        h = {"momentum": r.choice([0.0, r.uniform(0, 0.95)]), "betas": (r.uniform(0, 0.95), r.uniform(0.5, 0.999)),
+             "alpha": r.uniform(0.5, 0.99), "eps": 10 ** r.uniform(-8, -1), "weight_decay": r.uniform(0, 0.5),
+             "batch_size": r.choice([0.5, 1, 100]), "damping": 10 ** r.uniform(-3, 0), "lr_cov": r.uniform(0.01, 0.5),
+             "update_every": r.choice([1, 3, 10]), "riemannian_momentum": r.uniform(0, 0.9), "seed": case,
+             "max_dim": r.choice([0, 3, 2048]), "graft": r.choice([None, "sgd", "adam"]),
+             "adjust": r.choice(["original", "match_rms_adamw"]), "adamw_lr_scale": r.random(),
+             "update_norm_decay_factor": r.choice([0.0, r.random()])}
+        h |= {key: r.random() < 0.5 for key in ("zero_mean", "nesterov", "per_neuron", "bias_correction")}
+        h, own = {key: value for key, value in h.items() if key in known}, {}
         for i, shape in enumerate(shapes):
             drawn = {"weight_decay": r.choice([0.0, 0.3]), "lr_cov_scale": r.choice([0.25, 2.0]), "share": r.random(),
                      "norm": r.choice(["spectral", "rows"]) if len(shape) == 2 else "spectral",
-                     "use_muon": r.random() < 0.5}
+                     "scale": r.choice([None, 3.0]), "use_muon": r.random() < 0.5}
             own[i] = {key: value for key, value in drawn.items() if key in known and r.random() < 0.5}
             if turns(name) and len(shape) > 1 and (math.prod(shape[h["per_neuron"]:]) < 2 + h["zero_mean"] or i == 2):
                 own[i]["rotational"] = False
@@ -523,12 +520,10 @@ def test_every_optimizer_equals_its_transcription():
 # One step with pencil and paper, sgd and the plain rule, Adam's family, Lion
 # ======================================================================================================================
 
-W = torch.tensor([[3.0, 4.0], [1.0, 0.0]], dtype=torch.float64)         # the weight and the gradient of the first page
-G = torch.tensor([[1.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
-
 
 def test_worked_example():
     """W = [[3, 4], [1, 0]], g = [[1, 0], [0, 2]], lr 0.1, decay 0.5, not centred: the numbers of the first page."""
+    W, G = (torch.tensor(x, dtype=torch.float64) for x in ([[3, 4], [1, 0]], [[1, 0], [0, 2]]))
     for name, options, steps, printed in (
             ("sgd", {}, 1, [[2.75, 3.8], [0.95, -0.2]]), ("modular_sgd", {}, 60, [[2.8025, 3.8], [0.95, -0.095]]),
             ("rotational_sgd", {"zero_mean": False}, 1, [[1.6543, 4.7184], [0.9535, -0.3015]])):
@@ -540,141 +535,50 @@ def test_worked_example():
         close(w, printed, 5e-5, name, scale=1)
 
 
-def test_exercises():
-    """The answers at the end of optim.py: 3 heavy ball, 4 Adam's first step, 5 Signum's kappa, 7 the curvature B s, 8
-    three layers in a row, 9 Newton's step without an inverse."""
-    def after(name, weights, gradients, **hyper):
-        w = nn.Parameter(weights.clone())
-        optimizer = optim.OPTIMIZERS[name]([w], **hyper)
-        run(optimizer, [[g] for g in gradients])
-        return w.detach(), optimizer.state[w]
-    _, state = after("sgd", W, [G, G], lr=0.1, momentum=0.9, weight_decay=0.5)
-    close(state["momentum_buffer"], [[4.625, 3.7], [0.925, 3.7]], 1e-12, "exercise 3")
-    for factor in (1, 100):
-        close(after("adamw", W, [factor * G], lr=0.1, weight_decay=0.0)[0], [[2.9, 4.0], [1.0, -0.1]], 1e-7, "4")
-    close(optim.DIRECTIONS["lion"].kappa({"betas": (0.9, 0.9)}), 0.2875, 5e-5, "exercise 5", scale=1)
-    for mean_over, told, s in ((1, 1, 1), (100, 100, 0.01), (100, 1, 0.01)):
-        _, state = after("rf_rmsprop", 0 * normal(0, 1000), normal(1, 150, 1000) / math.sqrt(mean_over),
-                         batch_size=told, momentum=0.0, alpha=0.9)
-        close(state["square_avg"].mean(), s, 0.05, f"exercise 7: {told} for {mean_over}")
-    p, q, r = map(optim.weight, linears(3, 2))
-    damp = optim.bond("damp", 0.5)
-    close(shares(r @ damp @ q @ damp @ p), [4 / 3, 2 / 3, 1 / 3], 1e-12, "exercise 8")
-    [g], h = normal(3, 1), {"damping": 0.1, "lr_cov": 0.2, "update_every": 1, "batch_size": 1}
-    w, state = after("if_shampoo", normal(4, 1), [g.view(1)] * 200, lr=0.0, **h)
-    close(state["K0"] ** 2, [[1 / (g**2 + 0.1)]], 1e-6, "exercise 9")
-
-
 def test_plain_equals_torch():
-    """SGD, Adam, AdamW, RMSProp equal torch.optim to 1e-11, for all shapes and options, at their default lr, under a
+    """SGD, Adam, AdamW, RMSProp equal torch.optim to 1e-11, for all shapes, by default and with options, under a
     schedule that starts at 0, and with lr, decay, momentum, betas, alpha and eps edited by hand in mid-run."""
-    cases = {
-        "sgd": [{}, {"momentum": 0.9}, {"weight_decay": 0.1}, {"momentum": 0.8, "weight_decay": 0.3}],
-        "adam": [{}, {"weight_decay": 0.3}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1},
-                 {"betas": (0.0, 0.99)}],
-        "adamw": [{}, {"weight_decay": 0.0}, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.5}],
-        "rmsprop": [{}, {"weight_decay": 0.3}, {"alpha": 0.9, "eps": 1e-3, "momentum": 0.9},
-                    {"alpha": 0.5, "momentum": 0.5, "weight_decay": 0.1}]}
+    cases = [("sgd", {}), ("sgd", {"momentum": 0.8, "weight_decay": 0.3}), ("adam", {}), ("adamw", {}),
+             *((name, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}) for name in ("adam", "adamw")),
+             ("rmsprop", {}), ("rmsprop", {"alpha": 0.9, "eps": 1e-3, "momentum": 0.9, "weight_decay": 0.1})]
     edits = [{"lr": 0.1}, {"weight_decay": 0.7}, {"weight_decay": 0}, {"momentum": 0.1, "betas": (0.0, 0.5)},
              {"momentum": 0.95, "betas": (0.95, 0.9)}, {"alpha": 0.3, "eps": 0.1, "lr": 0}]
     gradients = noise(SHAPES, 24)
-    for name, hyper in ((name, hyper) for name in cases for hyper in cases[name]):
+    for name, hyper in cases:
         ours, theirs = parameters(SHAPES), parameters(SHAPES)
         for optimizer in (optim.OPTIMIZERS[name](ours, **hyper), TORCH_TWINS[name](theirs, **hyper)):
             run(optimizer, gradients[:4])
             run(optimizer, gradients[4:12], [0.06 * math.sin(t / 5) ** 2 for t in range(8)])
             for t, edit in enumerate(edits):
                 own = {key: x for key, x in edit.items() if key in optimizer.defaults}
-                if name == "rmsprop" and not hyper.get("momentum"):
+                if name == "rmsprop" and not hyper:
                     own.pop("momentum", None)               # torch's has no buffer then, and fails
                 optimizer.param_groups[0].update(own)
                 run(optimizer, gradients[12 + 2 * t:14 + 2 * t])
-        for p, q, start in zip(ours, theirs, parameters(SHAPES)):
+        for p, q in zip(ours, theirs):
             close(p, q, 1e-11, f"{name} {hyper} {tuple(p.shape)}")
-            assert not torch.equal(p, start), f"{name}: nothing moved"
 
 
 def test_defaults_are_the_papers():
-    """Called with parameters alone, the others have these settings, their factors the same, and state as documented."""
-    root_free, shampoo = {"weight_decay": 0.0, "momentum": 0.9}, {"max_dim": 2048, "dtype": None}
-    turning = {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True, "rotational_eps": 1e-8,
-               "rotational": None}
-    adam = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
-    muon = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "adjust": "original", "dtype": None,
-            "betas": (0.9, 0.999), "eps": 1e-8, "adamw_lr_scale": 0.1, "use_muon": True}
-    modular = {"lr": 0.25, "weight_decay": 0.0, "share": 1.0, "norm": "spectral", "scale": None, "seed": 0}
-    expected = {
-        "lion": {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 0.0},
-        "rf_rmsprop": root_free | {"lr": 1e-2, "alpha": 0.99, "eps": 1e-4, "batch_size": None},
-        "rf_adamw": adam | {"eps": 1e-4, "bias_correction": False, "batch_size": None},
-        "shampoo": root_free | shampoo | {"lr": 1e-2, "damping": 1e-6, "lr_cov": 0.05, "update_every": 2,
-                                          "graft": None},
-        "if_shampoo": root_free | shampoo | {"lr": 1e-3, "damping": 1e-4, "lr_cov": 0.1, "riemannian_momentum": 0.5,
-                                             "update_every": 2, "batch_size": None, "lr_cov_scale": 1.0},
-        "rotational_sgd": turning | {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4},
-        "rotational_adam": turning | adam, "rotational_adamw": turning | adam,
-        "rotational_lion": turning | {"lr": 1e-4, "betas": (0.9, 0.99), "weight_decay": 1.0},
-        "muon": muon, "rotational_muon": turning | muon, "modular_muon": muon | modular | {"adamw_lr_scale": 1.0},
-        "modular_sgd": modular | {"momentum": 0.9}, "modular_adam": modular | {"betas": (0.9, 0.99)}}
+    """Those that torch.optim does not have are set as in their papers. A signature shows every argument. state_bytes
+    counts 4 for each average, 8 for each matrix of a mode."""
+    expected = {"lion": {"betas": (0.9, 0.99)}, "rf_rmsprop": {"alpha": 0.99, "momentum": 0.9},
+                "modular_adam": {"betas": (0.9, 0.99)}, "shampoo": {"momentum": 0.9, "damping": 1e-6},
+                "if_shampoo": {"momentum": 0.9, "damping": 1e-4, "riemannian_momentum": 0.5},
+                "rotational_adam": {"update_norm_decay_factor": 0.9, "per_neuron": True, "zero_mean": True}}
     for name, kind in optim.OPTIMIZERS.items():
         takes = kind.takes()
-        if name in expected:
-            assert takes == expected[name] | {"compile": False}, f"{name}: {takes}"
-        elif kind.geometry is not optim.PLAIN:              # composed: the direction's, but for what the geometry sets
-            own = turning | {"weight_decay": 1e-2} if turns(name) else modular
-            assert takes == optim.OPTIMIZERS[base(name)].takes() | own, f"{name}: {takes}"
+        assert expected.get(name, {}).items() <= takes.items(), f"{name}: {takes}"
         shown = {key: argument.default for key, argument in inspect.signature(kind).parameters.items()}
         del shown["params"]                                 # help() and a notebook's pop-up show the rest
-        assert shown == takes, f"{name}: {shown}"
-        assert kind.__doc__ and kind.__name__ == type(kind([weight(3, 4)], **required(name))).__name__
-    # bytes a weight of a 1000 x 1000 matrix: 4 for each average, 8 for each matrix of a mode
-    for name, count in zip(DIRECTIONS, (4, 8, 8, 4, 8, 8, 8, 4, 20, 20)):
+        assert shown == takes and kind.__doc__, f"{name}: {shown}"
+    for name, count in zip(DIRECTIONS, (4, 8, 8, 4, 8, 8, 8, 4, 20, 20)):       # on a matrix of 1000 x 1000
         close(optim.state_bytes(optim.OPTIMIZERS[name]), count, 0, f"state of {name}")
-        if name in HEAVY_BALL:
-            [p] = parameters([(3, 4)])
-            optimizer = make(name, [p], momentum=0.0)
-            run(optimizer, noise([(3, 4)], 1))
-            assert "momentum_buffer" not in optimizer.state[p], f"{name}: a buffer without momentum"
 
 
 # ======================================================================================================================
-# Why decay is rotation: kappa from impulse responses, and random walks that settle where the closed forms say
+# Why decay is rotation: random walks settle where the closed forms say
 # ======================================================================================================================
-
-
-def impulse_response(name, h, lags):
-    """The weights c_0, c_1, ... with which one gradient enters the updates that follow, up to a common factor: measured
-    on the direction itself, by feeding a 1 and then zeros. Lion's are read off its average, which the sign hides."""
-    # With the second moment frozen at 1 (its factor is 1) and no bias correction (a late step), the direction is
-    # linear. So it is for the Shampoos on a single weight as long as their factors stay at 1.
-    direction, w, response = optim.DIRECTIONS[name], torch.zeros((1,) * (1 + (name == "muon")), dtype=torch.float64), []
-    h = direction.defaults | {"eps": 0.0, "alpha": 1.0, "batch_size": 1, "lr_cov": 0.0, "update_every": 7} | h
-    b1, b2 = h.get("betas", (0.0, 0.0))
-    h |= direction.scalars(h | {"betas": (b1, 0.0)}, 10**9) | {"betas": (b1, b2 if name == "lion" else 1.0)}
-    state = {key: torch.zeros_like(x) if key in ("momentum_buffer", "exp_avg") else torch.ones_like(x)
-             for key, x in direction.start(w, h).items()}
-    for t in range(lags):
-        g = torch.ones_like(w) if t == 0 else torch.zeros_like(w)
-        inside = b1 * state.get("exp_avg", w) + (1 - b1) * g
-        d = direction.update(g, state, h)
-        response.append((inside if name == "lion" else d).item())
-    return np.array(response)
-
-
-def test_kappa_is_the_shape_of_the_impulse_response():
-    """kappa equals sqrt(sum c_k^2) / sum c_k of the measured impulse response, and heavy ball's gain is sum c_k."""
-    balls = [{"momentum": mu} for mu in (0.0, 0.5, 0.9)]
-    averages = [{"betas": betas} for betas in ((0.0, 0.9), (0.9, 0.99), (0.8, 0.98))]
-    for name in DIRECTIONS:
-        direction = optim.DIRECTIONS[name]
-        muons = [ball | {"nesterov": nesterov} for ball in balls for nesterov in (True, False)]
-        for h in muons if name == "muon" else balls if name in HEAVY_BALL else averages:
-            with unittest.mock.patch.object(optim, "orthogonalise", lambda x: x):           # linear, up to a length
-                c = impulse_response(name, h, 2500 if name == "lion" else 300)
-            sign = math.sqrt(math.pi / 2) if name == "lion" else 1          # what the sign itself takes away
-            close(direction.kappa(h), sign * math.sqrt((c**2).sum()) / c.sum(), 1e-9, f"kappa of {name} {h}")
-            if "momentum" in h:
-                close(direction.gain(h), c.sum(), 1e-9, f"gain of {name} {h}")
 
 
 def walk(name, h, sigma, start, seed=0):
@@ -764,51 +668,44 @@ def test_random_walks_settle_where_theory_says():
 # ======================================================================================================================
 
 
-def test_neurons_keep_norm_and_mean_and_turn_by_the_angle():
+def test_rotational_neurons_keep_norm_and_mean_and_turn_by_the_angle():
     """In float32 neurons keep their norm and a mean of zero, to 1e-5; one that was rescaled and shifted gets its norm
     back in one step. The first step turns by exactly arctan(eta_r); all do so if update_norm_decay_factor is 0."""
     for name, per_neuron, factor in itertools.product(ROTATIONAL, (True, False), (0.0, 0.9)):
-        params, what = parameters(TURNING, torch.float32), f"{name} {per_neuron} {factor}"
-        norms = [rows_of(p, per_neuron).double().norm(dim=1) for p in params]
-        angle = math.atan(angle_by_hand(name, settings(name)))
-        optimizer = make(name, params, per_neuron=per_neuron, update_norm_decay_factor=factor, rotational_eps=0.0)
-        for t, gradients in enumerate(noise(TURNING, 12, torch.float32)):
+        [p], what = parameters(TURNING[:1], torch.float32), f"{name} {per_neuron} {factor}"
+        norm, angle = rows_of(p, per_neuron).norm(dim=1), math.atan(angle_by_hand(name, settings(name)))
+        optimizer = make(name, [p], per_neuron=per_neuron, update_norm_decay_factor=factor, rotational_eps=0.0)
+        for t, gradients in enumerate(noise(TURNING[:1], 12, torch.float32)):
             if t == 11:
-                for p in params:
-                    p.data.mul_(1.3).add_(0.01)
-            starts = values(params)
+                p.data.mul_(1.3).add_(0.01)
+            start = p.detach().clone()
             run(optimizer, [gradients])
-            for p, norm, start in zip(params, norms, starts):
-                row, turned = rows_of(p, per_neuron).double(), angles(start, p, per_neuron)
-                close(row.norm(dim=1), norm, 1e-5, f"norm, {what}")
-                if t < 11:
-                    close(row.mean(dim=1) / norm, 0 * norm, 1e-5, f"mean, {what}", scale=1)
-                if t == 0 or t < 11 and factor == 0:
-                    close(turned, torch.full_like(turned, angle), 2e-4, f"angle, {what}")
+            row, turned = rows_of(p, per_neuron).double(), angles(start, p, per_neuron)
+            close(row.norm(dim=1), norm, 1e-5, f"norm, {what}")
+            if t < 11:
+                close(row.mean(dim=1) / norm, 0 * norm, 1e-5, f"mean, {what}", scale=1)
+            if t == 0 or t < 11 and factor == 0:
+                close(turned, torch.full_like(turned, angle), 2e-4, f"angle, {what}")
 
 
 def test_centring():
-    """Construction removes even a mean of 1e-4 of the norm in float32 and keeps the norm; what is centred already,
-    rounding and drift included, stays as it is, to the bit, in all four types. add_param_group does the same."""
-    w = normal(0, 5, 24)
-    w = w - w.mean(dim=1, keepdim=True)
-    for dtype, offset in ((torch.float32, 1e-4), (torch.float64, 1e-12)):
-        p = nn.Parameter((w / w.norm(dim=1, keepdim=True) + offset).to(dtype))
-        make("rotational_sgd", [p])
-        assert p.double().mean(dim=1).abs().max() < offset / 50, f"{dtype}: mean {p.double().mean(dim=1)}"
+    """What is centred, rounding and drift included, is not centred again, to the bit, in all four types; even a mean of
+    1e-4 of the norm in float32 is. add_param_group does the same."""
     for name, dtype in itertools.product(ROTATIONAL, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
-        params, late, apart = (parameters(TURNING, dtype) for _ in "abc")
-        for p in params + late + apart:
-            p.data.add_(0.3)                                # as far from the centre as no rounding brings them
-        starts, optimizer = values(params), make(name, params)
+        params, late = parameters(TURNING, dtype), parameters(TURNING, dtype)
+        optimizer, what = make(name, params), f"{name} {dtype}"
         optimizer.add_param_group({"params": late})
-        optimizer.add_param_group({"params": apart, "zero_mean": False})
-        same_bits(late + apart, params + starts, f"{name} {dtype}: a group added later")
+        same_bits(late, params, f"{what}: a group added later")
         for steps in (0, 10):                               # centred just now, and after a while of rounding
-            run(optimizer, [step * 3 for step in noise(TURNING, steps, dtype)])
+            run(optimizer, [step * 2 for step in noise(TURNING, steps, dtype)])
             here = values(params)
             make(name, params)
-            same_bits(params, here, f"{name} {dtype}: centred twice, {steps} steps on")
+            same_bits(params, here, f"{what}: centred twice, {steps} steps on")
+    [p] = parameters([(5, 24)], torch.float32)
+    for _ in range(2):
+        make("rotational_sgd", [p])
+        close(p.double().mean(dim=1) / p.norm(dim=1), np.zeros(5), 1e-6, "mean over norm", scale=1)
+        p.data.add_(1e-4 * p.detach().norm(dim=1, keepdim=True))
 
 
 def test_decay_scheduled_to_zero_freezes():
@@ -820,7 +717,6 @@ def test_decay_scheduled_to_zero_freezes():
         run(optimizer, [first])
         start = p.detach().clone()
         optimizer.param_groups[0]["weight_decay"] = 0.0
-        run(optimizer, [second] * 3)
         saved, optimizer = through_a_file(optimizer.state_dict()), make(name, [p])
         optimizer.load_state_dict(saved)
         run(optimizer, [second] * 3)
@@ -831,48 +727,24 @@ def test_decay_scheduled_to_zero_freezes():
         close(angles(start, p), np.full(5, expected), 1e-11, f"{name}: decay is back")
 
 
-def test_neurons_that_rest():
-    """A neuron without gradients keeps its bits while the others turn, and turns once gradients come. A gradient too
-    large for its square to be a float32 counts as none, and the next step knows nothing of it."""
-    for name, dtype, eps in itertools.product(ROTATIONAL, (torch.float32, torch.float64), (1e-8, 0.0)):
-        [p], gradients = parameters([(5, 24)], dtype), noise([(5, 24)], 9, dtype)
-        for [g] in gradients[:6]:
-            g[3] = 0                                        # an unused token, a dead unit
-        optimizer = make(name, [p], rotational_eps=eps)
-        start = p.detach().clone()
-        run(optimizer, gradients[:6])
-        same_bits([p[3]], [start[3]], f"{name} {dtype}: turned without a gradient")
-        run(optimizer, gradients[6:])
-        assert angles(start, p).min() > 0.02, f"{name} {dtype}: stuck, or NaN: {angles(start, p)}"
-    ends = []
-    for scale in (1e25, 0.0):                               # an average of NaN would hold the neuron for good
-        [w], gradients = parameters([(6, 5)], torch.float32), noise([(6, 5)], 3, torch.float32)
-        gradients[0][0][2] *= scale
-        run(optim.RotationalSGD([w], lr=0.1, momentum=0, weight_decay=0.01), gradients)
-        ends.append(w)
-    same_bits(ends[:1], ends[1:], "an overflow")
-
-
 def test_weights_that_change_before_their_first_step():
     """A layer that was frozen when the optimizer was made moves, once thawed, as one that never was: centred first. One
     that became all zero since then is refused by the first step, which moves and counts nothing."""
-    for name in ROTATIONAL:
-        [thawed], [never] = parameters([(5, 24)]), parameters([(5, 24)])
-        thawed.requires_grad_(False)
-        optimizers = make(name, [thawed]), make(name, [never])
-        thawed.requires_grad_(True)
-        for one in optimizers:
-            run(one, noise([(5, 24)], 2))
-        same_bits([thawed], [never], name)
-        good, bad = parameters([(4, 6), (3, 5)])
-        optimizer = make(name, [good, bad])
-        good.data.add_(1.0)                                 # off centre, as loaded weights are
-        bad.data[1] = 0
-        start = values([good])
-        refused(ValueError, [type(optimizer).__name__, "parameter 1 of group 0", "all zeros"],
-                lambda: run(optimizer, noise([(4, 6), (3, 5)], 1)))
-        same_bits([good], start, f"{name}: a weight beside the refused one")
-        assert not optimizer.state.get(good), f"{name}: a step that was refused is counted"
+    [thawed], [never] = parameters([(5, 24)]), parameters([(5, 24)])
+    for one, trained in ((thawed, False), (never, True)):
+        optimizer = make("rotational_adamw", [one.requires_grad_(trained)])
+        one.requires_grad_(True)
+        run(optimizer, noise([(5, 24)], 2))
+    same_bits([thawed], [never], "thawed")
+    good, bad = parameters([(4, 6), (3, 5)])
+    optimizer = make("rotational_adamw", [good, bad])
+    good.data.add_(1.0)                                     # off centre, as loaded weights are
+    bad.data[1] = 0
+    start = values([good])
+    refused(ValueError, ["RotationalAdamW", "parameter 1 of group 0", "all zeros"],
+            lambda: run(optimizer, noise([(4, 6), (3, 5)], 1)))
+    same_bits([good], start, "a weight beside the refused one")
+    assert not optimizer.state.get(good), "a step that was refused is counted"
 
 
 # ======================================================================================================================
@@ -895,13 +767,16 @@ def test_modular_shares_of_random_trees():
     def expression(depth):
         """-> a tree, [(mass, sensitivity of what comes after it in here), ...] in forward order, sensitivity"""
         inner = ("compose", "compose", "tuple", "sum", "scale", "tare")
-        kind = draw.choice(inner if depth else ("weight", "bond"))
+        kind = draw.choice(inner if depth else ("weight", "bond", "power"))
         if kind == "weight":
             mass = draw.uniform(0.1, 3)
             return optim.weight(nn.Linear(2, 2), mass=mass), [(mass, 1.0)], 1.0
         if kind == "bond":
             s = draw.uniform(0.5, 2)
             return optim.bond("b", s), [], s
+        if kind == "power":
+            s, L = draw.uniform(0.5, 2), draw.randint(1, 4)
+            return (s * optim.weight(*linears(L, 2))) ** L, [(1, s ** (L - i)) for i in range(L)], s**L
         one, in_one, s_one = expression(depth - 1)
         if kind == "scale":
             a = draw.uniform(-2, -0.5)
@@ -915,42 +790,21 @@ def test_modular_shares_of_random_trees():
             return two @ one, [(m, after * s_two) for m, after in in_one] + in_two, s_one * s_two
         return (one + two if kind == "sum" else optim.as_tree((one, two))), in_one + in_two, s_one + s_two
 
-    biggest = 0
     for _ in range(200):
         tree, leaves, sensitivity = expression(draw.randint(1, 5))
         total = sum(mass for mass, _ in leaves)
         close([tree.mass, tree.sensitivity], [total, sensitivity], 1e-12, repr(tree))
         close([mass for _, mass, _ in tree.weights()], [mass for mass, _ in leaves], 1e-12, repr(tree))
         close(shares(tree), [mass / total / after for mass, after in leaves], 1e-12, repr(tree))
-        biggest = max(biggest, len(leaves))
-    assert biggest >= 10, f"no tree has more than {biggest} weights: this shows little"
 
 
-def test_modular_shares_of_the_papers_networks():
-    """With T = 2 + mass of the blocks: 1/T at both ends, mass/(T depth), or mass/T and mass/(3T), at every width, L."""
-    for L in (1, 2, 7):
-        gpt = nanogpt_train.ModularGPT(11, L, 2, 8, 4, 0.0)
-        one = [5 / 7] * 3 + [5 / 21] * 3                    # q, k, v; attention's output, up, down
-        close(shares(gpt.modular_tree()), [1 / 7, 1 / 7, *one * L, 1 / 7], 1e-12, f"GPT with {L} blocks")
-        residue = (optim.bond("centre") @ optim.bond("abs") @ optim.weight(*linears(L * 3))) ** 3
-        blocks = (((1 - 1 / L) * optim.bond("x") + 1 / L * residue) ** L).tare(1)
-        mlp = optim.weight(nn.Linear(6, 3)) @ blocks @ optim.weight(nn.Linear(9, 6))
-        close(shares(mlp), [1 / 3, *[1 / 9] * L * 3, 1 / 3], 1e-12, f"ResMLP with {L} blocks of 3")
-        close([mlp.mass, mlp.sensitivity], [3, 1], 1e-12, f"ResMLP with {L} blocks")
-
-
-def test_powers_take_layers_in_order():
-    """M ** L takes the i-th run of every leaf's layers for copy i, nested or not, and amplification by later copies. A
-    tree prints as the expression that made it, whatever its bonds are called."""
+def test_trees_in_words_and_in_order():
+    """M ** L takes the i-th run of every leaf's layers for copy i, nested or not. A tree prints as the expression that
+    made it, whatever its bonds are called, and str shows its weights."""
     layers, a, b = linears(6), optim.bond("a"), optim.bond("b")
-    tree = (2 * (0.5 * optim.weight(*layers)) ** 3) ** 2    # 2 blocks of 3 layers, each block of sensitivity 2 / 8
+    tree = (2 * (0.5 * optim.weight(*layers)) ** 3) ** 2
     assert [leaf.layer for leaf, _, _ in tree.weights()] == layers
-    expected = [1 / 6 / (0.5 ** (3 - i % 3) * 2 * (0.25 if i < 3 else 1)) for i in range(6)]
-    close(shares(tree), expected, 1e-12, repr(tree))
-    around = optim.weight(nn.Linear(6, 2)) @ optim.weight(*layers) ** 6 @ optim.weight(nn.Linear(3, 6), mass=2)
-    close(shares(around), [2 / 9, *[1 / 9] * 7], 1e-12, "the copies have their masses beside others")
-    text = str(tree)
-    assert text.count("Linear 6x6  spectral") == 6 and "sensitivity 0.0625" in text, text
+    assert str(tree).count("Linear 6x6  spectral") == 6 and "sensitivity 0.0625" in str(tree), tree
     for tree, text in (((b @ a) ** 2, "(b @ a) ** 2"), (2 * (a + b) ** 3, "2 * ((a + b) ** 3)"),
                        (a + b @ a, "(a + b @ a)"), (optim.bond("C++") @ a, "C++ @ a"),
                        ((0.5 * optim.weight(*layers)).tare(3), "(0.5 * Linear 6x6 (of 6)).tare(3)")):
@@ -958,8 +812,8 @@ def test_powers_take_layers_in_order():
 
 
 def test_modular_sizes():
-    """Once power iteration has settled, an update's largest singular value (by SVD) is lr * share * scale. A group's
-    `scale` stands in for the usual size, in the step and as the norm of rows; a row of zeros stays."""
+    """Once power iteration has settled, an update's largest singular value (by SVD) is lr * share * scale. A row of
+    zeros stays zero where rows are put back to their norm."""
     for shape, scale in (((20, 30), math.sqrt(20 / 30)), ((30, 20, 3, 3), math.sqrt(30 / 20) / 9)):
         [w], g = parameters([shape]), normal(9, *shape)     # the same at every step, so d is its sign
         optimizer = optim.ModularAdam([{"params": [w], "share": 0.7}], lr=0.01)
@@ -968,54 +822,40 @@ def test_modular_sizes():
         run(optimizer, [[g]])
         for step in (w.detach() - before).reshape(*shape[:2], -1).unbind(-1):
             close(np.linalg.norm(step.numpy(), 2), 0.01 * 0.7 * scale, 1e-3, f"{shape}")
-    for name in MODULAR:
-        for shape in ((1, 9), (1, 9, 1, 1)):                # one row: its spectral norm is its Euclidean one
-            [w], [start] = parameters([shape]), parameters([shape])
-            run(make(name, [{"params": [w], "scale": 3.0, "share": 0.5}], lr=0.1, weight_decay=0.0), noise([shape], 1))
-            close((w - start).norm(), 0.1 * 0.5 * 3, 1e-12, f"{name} {shape}")
-        [w], gradients = parameters([(6, 5)]), noise([(6, 5)], 3)
-        for x in (w.data, *(g for [g] in gradients)):
-            x[2] = 0                                        # an Embedding's padding_idx
-        long = {"max_dim": 0} if "shampoo" in name else {}
-        run(make(name, [{"params": [w], "norm": "rows", "scale": 3.0}], **long), gradients)
-        close(w.norm(dim=1), [3.0, 3.0, 0.0, 3.0, 3.0, 3.0], 1e-12, f"{name} rows")
+    [w], gradients = parameters([(6, 5)]), noise([(6, 5)], 3)
+    for x in (w.data, *(g for [g] in gradients)):
+        x[2] = 0                                            # an Embedding's padding_idx
+    run(make("modular_adam", [w], norm="rows"), gradients)
+    close(w.norm(dim=1), math.sqrt(5) * np.array([1, 1, 0, 1, 1, 1]), 1e-12, "rows")
 
 
 def test_power_iteration_survives():
-    """An update orthogonal to the kept vector has its true norm at once, in a matrix as at every kernel position; one
-    that is too large, or no number, does not spoil the vector."""
-    hidden, first = (torch.zeros(4, 5, dtype=torch.float64) for _ in "ab")
-    first[1, 1] = hidden[2, 0] = 1.0                        # row spaces e_1, which u takes on at once, and e_0
-    for kernel in ([], [1], [1, 10]):                       # a matrix, and a convolution's positions
-        factors = torch.tensor(kernel or 1.0, dtype=torch.float64)
-        first_there, there = (x[..., None] * factors if kernel else x for x in (first, hidden))
-        w = nn.Parameter(0 * there)
+    """For an update orthogonal to the kept vector the Frobenius norm stands in at once, and soon its spectral norm is
+    found, in a matrix as at every kernel position."""
+    first, hidden = (torch.zeros(4, 5, dtype=torch.float64) for _ in "ab")
+    first[1, 1], hidden[2, 0], hidden[3, 2] = 1.0, 1.0, 0.5             # u takes on e_1 at once
+    for kernel in ((), (2,)):                               # a matrix; a convolution, with one u for each position
+        one, other = (x.view(4, 5, *[1] * len(kernel)).expand(4, 5, *kernel) for x in (first, hidden))
+        w, scale = nn.Parameter(0 * one), math.sqrt(4 / 5) / math.prod(kernel)
         optimizer = optim.ModularSGD([w], lr=1.0, momentum=0.0)
-        run(optimizer, [[first_there]])
+        run(optimizer, [[one], [other]])
+        close(w, -scale * (one + other / math.sqrt(1.25)), 1e-12, f"{kernel}: at once")
+        run(optimizer, [[other]] * 30)
         before = w.detach().clone()
-        run(optimizer, [[there]])
-        close(w - before, -(there / factors) * math.sqrt(4 / 5) / max(1, len(kernel)), 1e-12, "orthogonal to u")
-    [w] = parameters([(4, 5)])
-    optimizer, huge = optim.ModularSGD([w], lr=1.0, momentum=0.0), torch.zeros_like(hidden)
-    run(optimizer, [[hidden]])
-    kept, huge[0] = optimizer.state[w]["u"].clone(), 1e154  # times u it is in range; the square of its norm is not
-    for spoilt in (huge, hidden * math.nan):
-        run(optimizer, [[spoilt]])
-        same_bits([optimizer.state[w]["u"]], [kept], "a gradient that is no number has spoilt u")
+        run(optimizer, [[other]])
+        close(w - before, -scale * other, 1e-12, f"{kernel}: soon")
 
 
 def test_initialise():
     """initialise: singular values sqrt(out/in), for a Conv at each kernel position over k^2; rows of norm sqrt(dim),
     and zeros at padding_idx; in bfloat16, too. A computed weight is refused."""
-    up, down, conv, rows = nn.Linear(3, 12), nn.Linear(12, 3), nn.Conv2d(4, 8, 3), nn.Embedding(9, 5)
-    padded, coarse = nn.Embedding(4, 5, padding_idx=2), nn.Linear(6, 3, dtype=torch.bfloat16)
-    optim.initialise(optim.as_tree(tuple(map(optim.weight, (up, down, conv, rows, padded, coarse)))))
-    singular = [(up.weight, 2.0), (down.weight, 0.5), (coarse.weight, math.sqrt(0.5)),
-                *((position, math.sqrt(2) / 9) for position in conv.weight.flatten(2).unbind(2))]
-    for w, expected in singular:
+    up, down, conv = nn.Linear(3, 12), nn.Linear(12, 3, dtype=torch.bfloat16), nn.Conv2d(4, 8, 3)
+    padded = nn.Embedding(4, 5, padding_idx=2)
+    optim.initialise(optim.as_tree(tuple(map(optim.weight, (up, down, conv, padded)))))
+    positions = [(position, math.sqrt(2) / 9, 1e-5) for position in conv.weight.flatten(2).unbind(2)]
+    for w, expected, tolerance in [(up.weight, 2.0, 1e-5), (down.weight, 0.5, 0.01), *positions]:
         found = np.linalg.svd(w.detach().float().numpy())[1]
-        close(found, np.full_like(found, expected), 0.01 if w.dtype == torch.bfloat16 else 1e-5, f"{tuple(w.shape)}")
-    close(rows.weight.norm(dim=1), np.full(9, math.sqrt(5)), 1e-5, "Embedding")
+        close(found, np.full_like(found, expected), tolerance, f"{tuple(w.shape)}")
     close(padded.weight.norm(dim=1), math.sqrt(5) * np.array([1, 1, 0, 1]), 1e-5, "padding")
     made = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
     refused(ValueError, ["initialise", "computed", "weight_norm"], lambda: optim.initialise(optim.weight(made)))
@@ -1029,27 +869,26 @@ def test_modular_bound():
     for width, L in ((4, 1), (16, 2), (64, 3), (16, 12)):
         torch.manual_seed(width + L)
         inner, first, last = linears(L, width), *linears(1, 5, width), *linears(1, width, 3)
-        net = nn.ModuleList([first, *inner, last]).double()
+        layers = nn.ModuleList([first, *inner, last]).double()
         block = (1 - 1 / L) * optim.bond("x") + 1 / L * (optim.bond("abs") @ optim.weight(*inner))
         tree = optim.weight(last) @ block ** L @ optim.weight(first)
         optim.initialise(tree)
-        weights = {name: p.detach() for name, p in net.named_parameters()}
-        share_of = dict(zip(weights, shares(tree), strict=True))        # both in the order of the forward pass
+        weights = [layer.weight.detach() for layer in layers]
         x, worst = normal(0, 5), 0.0
         x *= math.sqrt(5) / x.norm()                                    # RMS 1
 
         def function(weights):
-            head, *blocks, tail = weights.values()
+            head, *blocks, tail = weights
             h = head @ x
             for w in blocks:
                 h = (1 - 1 / L) * h + 1 / L * (w @ h).abs()
             return tail @ h
 
         for c in normal(1, 10, 3):
-            slopes, update = torch.func.grad(lambda ws: (c * function(ws)).sum())(weights), {}
-            for name, slope in slopes.items():
-                U, S, V = torch.linalg.svd(slope, full_matrices=False)
-                update[name] = share_of[name] * math.sqrt(slope.shape[0] / slope.shape[1]) * U[:, :1] @ V[:1]
+            slopes, update = torch.func.grad(lambda ws: (c * function(ws)).sum())(weights), []
+            for share, slope in zip(shares(tree), slopes, strict=True):
+                U, _, V = torch.linalg.svd(slope, full_matrices=False)
+                update.append(share * math.sqrt(slope.shape[0] / slope.shape[1]) * U[:, :1] @ V[:1])
             _, change = torch.func.jvp(function, (weights,), (update,))
             worst = max(worst, change.square().mean().sqrt().item())
         assert 0.05 <= worst <= 1 + 1e-9, f"width {width}, {L} blocks: the output changes by {worst}"
@@ -1059,13 +898,13 @@ def test_modular_bound():
 # Matrices: muon, shampoo, if_shampoo
 # ======================================================================================================================
 
+
 def test_shampoo_at_the_limits_of_its_type():
-    """A matrix with eigenvalues from 0 to 10^6 has its roots in float32, and one with infinity or NaN in it gives NaN:
-    neither stops the run. An index without gradient until now has L = 0, so its roots are damping^(-1/4), in a matrix
-    as in a diagonal."""
+    """A matrix with eigenvalues from 0 to 10^6 has its roots in float32. An index without gradient until now has L = 0,
+    so its roots are damping^(-1/4), in a matrix as in a diagonal."""
     here, there = (torch.diag(torch.tensor(x, dtype=torch.float64)) for x in ([1, 0], [0, 1]))
     for max_dim in (2, 1):
-        w = torch.zeros(2, 2, dtype=torch.float64, requires_grad=True)
+        w = weight(2, 2, fill=0.0, dtype=torch.float64)
         optimizer = optim.Shampoo([w], lr=1.0, momentum=0.0, damping=1e-4, update_every=5, max_dim=max_dim)
         run(optimizer, [[here]] * 6)                        # the roots of step 5 know nothing of index 1
         before = w.detach().clone()
@@ -1073,14 +912,9 @@ def test_shampoo_at_the_limits_of_its_type():
         close(before - w, there * 1e-4 ** -0.5, 1e-12, f"max_dim={max_dim}")
     a, b = (normal(i, 30, dtype=torch.float32) for i in range(2))
     g = 1e3 * torch.outer(a / a.norm(), b / b.norm())       # on a gradient of rank 1, s u v^T, both roots act as
-    w = torch.zeros(30, 30, requires_grad=True)             # (s^2 + damping)^(-1/4): d = g / sqrt(s^2 + damping)
+    w = weight(30, 30, fill=0.0)                            # (s^2 + damping)^(-1/4): d = g / sqrt(s^2 + damping)
     run(optim.Shampoo([w], lr=1.0, momentum=0.0, damping=1e-6, lr_cov=1.0, update_every=1), [[g]])
     close(w.norm(), 1.0, 0.1, "the step")
-    for value in (math.inf, math.nan):                      # where LAPACK is left alone with it, it fails
-        w, g = torch.zeros(4, 4, requires_grad=True), normal(2, 4, 4, dtype=torch.float32)
-        g[0, 0] = value
-        run(optim.Shampoo([w], lr=1.0, momentum=0.0, update_every=1), [[g]] * 2)
-        assert w.isnan().all(), f"a gradient with {value} in it went unnoticed"
 
 
 def test_if_shampoo_refreshes_on_time():
@@ -1101,7 +935,6 @@ def test_if_shampoo_finds_the_inverse():
         run(optimizer, [[torch.linalg.cholesky(S)[:, t % d] * math.sqrt(d)]])
         average = average + (optimizer.state[w]["K0"] @ optimizer.state[w]["K0"].T / 4 if t >= 1196 else 0)
     target = np.linalg.inv((B * S + damping * torch.eye(d, dtype=torch.float64)).numpy())
-    assert np.linalg.cond(target) > 5, "nearly a multiple of I, so this shows little"
     close(average, target, 0.01, "K K^T")
 
 
@@ -1124,57 +957,48 @@ def test_if_shampoo_does_not_feel_any_linear_map():
 
 
 def test_if_shampoo_runs_in_bfloat16():
-    """dtype=bfloat16: weights stay float32, and the run close to that of float32. In float16,
-    whose largest number is 2^16, factors of 2^10 and 2^-10 do not lead beyond it on the way to d."""
+    """dtype=bfloat16: weights stay float32, and the run close to that of float32. In float16, whose largest number is
+    2^16, factors of 2^10 and 2^-10 do not lead beyond it on the way to d."""
     h, gradients = settings("if_shampoo", batch_size=32, weight_decay=1e-3), noise(MIXED[:2], 20, torch.float32)
-    for name in ("if_shampoo", "rotational_if_shampoo"):
-        fine, coarse, starts = (parameters(MIXED[:2], torch.float32) for _ in "abc")
-        for params, dtype in ((fine, torch.float32), (coarse, torch.bfloat16)):
-            run(optim.OPTIMIZERS[name](params, dtype=dtype, **h), gradients)
-        for p, q, start in zip(fine, coarse, starts):
-            close(q, p, 0.1, f"{name} after 20 steps", scale=(p - start).abs().max().item())
-            assert q.dtype == torch.float32 and not torch.equal(p, q), f"{name}: bfloat16 was not felt at all"
+    fine, coarse, starts = (parameters(MIXED[:2], torch.float32) for _ in "abc")
+    for params, dtype in ((fine, torch.float32), (coarse, torch.bfloat16)):
+        run(optim.InverseFreeShampoo(params, dtype=dtype, **h), gradients)
+    for p, q, start in zip(fine, coarse, starts):
+        close(q, p, 0.1, "after 20 steps", scale=(p - start).abs().max().item())
+        assert not torch.equal(p, q), "bfloat16 was not felt at all"
     g, eye = 2**7 * torch.arange(1.0, 5.0).view(2, 2), torch.eye(2, dtype=torch.float16)
-    for sign in (1, -1):
-        state = {"K0": sign * 2**10 * eye, "K1": 2**-10 * eye, "M0": 0 * eye, "M1": 0 * eye}
-        close(optim.DIRECTIONS["if_shampoo"].update(g, state, {"refresh": False}), g, 0, "K0 = 2^10, K1 = 2^-10")
+    state = {"K0": 2**10 * eye, "K1": 2**-10 * eye, "M0": 0 * eye, "M1": 0 * eye}
+    close(optim.DIRECTIONS["if_shampoo"].update(g, state, {"refresh": False}), g, 0, "K0 = 2^10, K1 = 2^-10")
 
 
 def test_muon_equals_torch():
     """With iterations in bfloat16 Muon equals torch.optim.Muon within 1 % of the distance moved (bfloat16 has 8 bits),
     defaults included; vectors equal torch.optim.AdamW at a tenth of the learning rate."""
-    shapes = [(4, 8), (8, 4), (5, 5)]
-    for hyper in ({}, {"lr": 0.02, "momentum": 0.9, "nesterov": False, "weight_decay": 0.5}):
-        for adjust in ("original", "match_rms_adamw"):
-            ours, theirs = (parameters([*shapes, (9,)], torch.float32) for _ in range(2))
-            decay = hyper.get("weight_decay", 0.1)
-            gradients = noise([*shapes, (9,)], 20, torch.float32)
-            run(optim.Muon(ours, dtype=torch.bfloat16, adjust=adjust, **hyper), gradients)
-            run(torch.optim.Muon(theirs[:-1], adjust_lr_fn=adjust, **hyper), [step[:-1] for step in gradients])
-            adamw = torch.optim.AdamW(theirs[-1:], lr=hyper.get("lr", 1e-3) / 10, weight_decay=decay)
-            run(adamw, [step[-1:] for step in gradients])
-            for p, q, start in zip(ours, theirs, parameters([*shapes, (9,)], torch.float32)):
-                close(p, q, 0.01 if p.dim() > 1 else 1e-5, f"{hyper} {adjust} {tuple(p.shape)}",
-                      scale=(q - start).abs().max().item())
+    shapes, other = [(4, 8), (8, 4), (5, 5), (9,)], {"lr": 0.02, "momentum": 0.9, "nesterov": False}
+    gradients = noise(shapes, 20, torch.float32)
+    for hyper, adjust in itertools.product(({}, other), ("original", "match_rms_adamw")):
+        ours, theirs = (parameters(shapes, torch.float32) for _ in range(2))
+        run(optim.Muon(ours, dtype=torch.bfloat16, adjust=adjust, **hyper), gradients)
+        run(torch.optim.Muon(theirs[:-1], adjust_lr_fn=adjust, **hyper), [step[:-1] for step in gradients])
+        adamw = torch.optim.AdamW(theirs[-1:], lr=hyper.get("lr", 1e-3) / 10, weight_decay=0.1)
+        run(adamw, [step[-1:] for step in gradients])
+        for p, q, start in zip(ours, theirs, parameters(shapes, torch.float32)):
+            close(p, q, 0.01 if p.dim() > 1 else 1e-5, f"{hyper} {adjust} {tuple(p.shape)}",
+                  scale=(q - start).abs().max().item())
 
 
 def test_muon_singular_values():
-    """Muon's d has the singular vectors of the gradient, and singular values in [0.6, 1.3] from 0.0015 of its norm
-    upwards, none above 1.3: of noise, a condition of 1e6, rank one, 1e-20 in size; zero gives zero. So in bfloat16."""
-    one, sizes = normal(3, 24, 1) @ normal(4, 1, 10), torch.logspace(0, -6, 10, dtype=torch.float64)
-    spread = torch.linalg.qr(normal(1, 24, 10))[0] @ torch.diag(sizes) @ torch.linalg.qr(normal(2, 10, 10))[0]
-    for what, g in (("noise", normal(0, 24, 10)), ("wide", normal(0, 10, 24)), ("square", normal(1, 16, 16)),
-                    ("condition 1e6", spread), ("rank one", one), ("tiny", 1e-20 * normal(0, 24, 10))):
-        for dtype, slack in ((torch.float64, 0), (torch.float32, 0), (torch.bfloat16, 0.02)):
-            d = optim.orthogonalise(g.to(dtype)).double()
-            U, S, Vh = torch.linalg.svd(g.to(dtype).double(), full_matrices=False)
-            on_modes = U.T @ d @ Vh.T
-            values, felt = on_modes.diagonal(), S / S.norm() > 0.0015
-            assert values[felt].min() > 0.6 - slack and values.max() < 1.3 + slack, f"{what} {dtype}: {values}"
-            close(on_modes, torch.diag(values), 0.3 if dtype == torch.bfloat16 else 1e-4, f"{what} {dtype}", scale=1)
+    """Muon's d has the singular vectors of the gradient, and singular values in [0.68, 1.21] from 0.0015 of its norm
+    upwards, none above; zero gives zero; the figures of the 2 x 2 example."""
+    Q, R = (torch.linalg.qr(normal(seed, 40, 20))[0] for seed in (1, 2))
+    sizes = torch.logspace(0, -6, 20, dtype=torch.float64)
+    d = Q.T @ optim.orthogonalise(1e-9 * Q @ torch.diag(sizes) @ R.T) @ R
+    found, felt = d.diagonal(), sizes / sizes.norm() > 0.0015
+    assert found[felt].min() > 0.68 and 0 < found.min() and found.max() < 1.21, found
+    close(d, torch.diag(found), 1e-9, "singular vectors", scale=1)
     assert optim.orthogonalise(torch.zeros(4, 3)).abs().max() == 0
-    for x, y in ((0.447214, 1.114), (0.894427, 0.689)):     # the figures beside the 2 x 2 example
-        close(optim.orthogonalise(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).diagonal()[int(x > 0.5)], y, 1e-3, "example")
+    example = optim.orthogonalise(torch.diag(torch.tensor([1.0, 2.0])))
+    close(example.diagonal(), [1.114, 0.689], 1e-3, "the figures beside the 2 x 2 example")
 
 
 # ======================================================================================================================
@@ -1245,8 +1069,7 @@ class Trial:
         self.take, self.around = lambda: self.optimizer.step(), contextlib.nullcontext
         kinds = [kind for kind in self.KINDS if len(kind[0]) < 3 or "norm" not in options]      # "rows" has no filters
         self.params = [nn.Parameter(normal(i, *shape, dtype=dtype)) for i, (shape, dtype) in enumerate(kinds)]
-        # numbers that are exact in all types
-        self.gradients = [[(8 * g).round() / 8 for g in step] for step in noise([shape for shape, _ in kinds], 3)]
+        self.gradients = noise([shape for shape, _ in kinds], 3)
         self.begin()
 
     def named(self):
@@ -1263,93 +1086,22 @@ class Trial:
         return [x for state in self.optimizer.state.values() for x in tensors(state).values()]
 
     def step(self, t):
-        given = [g.to(getattr(p, "grad_dtype", None) or p.dtype) for p, g in zip(self.params, self.gradients[t])]
+        given = [g.to(p.dtype) for p, g in zip(self.params, self.gradients[t])]
         for p, g in zip(self.params, given):
-            p.grad = g.clone(memory_format=torch.preserve_format)
+            p.grad = g
+        self.leave(given)
         with self.around():
             self.take()
-        same_bits([p.grad for p in self.params], given, "a step changed a gradient")
-        same_bits(*zip(*self.left) if self.left else ([], []), "a tensor that is not part of it")
+        same_bits(*zip(*self.left), "a gradient, or a tensor that is not part of it")
 
-    def reload(self, edit=lambda saved: saved, file=through_a_file, order=slice(None), ready=lambda optimizer: None):
+    def reload(self, edit=lambda saved: saved, file=through_a_file, order=1):
         """Weights from a file, then an optimizer on them with other settings, then its state: a resumed run."""
+        self.leave(self.states())
         saved = file({"params": values(self.params), "optimizer": self.optimizer.state_dict()})
         self.params = [nn.Parameter(x) for x in saved["params"]]
         options = {key: value for key, value in self.options.items() if key != "dtype"}
-        self.optimizer = optim.OPTIMIZERS[self.name](self.named()[order], **required(self.name), **options)
-        ready(self.optimizer)
+        self.optimizer = optim.OPTIMIZERS[self.name](self.named()[::order], **required(self.name), **options)
         self.optimizer.load_state_dict(edit(saved["optimizer"]))
-
-    def retyped(self, dtype):
-        """A checkpoint in another precision, as if it were made there."""
-        saved, self.params = self.optimizer.state_dict(), [nn.Parameter(p.detach().to(dtype)) for p in self.params]
-        self.begin()
-        self.optimizer.load_state_dict(saved)
-        assert "dtype" in self.options or {x.dtype for x in self.states()} == {dtype}, "types of the state"
-
-    def split(self):
-        [group] = self.optimizer.param_groups
-        self.optimizer.param_groups[:] = [group | {key: group[key][i::2] for key in ("params", "param_names")}
-                                           for i in range(2)]
-
-    def added(self):
-        self.begin(self.named()[:2])
-        for pair in self.named()[2:]:
-            self.optimizer.add_param_group({"params": [pair]})
-
-    def alone(self):
-        optimizers = [make(self.name, [pair], **self.options) for pair in self.named()]
-        self.take = lambda: [one.step() for one in optimizers]
-
-    def in_turns(self):
-        """One parameter after the other has a gradient. The rest must not be felt, and gets no state."""
-        def take():
-            given = [p.grad for p in self.params]
-            for p, g in zip(self.params, given):
-                self.optimizer.zero_grad()
-                p.grad, known = g, {*self.optimizer.state, p}
-                self.optimizer.step()
-                assert {*self.optimizer.state} == known, "state without a gradient"
-            for p, g in zip(self.params, given):
-                p.grad = g
-        self.take = take
-
-    def closure(self):
-        def take():
-            gradients, calls = [p.grad.clone() for p in self.params], []
-
-            def compute():
-                self.optimizer.zero_grad()
-                calls.append(sum((p * g).sum().double() for p, g in zip(self.params, gradients)))
-                calls[-1].backward()                            # needs gradients enabled
-                return calls[-1]
-
-            assert [self.optimizer.step(compute)] == calls, "a closure is called once, and its loss is returned"
-        self.take = take
-
-    def kept_company(self):
-        for i, p in enumerate(self.params):
-            self.optimizer.state[p] |= {"seen": torch.tensor(0), "note": "mine", f"average {i % 2}": torch.ones(i)}
-
-    def subclass(self):
-        class Own(optim.OPTIMIZERS[self.name]):
-            def __init__(self, params, keep=0.9, **hyper):
-                super().__init__(params, **hyper)
-                self.keep = keep
-
-        self.optimizer = Own(self.named(), **settings(self.name), **self.options)
-
-    def laid_out(self):
-        for p in self.params:
-            p.data = p.data.to(memory_format=torch.channels_last) if p.dim() == 4 else p.data.mT.contiguous().mT \
-                if p.dim() == 2 else p.data
-        strides = [p.stride() for p in self.params]
-        self.begin()
-        self.take = lambda: (self.optimizer.step(), [p.stride() for p in self.params] == strides or 1 / 0)
-
-    def coarse_gradients(self):
-        for p in self.params if hasattr(torch.Tensor, "grad_dtype") else ():
-            p.grad, p.grad_dtype = None, torch.bfloat16
 
     def of_torch(self):
         """torch's own checkpoints, which go by the model's names and take a step with lr 0 on a fresh optimizer."""
@@ -1359,100 +1111,96 @@ class Trial:
         self.begin()
         checkpoints.set_optimizer_state_dict(nn.ParameterDict(self.named()), self.optimizer, saved)
 
+    def become(self, duplicate):
+        self.leave([*self.params, *self.states()])
+        self.params, self.optimizer = duplicate((self.params, self.optimizer))
 
-def edited(group=lambda group: group, **entries):
-    """A state_dict with other groups, and other entries in its states, each made from the old one."""
-    def edit(saved):
-        saved["param_groups"] = list(map(group, saved["param_groups"]))
-        for state in saved["state"].values():
-            state |= {key: make_entry(state) for key, make_entry in entries.items()}
-        return saved
-    return edit
+    def added(self):
+        self.begin(self.named()[:2])
+        for pair in self.named()[2:]:
+            self.optimizer.add_param_group({"params": [pair]})
 
+    def in_turns(self):
+        """One parameter after the other has a gradient. The rest must not be felt, and gets no state."""
+        def take():
+            for p, g in [(p, p.grad) for p in self.params]:
+                self.optimizer.zero_grad()
+                p.grad, known = g, {*self.optimizer.state, p}
+                self.optimizer.step()
+                assert {*self.optimizer.state} == known, "state without a gradient"
+        self.take = take
 
-def multiplied(factor):
-    return lambda saved: saved | {"state": {
-        i: {key: x * factor if torch.is_tensor(x) else x for key, x in state.items()}
-        for i, state in saved["state"].items()}}
+    def closure(self):
+        def take():
+            gradients = [p.grad for p in self.params]
 
+            def compute():
+                self.optimizer.zero_grad()
+                loss = sum((p * g).sum().double() for p, g in zip(self.params, gradients))
+                loss.backward()                                 # needs gradients enabled
+                return loss
 
-def hooked(optimizer):
-    """What a user's hook makes of a state_dict is what is loaded; what it does to the loaded state stays."""
-    optimizer.register_load_state_dict_pre_hook(lambda _, saved: multiplied(4)(saved))
-    optimizer.register_load_state_dict_post_hook(
-        lambda self: [x.mul_(0.5) for state in self.state.values() for x in tensors(state).values()])
+            assert torch.is_tensor(self.optimizer.step(compute)), "the loss of a closure is not returned"
+        self.take = take
+
+    def laid_out(self):
+        for p in self.params:
+            if p.dim() == 2:
+                p.data = p.data.mT.contiguous().mT
+            if p.dim() == 4:
+                p.data = p.data.to(memory_format=torch.channels_last)
+        self.begin()
 
 
 FOREIGN = {"lr_scale": 0.5, "tag": "head", "layer": 3, "name": "body", "initial_lr": 1.0, "max_lr": 1.0, "min_lr": 0.0,
            "base_momentum": 0.1, "max_momentum": 0.9, "swa_lr": 0.1, "wd_multiplier": 1.0}
 
 
-def copied(duplicate):
-    def act(trial):
-        trial.leave([*trial.params, *trial.states()])
-        trial.params, trial.optimizer = duplicate((trial.params, trial.optimizer))
-    return act
+def by_others(saved):
+    """A state_dict of a compiled run, with step counts as torch.optim writes them, and what nobody here knows."""
+    saved["param_groups"] = [group | FOREIGN | {"compile": True} for group in saved["param_groups"]]
+    for state in saved["state"].values():
+        state |= {"step": torch.tensor(float(state["step"])), "ema": torch.ones(2), "note": "mine"}
+    return saved
 
 
-def scheduled(make_lr):
-    return lambda trial: trial.optimizer.param_groups[0].update(lr=make_lr(settings(trial.name)["lr"]))
+@contextlib.contextmanager
+def coarse_products():
+    """Fast and coarse matrix products, wherever the hardware has them. A step must have fine ones, all the same."""
+    def update(work, original=optim.update):
+        found = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
+        assert found == ("ieee", "ieee"), found
+        original(work)
+
+    torch.set_float32_matmul_precision("medium")
+    with unittest.mock.patch.object(optim, "update", update):
+        yield
+    torch.set_float32_matmul_precision("highest")
 
 
 def under(around):
     return lambda trial: setattr(trial, "around", around)
 
 
-@contextlib.contextmanager
-def setting(get, put, value):
-    before = get()
-    put(value)
-    try:
-        yield
-    finally:
-        put(before)
-
-
 SAME = [    # the claim; the step before which it happens; the act; how far off weights may end, in eps of their type
     ("a checkpoint resumes", 1, Trial.reload, 0),
     ("a checkpoint before the first step", 0, Trial.reload, 0),
-    ("a checkpoint whose step counts are tensors", 1, lambda trial: trial.reload(
-        edited(step=lambda state: torch.tensor(float(state["step"])))), 8),
-    ("a checkpoint with foreign keys and entries", 1, lambda trial: trial.reload(
-        edited(lambda group: group | FOREIGN, ema=lambda state: torch.ones(2), note=lambda state: "mine")), 0),
-    ("a checkpoint without names", 1, lambda trial: trial.reload(
-        edited(lambda group: {key: x for key, x in group.items() if key != "param_names"})), 0),
-    ("a checkpoint of a run that was compiled", 1, lambda trial: trial.reload(
-        edited(lambda group: group | {"compile": True})), 0),
-    ("a checkpoint in another order", 1, lambda trial: trial.reload(order=slice(None, None, -1)), 0),
-    ("a checkpoint through hooks", 1, lambda trial: trial.reload(multiplied(0.5), ready=hooked), 0),
-    ("a checkpoint in float64", 1, lambda trial: trial.retyped(torch.float64), 1000),
-    ("a checkpoint in float32", 1, lambda trial: trial.retyped(torch.float32), 1000),
-    ("a state_dict handed over in memory", 1, lambda trial: (
-        trial.leave(trial.states()), trial.reload(file=lambda saved: saved)), 0),
+    ("a checkpoint with foreign keys and entries", 1, lambda trial: trial.reload(by_others), 8),
+    ("a checkpoint in another order", 1, lambda trial: trial.reload(order=-1), 0),
+    ("a state_dict handed over in memory", 1, lambda trial: trial.reload(file=lambda saved: saved), 0),
     ("torch's own checkpoints", 1, Trial.of_torch, 0),
-    ("pickle", 1, copied(lambda pair: pickle.loads(pickle.dumps(pair))), 0),
-    ("deepcopy", 1, copied(copy.deepcopy), 0),
-    ("one group split into two", 1, Trial.split, 0),
+    ("pickle", 1, lambda trial: trial.become(lambda pair: pickle.loads(pickle.dumps(pair))), 0),
+    ("deepcopy", 1, lambda trial: trial.become(copy.deepcopy), 0),
     ("groups added one by one", 0, Trial.added, 0),
-    ("each parameter in an optimizer of its own", 0, Trial.alone, 0),
     ("one gradient at a time", 0, Trial.in_turns, 0),
-    ("foreign keys in a group", 1, lambda trial: trial.optimizer.param_groups[0].update(FOREIGN), 0),
     ("foreign keys from the start", 0, lambda trial: trial.begin([{"params": trial.named()} | FOREIGN]), 0),
-    ("lr as a tensor", 1, scheduled(lambda lr: torch.tensor(lr, dtype=torch.float64)), 16),
-    ("lr as a tensor with one entry", 1, scheduled(lambda lr: torch.tensor([lr], dtype=torch.float64)), 16),
+    ("lr as a tensor", 1, lambda trial: trial.optimizer.param_groups[0].update(
+        lr=torch.tensor([settings(trial.name)["lr"]], dtype=torch.float64)), 16),
     ("autocast to float16", 1, under(lambda: torch.autocast("cpu", torch.float16)), 0),
-    ("another matmul precision", 1, under(lambda: setting(
-        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "medium")), 0),
+    ("another matmul precision", 1, under(coarse_products), 0),
     ("another default device", 0, lambda trial: (under(lambda: torch.device("meta"))(trial), trial.begin()), 0),
-    ("another default type", 0, under(lambda: setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64)),
-     0),
     ("other random numbers", 0, lambda trial: (torch.manual_seed(9), trial.begin()), 0),
     ("a closure", 1, Trial.closure, 0),
-    ("hooks around a step", 1, lambda trial: (trial.optimizer.register_step_pre_hook(lambda *_: None),
-                                              trial.optimizer.register_step_post_hook(lambda *_: None)), 0),
-    ("a user's own entries in the state", 1, Trial.kept_company, 0),
-    ("a subclass with an argument of its own", 0, Trial.subclass, 0),
-    ("gradients of another type", 1, Trial.coarse_gradients, 0),
     ("other memory layouts", 0, Trial.laid_out, 64),
     ("a measured step", 1, lambda trial: optim.RotationProbe(trial.optimizer).measure_next_step(), 0),
     ("tensors cut into blocks", 1, under(lambda: in_blocks(7)), 0),
@@ -1476,31 +1224,26 @@ def test_same_numbers_whatever_is_done():
         for claim, when, act, tolerance in SAME:
             trial, what = Trial(name, options), f"{name} {options}, {claim}"
             for t in range(3):
-                if t == when:
-                    act(trial)
-                    assert not trial.optimizer.param_groups[0]["compile"], f"{what}: compile has been loaded"
                 try:
+                    if t == when:
+                        act(trial)
                     trial.step(t)
                 except Exception as error:
                     raise AssertionError(f"{what}: {error}") from error
             for key, p, q in zip("abcdef", trial.params, straight.params):
-                if tolerance:
-                    eps = max(torch.finfo(x.dtype).eps for x in (p, q))
-                    close(p.double(), q.double(), tolerance * eps, f"{what}, {key}", scale=max(1, q.abs().max().item()))
-                else:
-                    same_bits([p], [q], f"{what}, parameter {key}")
-            kept = FOREIGN.items() <= trial.optimizer.param_groups[0].items()
-            assert kept or "foreign" not in claim, f"{what}: lost"
+                assert p.dtype == q.dtype, f"{what}: {key} is {p.dtype}"
+                close(p.double(), q.double(), tolerance * torch.finfo(p.dtype).eps, f"{what}, parameter {key}",
+                      scale=max(1, q.abs().max().item()))
+            group = trial.optimizer.param_groups[0]
+            assert not group["compile"], f"{what}: compile has been loaded"
+            assert "foreign" not in claim or FOREIGN.items() <= group.items(), f"{what}: lost"
 
 
 def test_foreign_checkpoints_are_refused():
     """The state_dict of another kind of optimizer, or model, is a ValueError, and nothing has been loaded."""
-    pairs = [("adamw", "sgd"), ("adamw", torch.optim.SGD), ("rotational_sgd", "sgd"), ("rotational_adamw", "adamw"),
-             # and where the other one knows more hyperparameters, not fewer
-             ("sgd", "rmsprop"), ("lion", "adamw"), ("adamw", "rotational_adamw"), ("rmsprop", "rf_rmsprop"),
-             ("rf_adamw", "adamw"), ("if_shampoo", "shampoo"), ("shampoo", "if_shampoo"),
-             ("modular_adam", "modular_lion")]                  # the same hyperparameters, one average less
-    cases = [(name, other, {"w": (4, 6)}, {"w": (4, 6)}, []) for name, other in pairs]
+    cases = [(name, other, {"w": (4, 6)}, {"w": (4, 6)}, []) for name, other in (
+        ("adamw", torch.optim.SGD), ("rotational_sgd", "sgd"), ("adamw", "rotational_adamw"), ("sgd", "rmsprop"),
+        ("shampoo", "if_shampoo"), ("modular_adam", "modular_lion"))]   # the last: the same settings, one average less
     for name in optim.OPTIMIZERS:
         cases += [(name, name, {"w": (4, 6)}, {"w": (4, 8)}, ["another model", "w (4, 8) is (4, 6)"]),
                   (name, name, {"w": (4, 6), "q": (3, 4)}, {"w": (4, 6), "k": (3, 4)}, ["k", "q"])]
@@ -1516,13 +1259,14 @@ def test_foreign_checkpoints_are_refused():
 def test_standing_still():
     """A step with lr 0 changes no weight of any type, to the bit, on a fresh optimizer and later. Updates of zero turn
     nothing and add nothing, nor do those that are the same for all weights of a neuron; the next ones do."""
-    alike = {"rotational_sgd": lambda g: torch.full_like(g, 0.1), "rotational_lion": lambda g: g.abs() + 0.1}
-    rows = [(optim.OPTIMIZERS, {"lr": 0.0}, MIXED, torch.clone), (MODULAR, {"lr": 0.0, "norm": "rows"}, [(6, 5)],
-                                                                  torch.clone)]
-    rows += [(ROTATIONAL, {"rotational_eps": eps}, TURNING, torch.zeros_like) for eps in (1e-8, 0.0)]
-    rows += [(MODULAR, {"weight_decay": 0.0}, TURNING, torch.zeros_like)]
-    rows += [(["shampoo"], {"weight_decay": 0.0, "graft": to}, TURNING, torch.zeros_like) for to in ("sgd", "adam")]
-    rows += [([name], {}, TURNING, change) for name, change in alike.items()]
+    zero = torch.zeros_like
+    rows = [(optim.OPTIMIZERS, {"lr": 0.0}, MIXED, torch.clone),
+            (MODULAR, {"lr": 0.0, "norm": "rows"}, [(6, 5)], torch.clone),
+            *((ROTATIONAL, {"rotational_eps": eps}, TURNING, zero) for eps in (1e-8, 0.0)),
+            (MODULAR, {"weight_decay": 0.0}, TURNING, zero),
+            (["shampoo"], {"weight_decay": 0.0, "graft": "adam"}, TURNING, zero),
+            (["rotational_sgd"], {}, TURNING, lambda g: torch.full_like(g, 0.1)),
+            (["rotational_lion"], {}, TURNING, lambda g: g.abs() + 0.1)]
     for names, options, shapes, change in rows:
         for name, dtype in itertools.product(names, (torch.float64, torch.float32, torch.bfloat16, torch.float16)):
             params, what = parameters(shapes, dtype), f"{name} {options} {dtype}"
@@ -1538,29 +1282,18 @@ def test_standing_still():
 
 
 def test_schedulers_drive_it():
-    """All schedulers of torch (some move momentum or beta1 too) act as on torch.optim."""
+    """Schedulers of torch, those that move momentum or beta1 and that end below 0 among them, act as on torch.optim."""
     S = torch.optim.lr_scheduler
-    parts = lambda o: [S.ConstantLR(o, factor=0.5), S.StepLR(o, 4)]
-    makers = {"LambdaLR": lambda o: S.LambdaLR(o, lambda t: min(1, t / 5)), "StepLR": lambda o: S.StepLR(o, 4),
-              "MultiplicativeLR": lambda o: S.MultiplicativeLR(o, lambda t: 0.9), "PolynomialLR": S.PolynomialLR,
-              "MultiStepLR": lambda o: S.MultiStepLR(o, [3, 9]), "ConstantLR": S.ConstantLR,
-              "LinearLR": lambda o: S.LinearLR(o, end_factor=0, total_iters=4),         # ends at lr = -4e-19
-              "ExponentialLR": lambda o: S.ExponentialLR(o, 0.9),
-              "CosineAnnealingLR": lambda o: S.CosineAnnealingLR(o, 8),
-              "CosineAnnealingWarmRestarts": lambda o: S.CosineAnnealingWarmRestarts(o, 4),
-              "ReduceLROnPlateau": lambda o: S.ReduceLROnPlateau(o, patience=1),
-              "CyclicLR": lambda o: S.CyclicLR(o, 0.001, 0.05, 3), "OneCycleLR": lambda o: S.OneCycleLR(o, 0.1, 20),
-              "SequentialLR": lambda o: S.SequentialLR(o, parts(o), [3]),
-              "ChainedScheduler": lambda o: S.ChainedScheduler(parts(o))}
-    assert makers.keys() == set(S.__all__) - {"LRScheduler"}, "torch has other schedulers now"
+    makers = {"OneCycleLR": lambda o: S.OneCycleLR(o, 0.1, 20), "CyclicLR": lambda o: S.CyclicLR(o, 0.001, 0.05, 3),
+              "LinearLR": lambda o: S.LinearLR(o, end_factor=0, total_iters=4)}         # ends at lr = -4e-19
     for kind, name in itertools.product(makers, (*TORCH_TWINS, "rotational_sgd")):
         ours, theirs = parameters(MIXED), parameters(MIXED)
-        twin = TORCH_TWINS.get(name, optim.OPTIMIZERS[name])                            # no twin: it runs, at least
+        twin = TORCH_TWINS.get(name, optim.OPTIMIZERS[name])                    # no twin: it runs, at least
         for optimizer in (make(name, ours), twin(theirs, **settings(name))):
             scheduler = makers[kind](optimizer)
             for gradients in noise(MIXED, 8):
                 run(optimizer, [gradients])
-                scheduler.step(*[1.0] * (kind == "ReduceLROnPlateau"))
+                scheduler.step()
         for p, q in zip(ours, theirs):
             close(p, q, 1e-12, f"{name} {kind}")
 
@@ -1573,9 +1306,7 @@ def test_precisions():
         starts = values(exact)
         run(make(name, params), gradients)
         run(make(name, exact), [[g.double() for g in step] for step in gradients])
-        for p, q in zip(params, exact):
-            assert p.dtype == dtype and p.isfinite().all(), f"{name} {dtype}"
-            # Rounding to nearest costs at most half an eps of the weight each step.
+        for p, q in zip(params, exact):                     # rounding costs at most half an eps of the weight each step
             close(p.double(), q, 6 * torch.finfo(dtype).eps, f"{name} {dtype} {tuple(p.shape)}",
                   scale=max(1.0, q.abs().max().item()))
         moved = max((q - start).abs().max().item() for q, start in zip(exact, starts))
@@ -1596,52 +1327,43 @@ def test_nan_is_not_hidden():
 
 class Watch(TorchDispatchMode):
     """Sees every operation while it is on: how often a number was fetched from a tensor, which makes the host wait for
-    the device, and how many bytes the largest tensor has that any operation makes (a view is not made)."""
+    the device, and how many entries the largest tensor has that any operation returns."""
     fetched = largest = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name, leaves = func.overloadpacket.__name__, torch.utils._pytree.tree_leaves
-        self.fetched += name in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
-        known = {x.untyped_storage().data_ptr() for x in leaves((args, kwargs)) if torch.is_tensor(x)}
+        self.fetched += func.overloadpacket.__name__ in ("_local_scalar_dense", "is_nonzero", "nonzero", "equal")
         out = func(*args, **(kwargs or {}))
-        made = [x.untyped_storage() for x in leaves(out) if torch.is_tensor(x)]
-        self.largest = max([self.largest, *(x.nbytes() for x in made if x.data_ptr() not in known)])
+        if torch.is_tensor(out) and not func.is_view:
+            self.largest = max(self.largest, out.numel())
         return out
-
-
-def test_blocks_save_memory():
-    """With large tensors cut into blocks of rows, whatever a step makes is no larger than a block, where directions go
-    entry by entry and rows move by themselves. (That the numbers are the same is a row of SAME.)"""
-    for name in (name for name in optim.OPTIMIZERS if base(name) in BY_ENTRY):
-        rows = {"norm": "rows"} if rescales(name) else {}
-        params = parameters([(50, 8), (90,)] + [(7, 3, 2, 2)] * (not rows))
-        optimizer, gradients = make(name, params, **rows), noise([p.shape for p in params], 2)
-        run(optimizer, gradients[:1])                       # makes the state
-        for p, g in zip(params, gradients[1]):
-            p.grad = g
-        with in_blocks(45), Watch() as watch:
-            optimizer.step()
-        assert 0 < watch.largest <= 8 * 45, f"{name} made a tensor of {watch.largest} bytes"
 
 
 def test_no_step_waits_for_the_device():
     """Once its state exists, no optimizer fetches a number from a tensor during step(), nor makes tensors elsewhere:
-    meta tensors, which have no numbers, get through. A checkpoint brings state to its parameter's device."""
+    meta tensors, which have no numbers, get through. A checkpoint brings state to its parameter's device. Directions by
+    entry, on rows that move by themselves, make no tensor larger than a block."""
     with Watch() as watch:
         torch.ones(1).item()
     assert watch.fetched == 1, "the watch is blind"
-    for name, options in [(name, {}) for name in optim.OPTIMIZERS] + [
-            ("shampoo", {"graft": "sgd"}), ("shampoo", {"graft": "adam"}), ("shampoo", {"compile": True})]:
-        with unittest.mock.patch.object(optim, "update_compiled", optim.update):            # what would be compiled
-            optimizer = make(name, parameters(MIXED, torch.float32), **options)
-            run(optimizer, noise(MIXED, 1, torch.float32))
+    variants = [("shampoo", {"graft": to}) for to in ("sgd", "adam")] + [("shampoo", {"compile": True})]
+    for name, options in [(name, {}) for name in optim.OPTIMIZERS] + variants:
+        by_block = base(name) in BY_ENTRY
+        rows = {"norm": "rows"} if by_block and rescales(name) else {}
+        shapes = [(50, 8), (90,), ()] + [(7, 3, 2, 2)] * (not rows)
+        params, gradients = (parameters(shapes, torch.float32, seed) for seed in range(2))
+        with unittest.mock.patch.object(optim, "update_compiled", optim.update), in_blocks(45):    # what is compiled
+            optimizer = make(name, params, **options, **rows)
+            run(optimizer, [gradients])
+            for p, g in zip(params, gradients):
+                p.grad = g.detach()
             with Watch() as watch:
-                run(optimizer, noise(MIXED, 2, torch.float32))
-        assert watch.fetched == 0, f"{name} {options}: {watch.fetched} numbers fetched in 2 steps"
-        far = [nn.Parameter(p.detach().to("meta")) for p in parameters(MIXED, torch.float32)]
+                optimizer.step()
+        assert watch.fetched == 0, f"{name} {options}: {watch.fetched} numbers fetched in a step"
+        assert 0 < watch.largest <= 45 or not by_block, f"{name} made a tensor of {watch.largest} entries"
+        far = [nn.Parameter(p.detach().to("meta")) for p in params]
         with unittest.mock.patch("optim.Optimizer._check_parameter"):           # it looks at a neuron's numbers, once
             for saved in (None, optimizer.state_dict()) if not options else ():
-                loaded = make(name, far)
+                loaded = make(name, far, **rows)
                 if saved:
                     loaded.load_state_dict(saved)
                 run(loaded, [[torch.empty_like(p) for p in far]])
@@ -1678,7 +1400,7 @@ def replica(rank, folder):
         fully_shard(model)
         try:
             optimizer = make(name, model.parameters())
-            optim.build(name, model, **settings(name))          # accepts what the class accepts
+            optim.build(name, model, **settings(name))      # accepts what the class accepts
             with in_blocks(10):
                 train(model, optimizer, batches)
             weights[f"sharded {name}"] = values(p.full_tensor() for p in model.parameters())
@@ -1708,19 +1430,18 @@ def test_data_parallel_replicas():
 
 def test_compiled_equals_eager():
     """compile=True gives the numbers of eager mode under a changing lr, for tensors in blocks, of 0 dims, embeddings,
-    and compiles nothing after the first step; so does torch.compile of a whole training step."""
-    named, found = os.environ.get("CXX"), [shutil.which(c) for c in ("c++", "g++", "clang++")]
-    if not (shutil.which(named) if named else any(found)):
+    and compiles nothing after the first step."""
+    if not any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"])):
         raise Skip("torch.compile needs a C++ compiler: none of $CXX, c++, g++, clang++ was found")
     from torch._dynamo.utils import counters
     shapes, lrs = [(8, 6), ()], [0.01 * t for t in range(4)]
-    for name, small in (("rotational_sgd", 24), ("modular_sgd", sys.maxsize)):              # 24: twice 4 rows
-        options = {"norm": "rows"} if rescales(name) else {}                    # where torch's compiler has a bug
+    for name, small, options in (("rotational_sgd", 24, {}),                    # 24: twice 4 rows
+                                 ("modular_sgd", sys.maxsize, {"norm": "rows"})):           # torch's compiler has a bug
         torch._dynamo.reset()
         counters.clear()
         params, compiled, graphs = parameters(shapes), parameters(shapes), []
-        optimizer = make(name, [{"params": compiled} | options], compile=True)
-        run(make(name, [{"params": params} | options]), noise(shapes, 4), lrs)
+        optimizer = make(name, compiled, compile=True, **options)
+        run(make(name, params, **options), noise(shapes, 4), lrs)
         with in_blocks(small):
             for lr, step in zip(lrs, noise(shapes, 4)):
                 run(optimizer, [step], [lr])
@@ -1728,12 +1449,6 @@ def test_compiled_equals_eager():
         for p, q in zip(compiled, params):
             close(p, q, 1e-12, name)
         assert 0 < graphs[0] == graphs[-1], f"{name}: compiled again and again, or never: {graphs}"
-    model, twin = network(), network()
-    step, x = torch.compile(train, backend="aot_eager"), [normal(0, 8, 6)]      # all but the code generation
-    step(model, make("rotational_sgd", model.parameters()), x)
-    train(twin, make("rotational_sgd", twin.parameters()), x)
-    for p, q in zip(model.parameters(), twin.parameters()):
-        close(p, q, 1e-12, "a compiled training step")
 
 
 # ======================================================================================================================
@@ -1747,8 +1462,7 @@ def test_errors_of_values():
     nan, inf, bad = math.nan, math.inf, {}
     for keys, values_of, words in (
             ("lr weight_decay eps rotational_eps damping lr_cov lr_cov_scale adamw_lr_scale share",
-             (-1e-9, nan, inf, None, "0.1"),
-             "[0, inf)"),
+             (-1e-9, nan, inf, None, "0.1", torch.ones(2)), "[0, inf)"),
             ("momentum alpha update_norm_decay_factor riemannian_momentum", (-0.1, 1.0, nan, None), "[0, 1)"),
             ("betas", ((0.9, 1.0), (-0.1, 0.9), (0.9,), (0.9, 0.9, 0.9), (nan, 0.9), 0.9, None, ("a", "b")), "[0, 1)"),
             ("per_neuron zero_mean compile bias_correction nesterov use_muon", (1, "yes", None), "True, False"),
@@ -1758,14 +1472,12 @@ def test_errors_of_values():
             ("max_dim", (-1, nan, None), "[0, inf"), ("scale", (0, -1.0, nan, inf), "(0, inf)"),
             ("graft", ("lion", "Adam", True, 0), "'sgd', 'adam'"), ("norm", ("x", None), "'spectral', 'rows'"),
             ("dtype", (torch.int32, torch.complex64, torch.float8_e4m3fn, "float32", 16), "float32")):
-        bad |= {key: (values_of + (torch.ones(2),) * (key == "lr"), words) for key in keys.split()}
-    taken = set().union(*(optim.OPTIMIZERS[name].takes() for name in optim.OPTIMIZERS if base(name) in DIRECTIONS))
-    assert taken == bad.keys(), f"no values to try for {taken ^ bad.keys()}"
+        bad |= {key: (values_of, words) for key in keys.split()}
     for name, kind in optim.OPTIMIZERS.items():
         optimizer = make(name, [weight(3, 4)])
         run(optimizer, [[weight(3, 4)]])
         [group], before = optimizer.param_groups, repr(optimizer.state_dict())
-        for key in bad.keys() & kind.takes():
+        for key in kind.takes() if base(name) in DIRECTIONS else ():
             for value in bad[key][0]:
                 shown = [kind.__name__, f"{key}={value!r}", bad[key][1], "group"]
                 groups = [{"params": [weight(3, 4)]}, {"params": [weight(2, 5)], key: value}]
@@ -1776,15 +1488,11 @@ def test_errors_of_values():
         assert before == repr(optimizer.state_dict()), f"{name}: moved by a step that it refuses"
 
 
-def row_of(value, row=1):
+def row_of(value):
     """A weight of 3 x 24, one row of which has one value everywhere."""
     p = normal(0, 3, 24)
-    p[row] = value
+    p[1] = value
     return nn.Parameter(p)
-
-
-def bits(*params):
-    return str([p.detach().to_dense().tolist() for p in params])
 
 
 def roots(name):
@@ -1796,23 +1504,20 @@ def rootless(name):
 
 
 anyone, exempt, off_centre = (lambda name: True), {"rotational": False}, {"zero_mean": False}
-# Of whom; the parameters, alone in their group; what else is in the group; words of the ValueError, or None: accepted.
+# Of whom; the parameter, alone in its group; what else is in the group; words of the ValueError, or None: accepted.
 BAD_GROUPS = [
     (anyone, weight(3, 4), {"weigth_decay": 0.1}, ["'weigth_decay'", "'weight_decay'", "group 0"]),
     (anyone, weight(3, 4), {"learning_rate": 0.1}, None),               # a user's own, and far from any
+    (anyone, weight(3, 4), {"amsgrad": True}, ["amsgrad", "not offered"]),
     (anyone, weight(4, fill=1j, dtype=torch.complex64), {}, ["parameter 0 of group 0", "complex64", "view_as_real"]),
     (anyone, ("head.w", weight(3, 4, fill=1j, dtype=torch.complex64)), {}, ["head.w", "complex64"]),
-    (anyone, nn.Parameter(weight(3, 4).detach().to_sparse()), {}, ["parameter 0 of group 0", "sparse_coo", "dense"]),
-    *((anyone, nn.Parameter(p.detach()), {}, ["parameter 0 of group 0", str(tuple(p.shape)), "expanded", "clone()"])
-      for p in (weight(3, 1).expand(3, 4), weight(4).expand(3, 4), weight(1).expand(4))),
+    (anyone, nn.Parameter(weight(3, 4).detach().to_sparse()), {}, ["sparse_coo", "dense"]),
+    (anyone, nn.Parameter(weight(4).detach().expand(3, 4)), {}, ["(3, 4)", "expanded", "clone()"]),
     (anyone, nn.Parameter(weight().detach().expand(1)), {}, None),      # stride 0, but of one entry
     *((turns, p, own, ["parameter 0 of group 0", str(tuple(p.shape)), why, "rotational=False"]) for p, own, why in (
-        (weight(4, 1), {}, "1 weight,"), (weight(4, 1), off_centre, "1 weight,"), (weight(4, 2), {}, "2 weights"),
-        (weight(3, 2, 1, 1), {}, "2 weights"), (row_of(0.0), {}, "all zeros"), (row_of(0.1), {}, "equal"),
-        (row_of(0.0), off_centre, "all zeros"), (weight(3, 4, fill=0.1), {}, "equal"),
-        (weight(3, 4, fill=0.1, dtype=torch.bfloat16), {}, "equal"), (row_of(math.nan), {}, "NaN"),
-        (row_of(math.inf), off_centre, "infinity"))),
-    (turns, ("head.w", weight(4, 1)), {}, ["head.w", "1 weight,"]),
+        (weight(4, 1), off_centre, "1 weight,"), (weight(3, 2, 1, 1), {}, "2 weights"), (row_of(0.0), {}, "all zeros"),
+        (row_of(0.1), {}, "equal"), (row_of(0.0), off_centre, "all zeros"), (row_of(math.nan), {}, "NaN"),
+        (weight(3, 4, fill=0.1, dtype=torch.bfloat16), {}, "equal"), (row_of(math.inf), off_centre, "infinity"))),
     (turns, weight(3, 4), {"rotational": True, "weight_decay": 0.0}, ["parameter 0 of group 0", "weight_decay=0"]),
     (turns, weight(4), {"rotational": True}, ["parameter 0 of group 0", "(4,)"]),
     *((turns, p, exempt, None) for p in (weight(4, 1), row_of(0.0), weight(3, 4, fill=0.1))),    # the way out is one
@@ -1821,8 +1526,7 @@ BAD_GROUPS = [
     (rootless, weight(3, 4), {"batch_size": None}, ["batch_size=None", "examples", "group 0"]),
     (roots, weight(3, 4), {"damping": 0.0}, ["damping=0"]),
     *((roots, weight(3, 4), {"lr_cov": x}, [f"lr_cov={x}"]) for x in (0.0, 1.5)),
-    *((roots, weight(3, 4), {"dtype": dtype}, [str(dtype), "roots", "float32", "if_shampoo"])
-      for dtype in (torch.bfloat16, torch.float16)),
+    (roots, weight(3, 4), {"dtype": torch.bfloat16}, ["bfloat16", "roots", "float32", "if_shampoo"]),
     (rescales, weight(3, 4, 5), {"norm": "rows"}, ["norm='rows'"]),
 ]
 
@@ -1831,31 +1535,26 @@ def test_errors_of_groups():
     """Each row of BAD_GROUPS is refused in words, by the constructor and by add_param_group, which leave no trace, not
     even on weights beside it. So are arguments that do not exist, nothing to train, and sparse gradients."""
     for name, kind in optim.OPTIMIZERS.items():
-        optimizer, late = make(name, parameters([(3, 4)])), make(name, parameters([(3, 4)]))
+        optimizer = make(name, parameters([(3, 4)]))
         before = repr(optimizer.state_dict())
-        for who, bad, own, words in BAD_GROUPS:
-            if not who(name):
-                continue
+        for who, bad, own, words in (row for row in BAD_GROUPS if row[0](name)):
             [good], p = parameters([(4, 6)]), bad[1] if isinstance(bad, tuple) else bad
-            alone, group = [{"params": [bad], **own}], {"params": [p], **own}
+            start, alone, group = values([good]), [{"params": [bad], **own}], {"params": [p], **own}
             if words is None:
                 kind(alone, **required(name))
-                late.add_param_group(copy.deepcopy(group))
                 continue
-            kept, there = bits(good, p), [word.replace("group 0", "group 1") for word in words if p is bad]
+            there = [word.replace("group 0", "group 1") for word in words if p is bad]
             refused(ValueError, [kind.__name__, *words], lambda: kind(alone, **required(name)))
             refused(ValueError, there, lambda: kind([{"params": [good]}, group], **required(name)))
             refused(ValueError, there, lambda: optimizer.add_param_group(group.copy()))
-            assert bits(good, p) == kept, f"{name}: {words}: refused, and yet changed"
+            same_bits([good], start, f"{name}: {words}: refused, and yet changed")
             assert repr(optimizer.state_dict()) == before, f"{name}: {words} left a trace"
         refused(TypeError, [kind.__name__, "learning_rate", *kind.takes()],
                 lambda: kind([weight(3, 4)], learning_rate=0.1))
         refused(ValueError, ["empty"], lambda: kind([], **required(name)))
-        table = nn.Embedding(5, 4, sparse=True)
-        table(torch.tensor([1, 2])).sum().backward()
-        optimizer, start = make(name, table.parameters()), table.weight.detach().clone()
-        refused(ValueError, [kind.__name__, "sparse", "sparse=False"], optimizer.step)
-        same_bits([table.weight], [start], f"{name}: moved by a gradient that it refuses")
+        [p] = parameters([(3, 4)])
+        p.grad = p.detach().to_sparse()
+        refused(ValueError, [kind.__name__, "sparse", "sparse=False"], make(name, [p]).step)
 
 
 class Net(nn.Module):
@@ -1867,21 +1566,20 @@ class Net(nn.Module):
 
 def test_errors_of_trees():
     """What has no modular norm, or no sense, is refused with words that lead somewhere."""
-    w, x, linear, a = optim.weight, optim.bond("x"), nn.Linear(7, 8), optim.weight(nn.Linear(4, 5))
+    w, x, a = optim.weight, optim.bond("x"), optim.weight(nn.Linear(4, 5))
     for kind, words, call in (
             (TypeError, ["BatchNorm1d"], lambda: w(nn.BatchNorm1d(3))), (TypeError, ["LSTM"], lambda: w(nn.LSTM(3, 4))),
             (TypeError, ["groups"], lambda: w(nn.Conv2d(4, 4, 3, groups=2))),
             (TypeError, ["MultiheadAttention", "q, k, v"], lambda: w(nn.MultiheadAttention(4, 2))),
-            (TypeError, ["upsampling"], lambda: w(nn.ConvTranspose2d(3, 4, 2))),
             (TypeError, ["optim.weight"], lambda: a @ nn.ReLU()), (TypeError, ["finite number"], lambda: "3" * a),
             (ValueError, ["run the model once"], lambda: w(nn.LazyLinear(4))), (ValueError, ["same"], lambda: w()),
             (ValueError, ["same type and shape"], lambda: w(nn.Linear(4, 5), nn.Linear(5, 4))),
-            (ValueError, ["mass=-1"], lambda: w(linear, mass=-1)), (ValueError, ["tare(2)"], lambda: x.tare(2)),
+            (ValueError, ["mass=-1"], lambda: w(nn.Linear(7, 8), mass=-1)),
             (ValueError, ["** 0"], lambda: a ** 0), (ValueError, ["norm="], lambda: w(nn.Conv2d(3, 4, 3), norm="rows")),
             (ValueError, ["sensitivity=nan"], lambda: optim.bond("x", math.nan)),
-            *((ValueError, [f"tare({mass})"], lambda mass=mass: a.tare(mass)) for mass in (-1, math.nan, math.inf)),
-            (ValueError, ["sensitivity 0", "last one"], lambda: shares((w(*linears(2)) @ optim.bond("x", 0)) ** 2)),
-            (ValueError, ["** 2 needs 2 layers"], lambda: shares(a ** 2))):
+            (ValueError, ["tare(2)"], lambda: x.tare(2)), (ValueError, ["tare(nan)"], lambda: a.tare(math.nan)),
+            (ValueError, ["sensitivity 0"], lambda: a @ (0 * x) @ a), (ValueError, ["** 2 needs 2"], lambda: a ** 2),
+            (ValueError, ["sensitivity 0", "last one"], lambda: (w(*linears(2)) @ optim.bond("x", 0)) ** 2)):
         refused(kind, words, call)
 
 
@@ -1890,32 +1588,24 @@ def test_errors_of_trees():
 # ======================================================================================================================
 
 
-class Zoo(nn.Module):
-    """One of everything that a model may hold."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(7, 6)
-        self.conv = nn.Conv2d(2, 4, 3)
-        self.norm = nn.LayerNorm(6)
-        self.hidden = nn.Linear(6, 5)
-        self.one_input = nn.Linear(1, 4)                    # neurons of a single weight: they cannot turn,
-        self.zero_start = nn.Linear(6, 3)                   # nor can these
-        self.frozen = nn.Linear(6, 6)
-        self.temperature = nn.Parameter(torch.tensor(1.0))
-        self.head = nn.Linear(6, 7, bias=False)
-        self.head.weight = self.embedding.weight            # tied
-        nn.init.zeros_(self.zero_start.weight)
-        self.frozen.requires_grad_(False)
-
-    def modular_tree(self):
-        hidden, tied = optim.weight(self.one_input) @ optim.weight(self.hidden), optim.bond("head")
-        return tied @ (optim.weight(self.zero_start), hidden) @ (optim.weight(self.embedding), optim.weight(self.conv))
+def zoo():
+    """A model with one of everything that a model may hold."""
+    model = Net(embedding=nn.Embedding(7, 6), conv=nn.Conv2d(2, 4, 3), norm=nn.LayerNorm(6), hidden=nn.Linear(6, 5),
+                one_input=nn.Linear(1, 4),                  # neurons of a single weight: they cannot turn,
+                zero_start=nn.Linear(6, 3),                 # nor can these
+                frozen=nn.Linear(6, 6).requires_grad_(False), temperature=nn.Parameter(torch.tensor(1.0)),
+                head=nn.Linear(6, 7, bias=False))
+    model.head.weight = model.embedding.weight              # tied
+    nn.init.zeros_(model.zero_start.weight)
+    leaves = map(optim.weight, (model.zero_start, model.one_input, model.hidden, model.embedding, model.conv))
+    zero_start, one_input, hidden, embedding, conv = leaves
+    model.modular_tree = lambda: optim.bond("head") @ (zero_start, one_input @ hidden) @ (embedding, conv)
+    return model
 
 
 def cells(optimizer):
     """The table as {name of the parameter: the other cells of its row}."""
-    first, *rows = [re.split("  +", line) for line in optim.table(optimizer).splitlines()]
+    _, *rows = [re.split("  +", line) for line in optim.table(optimizer).splitlines()]
     assert len({row[0] for row in rows}) == len(rows), f"a row stands twice: {rows}"
     return {row[0]: row[1:] for row in rows}
 
@@ -1923,48 +1613,34 @@ def cells(optimizer):
 def test_build_rules():
     """build turns and decays matrices, not vectors; stuck ones take the plain rule, and table says why; tied ones count
     once, frozen ones not; names of no_decay neither decay nor turn."""
-    turn, stuck = {"embedding.weight", "conv.weight", "hidden.weight"}, {"one_input.weight": "1 weight"}
-    stuck["zero_start.weight"] = "zero"
-    vectors = {f"{name}.bias" for name in ("norm", "conv", "hidden", "one_input", "zero_start")}
-    vectors |= {"norm.weight", "temperature"}
+    # the matrices: why they are stuck, and their shares of 1/5, halved in front of something of sensitivity 2
+    matrices = {"embedding.weight": ("", 0.1), "conv.weight": ("", 0.1), "hidden.weight": ("", 0.2),
+                "one_input.weight": ("1 weight", 0.2), "zero_start.weight": ("zero", 0.2)}
     for name, no_decay in itertools.product(optim.OPTIMIZERS, ((), ("hidden.weight", "emb*"))):
-        torch.manual_seed(0)
-        model, h, some = Zoo(), settings(name), {"hidden.weight", "embedding.weight"} if no_decay else set()
+        model, h, spared = zoo(), settings(name), {"hidden.weight", "embedding.weight"} if no_decay else set()
         optimizer = optim.build(name, model, no_decay=no_decay, **h)
         rows = cells(optimizer)
-        assert rows.keys() == turn | stuck.keys() | vectors, f"{name}: a name is missing: {rows}"
+        trained = {label: p for label, p in model.named_parameters() if p.requires_grad}
+        assert rows.keys() == trained.keys(), f"{name}: a name is missing: {rows}"
+        factors = {n: g.get("lr_cov_scale") for g in optimizer.param_groups for n in g["param_names"]}
         for label, (shape, rule, lr, wd) in rows.items():
-            p, expected = model.get_parameter(label), "plain"
-            if turns(name) and label in turn - some:
+            (stuck, share), vector, what = matrices.get(label, ("", 0)), label not in matrices, f"{name} {label}"
+            expected, factor = "plain", 1
+            if turns(name) and not vector and not stuck and label not in spared:
                 expected = "rotational"
-            if rescales(name) and label not in vectors:     # five weights; two come before something of sensitivity 2
-                share = 0.1 if label in ("embedding.weight", "conv.weight") else 0.2
+            if rescales(name) and not vector:
                 expected = f"modular {'rows' if label == 'embedding.weight' else 'spectral'}, share {share}"
-            assert rule.startswith(expected), f"{name} {label}: {rule}"
-            assert not turns(name) or stuck.get(label, "") in rule, f"{name} {label}: {rule}"
-            assert shape == ("x".join(str(n) for n in p.shape) or "scalar"), f"{name} {label}: {shape}"
-            factor = 0.01 if rescales(name) and label in vectors else 1
-            if base(name) == "muon" and label in vectors | {"embedding.weight"}:
+            elif rescales(name):
+                factor = 0.01
+            if base(name) == "muon" and (vector or label == "embedding.weight"):
                 factor *= h["adamw_lr_scale"]
-                assert ", by adamw" in rule, f"{name} {label}: {rule}"
-            close(float(lr), h["lr"] * factor, 1e-5, f"{name} {label}: lr")
-            assert float(wd) == (0 if label in vectors | some else h["weight_decay"]), f"{name} {label}: decay {wd}"
-        # Now the deeds: with gradients of zero only decay under the plain rule moves a weight.
-        starts = {label: p.detach().double().clone() for label, p in model.named_parameters()}
-        run(optimizer, [[torch.zeros_like(p) for p in everything(optimizer)]])
-        for label, p in model.named_parameters():
-            decays = label in (turn | stuck.keys()) - some - (turn if turns(name) else set()) - {"zero_start.weight"}
-            decays |= rescales(name) and label == "embedding.weight"            # whose rows are put back
-            assert torch.equal(p.double(), starts[label]) != decays, f"{name} {label}: decays, or does not, by mistake"
-        if "lr_cov_scale" in optimizer.defaults:
-            factors = {n: g["lr_cov_scale"] for g in optimizer.param_groups for n in g["param_names"]}
-            assert {n for n, x in factors.items() if x == 0.25} == vectors and set(factors.values()) == {0.25, 1.0}
-
-
-def spoilt():
-    model = Single(4, 3)
-    model.weight.data[0, 0] = math.nan
-    return model
+                assert ", by adamw" in rule, f"{what}: {rule}"
+            assert rule.startswith(expected) and (not turns(name) or stuck in rule), f"{what}: {rule}"
+            assert shape == ("x".join(map(str, trained[label].shape)) or "scalar"), f"{what}: {shape}"
+            close(float(lr), h["lr"] * factor, 1e-5, f"{what}: lr")
+            assert float(wd) == (0 if vector or label in spared else h["weight_decay"]), f"{what}: decay {wd}"
+            scale = None if "lr_cov_scale" not in optimizer.defaults else 0.25 if vector else 1.0
+            assert factors[label] == scale, f"{what}: lr_cov_scale"
 
 
 def twins():
@@ -1975,20 +1651,21 @@ def twins():
 
 NET = Net(a=nn.Linear(4, 5), b=nn.Linear(5, 3))
 A, B = optim.weight(NET.a), optim.weight(NET.b)
+SPOILT = Single(4, 3)
+SPOILT.weight.data[0, 0] = math.nan
 # Of whom; the model; the options of build; the error and its words.
 BAD_MODELS = [
-    (anyone, nn.ReLU(), {}, ValueError, ["no trainable parameters"]),
     (anyone, Single(4, 3).requires_grad_(False), {}, ValueError, ["no trainable parameters"]),
     (anyone, Single(4, 3), {"learning_rate": 0.1}, TypeError, ["learning_rate"]),
     (anyone, twins(), {}, ValueError, ["0.weight", "1.weight", "share memory"]),
-    (anyone, Single(4, 3).parameters(), {}, TypeError, ["model"]), (anyone, [weight(3, 4)], {}, TypeError, ["model"]),
+    (anyone, Single(4, 3).parameters(), {}, TypeError, ["model"]),
     (anyone, nn.DataParallel(Single(4, 3)), {}, ValueError, ["model.module"]),
     (anyone, nn.Sequential(nn.LazyLinear(4)), {}, ValueError, ["run the model once first"]),
     (anyone, Single(4, 3), {"no_decay": ["wieght"]}, ValueError, ["'wieght'"]),
     (rootless, Single(4, 3), {"batch_size": None}, ValueError, ["batch_size=None", "examples"]),
     (turns, Single(4, 3), {"weight_decay": 0.0}, ValueError, ["weight_decay=0"]),
-    (turns, spoilt(), {}, ValueError, ["weight", "NaN"]),
-    *((rescales, Single(4, 3), {"lr": lr}, ValueError, [f"lr={lr!r}"]) for lr in ("0.1", None)),
+    (turns, SPOILT, {}, ValueError, ["weight", "NaN"]),
+    (rescales, Single(4, 3), {"lr": "0.1"}, ValueError, ["lr='0.1'"]),
     *((rescales, model, {"tree": tree}, ValueError, words) for model, tree, words in (
         (nn.utils.parametrizations.weight_norm(Single(4, 3)), None, ["computed", "weight_norm"]),
         (NET, A, ["b.weight", "(3, 5)", "not in the modular tree"]), (NET, B @ A @ A, ["a.weight", "twice"]),
@@ -2007,34 +1684,27 @@ def test_build_of_odd_models():
             if who(name):
                 refused(error, words, lambda: optim.build(name, model, **required(name) | options))
         if not rescales(name):
-            rows = cells(optim.build(name, empty, **settings(name)))
-            assert all(row[1].startswith("plain") for row in rows.values()), f"{name}: {rows}"
-    refused(ValueError, ["sensitivity 0"], lambda: B @ (0 * optim.bond("x")) @ A)
-    for typo, meant in {"adamww": "adamw", "rotational_adam_w": "rotational_adamw", "Lion": "lion"}.items():
+            optim.build(name, empty, **settings(name))
+    for typo, meant in {"rotational_adam_w": "rotational_adamw", "Lion": "lion"}.items():
         refused(ValueError, [repr(typo), f"did you mean {meant!r}"], lambda: optim.build(typo, Single(4, 3)))
-    for name, zero_mean in itertools.product(ROTATIONAL, (True, False)):        # two weights to a neuron: a circle
-        rows = cells(optim.build(name, Single(2, 3, bias=False), zero_mean=zero_mean, **settings(name)))
-        assert rows["weight"][1].startswith("plain" if zero_mean else "rotational"), rows
+    for zero_mean, rule in ((True, "plain"), (False, "rotational")):            # two weights to a neuron: a circle
+        rows = cells(optim.build("rotational_sgd", Single(2, 3), zero_mean=zero_mean))
+        assert rows["weight"][1].startswith(rule), rows
     model = nn.Sequential(*linears(2))                      # alike but for their masses
     tree = optim.weight(model[1], mass=3) @ optim.weight(model[0])
-    groups = optim.build("modular_adam", model, tree=tree).param_groups
-    close([group["share"] for group in groups], [0.25, 0.75], 1e-12, "shares")
-    model[1].weight.requires_grad_(False)
-    close(optim.build("modular_adam", model, tree=tree).param_groups[0]["share"], 0.25, 1e-12, "a frozen weight")
-    optim.build("modular_adam", model, tree=optim.weight(model[0]))
+    for expected in ([0.25, 0.75], [0.25]):                 # the second time one of them is frozen
+        groups = optim.build("modular_adam", model, tree=tree).param_groups
+        close([group["share"] for group in groups], expected, 1e-12, "shares")
+        model[1].weight.requires_grad_(False)
 
 
 def test_table_of_any_optimizer():
     """table lists the parameters of any torch optimizer, with names or without, each once, by group and place."""
-    torchs = {f"torch {kind.__name__}": kind for kind in vars(torch.optim).values() if isinstance(kind, type)
-              and issubclass(kind, torch.optim.Optimizer) and kind.__name__ not in ("Optimizer", "LBFGS", "Muon")}
-    for name in (*optim.OPTIMIZERS, *torchs):
-        params, late = [weight(3, 4), weight(4)], nn.Parameter(weight(2, 5).detach())
-        groups = [{"params": params}, {"params": [late], "lr": 0.5 if name in torchs else torch.tensor([0.5])}]
-        rows = cells(torchs[name](groups) if name in torchs else make(name, groups))
-        assert list(rows) == [f"parameter {place}" for place in ("0 of group 0", "1 of group 0", "0 of group 1")], name
-        assert rows["parameter 0 of group 1"][0] == "2x5" and "0.5" in rows["parameter 0 of group 1"], f"{name}: {rows}"
-    rows = cells(torch.optim.SGD([("head.weight", weight(3, 4))], lr=0.5))
+    for kind in (optim.SGD, torch.optim.SGD, torch.optim.Rprop):                # the last has no decay
+        rows = cells(kind([{"params": [weight(3, 4), weight(4)]}, {"params": [weight(2, 5)], "lr": 0.5}]))
+        assert list(rows) == [f"parameter {place}" for place in ("0 of group 0", "1 of group 0", "0 of group 1")], rows
+        assert rows["parameter 0 of group 1"][:3] == ["2x5", "plain", "0.5"], f"{kind}: {rows}"
+    rows = cells(torch.optim.SGD([("head.weight", weight(3, 4))], lr=torch.tensor([0.5])))
     assert rows == {"head.weight": ["3x4", "plain", "0.5", "0"]}, rows
 
 
@@ -2052,24 +1722,23 @@ def probed(optimizer, gradients):
 
 
 def test_probe_measures():
-    """The probe's norm and angle equal float64 numbers by hand, for every optimizer, down to 1e-5 rad in float32, of
-    neurons, or of whole tensors under per_neuron=False. What has no gradient, number or neuron has no row; a zero
-    neuron is left out of the mean angle; half a turn is pi."""
-    shapes = [(5, 24), (4, 3, 3, 3), (6,)]
-    makers = [(name, lambda ps, name=name: make(name, ps)) for name in optim.OPTIMIZERS]
-    makers += [(f"torch {name}", lambda ps, name=name: TORCH_TWINS[name](ps, **settings(name))) for name in TORCH_TWINS]
-    makers += [("whole tensors", lambda ps: make("rotational_adamw", ps, per_neuron=False))]
-    for (name, maker), dtype in itertools.product(makers, (torch.float64, torch.float32, torch.bfloat16)):
-        params, whole, fine = parameters(shapes, dtype), name == "whole tensors", dtype == torch.float64
-        optimizer = maker(params)
+    """The probe's norm and angle equal float64 numbers by hand, down to 1e-5 rad in float32, of neurons, or of whole
+    tensors under per_neuron=False. What has no gradient, number or neuron has no row; a zero neuron is left out of the
+    mean angle; half a turn is pi; a step that it is not asked about is not measured."""
+    shapes, whole = [(5, 24), (4, 3, 3, 3), (6,)], {"per_neuron": False}
+    for (name, options), dtype in itertools.product(
+            [("sgd", {}), ("rotational_adamw", {}), ("rotational_adamw", whole)],
+            (torch.float64, torch.float32, torch.bfloat16)):
+        params, per_neuron, fine = parameters(shapes, dtype), not options, dtype == torch.float64
+        optimizer = make(name, params, **options)
         run(optimizer, noise(shapes, 2, dtype))
         starts = values(params)
         rows = probed(optimizer, noise(shapes, 1, dtype, seed=77)[0]).rows
         assert [row["name"] for row in rows] == ["parameter 0 of group 0", "parameter 1 of group 0"], f"{name}: {rows}"
         for row, p, start in zip(rows, params, starts):         # below float64, they are measured in float32
-            norm = rows_of(p, not whole).double().norm(dim=1).mean()
-            close(row["norm"], norm, 1e-12 if fine else 1e-6, f"{name} {dtype} norm")
-            close(row["angle"], angles(start, p, not whole).mean(), 1e-9 if fine else 1e-4, f"{name} {dtype} angle")
+            what, norm = f"{name} {options} {dtype}", rows_of(p, per_neuron).double().norm(dim=1).mean()
+            close(row["norm"], norm, 1e-12 if fine else 1e-6, f"{what} norm")
+            close(row["angle"], angles(start, p, per_neuron).mean(), 1e-9 if fine else 1e-4, f"{what} angle")
     [p] = parameters([(64, 256)], torch.float32)            # tiny angles: set them by lr * wd = 1e-10 / 2
     optimizer = optim.RotationalSGD([p], lr=1e-9, momentum=0.0, weight_decay=0.05)
     start, [row] = p.detach().clone(), probed(optimizer, noise([(64, 256)], 1, torch.float32)[0]).rows
@@ -2083,52 +1752,41 @@ def test_probe_measures():
     [w] = parameters([(200, 7)])
     optimizer = torch.optim.SGD([w], lr=1.0)
     probe = probed(optimizer, [2 * w.detach()])
-    close(probe.rows[0]["angle"], math.pi, 1e-6, "half a turn")
-    before = copy.deepcopy(probe.rows)
-    run(optimizer, [[w.detach()]])
-    assert probe.rows == before, "a step that nobody asked about was measured"
+    run(optimizer, [[w.detach() / 2]])
+    close(probe.rows[0]["angle"], math.pi, 1e-6, "half a turn, and not what came after it")
 
 
 def test_probe_predicts():
     """The probe predicts the closed-form equilibrium, and says how many steps it takes; kept norm and set angle where
     rotational; nan without decay or theory (Nesterov, AMSGrad, .., modular). torch's spellings have their twins'."""
-    gradient, C = normal(3, 5, 24), 24
+    gradient, C, torchs, nothing = normal(3, 5, 24), 24, torch.optim, (math.nan, math.nan)
     gradient *= 0.3 / gradient.square().mean().sqrt()
-    cases, nothing = [], (math.nan, math.nan)
+    h, adamw = {"lr": 0.02, "weight_decay": 0.2}, settings("adamw")
+    by_torch = h | {"momentum": 0.8}
+    cases = [(torchs.Muon, by_torch, settled_by_hand("muon", by_torch, C, 0.3, rows=5)),
+             (torchs.Adam, adamw | {"decoupled_weight_decay": True}, settled_by_hand("adamw", adamw, C, 1))]
     for name in DIRECTIONS:
-        h = settings(name)
-        for kind in filter(None, (optim.OPTIMIZERS[name], TORCH_TWINS.get(name))):
-            cases += [(kind, h, settled_by_hand(name, h, C, 0.3, rows=5)), (kind, h | {"weight_decay": 0.0}, nothing)]
-        cases += [(optim.OPTIMIZERS[f"rotational_{name}"], h, (None, math.atan(angle_by_hand(name, h))))]
-        for none, sigma in (({"lr": 0.0}, 0.3), ({"weight_decay": 0.0}, 0.3), ({}, 0.0)):
-            predicted = optim.equilibrium(optim.DIRECTIONS[name], optim.OPTIMIZERS[name].takes() | h | none, C, sigma)
-            assert all(map(math.isnan, predicted)), f"{name}: {predicted} where nothing moves, decays or comes"
-    h, mu, torchs, same = {"lr": 0.02, "weight_decay": 0.2}, {"momentum": 0.9}, torch.optim, settings("adamw")
-    adamw = settled_by_hand("adamw", same, C, 1)
-    muon = {"lr": 0.02, "weight_decay": 0.2, "momentum": 0.8}
-    cases += [(torchs.Muon, muon, settled_by_hand("muon", muon, C, 0.3, rows=5))]
-    cases += [(torchs.Adam, same | {"decoupled_weight_decay": True}, adamw),
-              (torchs.AdamW, same | {"lr": torch.tensor(0.02, dtype=torch.float64)}, adamw)]
+        own = settings(name)
+        cases += [(optim.OPTIMIZERS[name], own, settled_by_hand(name, own, C, 0.3, rows=5)),
+                  (optim.OPTIMIZERS[f"rotational_{name}"], own, (None, math.atan(angle_by_hand(name, own))))]
+        if name in TORCH_TWINS:
+            cases += [(TORCH_TWINS[name], own, settled_by_hand(name, own, C, 0.3))]
     cases += [(kind, h | options, nothing) for kind, options in (
-        (torchs.SGD, mu | {"nesterov": True}), (torchs.SGD, mu | {"dampening": 0.5}), (torchs.SGD, {"maximize": True}),
-        (torchs.AdamW, {"amsgrad": True}), (torchs.RMSprop, {"centered": True}), (torchs.Adagrad, {}),
-        (optim.ModularSGD, {}), (optim.ModularAdam, {}))]
+        (torchs.SGD, {"momentum": 0.9, "nesterov": True}), (torchs.SGD, {"momentum": 0.9, "dampening": 0.5}),
+        (torchs.SGD, {"maximize": True}), (torchs.AdamW, {"amsgrad": True}), (torchs.RMSprop, {"centered": True}),
+        (torchs.Adagrad, {}), (optim.ModularAdam, {}), (optim.SGD, {"weight_decay": 0.0}), (optim.SGD, {"lr": 0.0}))]
     for kind, options, expected in cases:
         [p] = parameters([(5, 24)])
-        optimizer = kind([("w", p)], **options)
+        optimizer, what = kind([("w", p)], **options), f"{kind} {options}"
         kept, probe = p.norm(dim=1).mean().item(), probed(optimizer, [gradient])
-        [row], text = probe.rows, str(probe).splitlines()
-        assert row["name"] == "w" and row["angle"] > 0, kind
         for key, value in zip(("predicted_norm", "predicted_angle"), expected):
-            if value is None or not math.isnan(value):
-                tolerance = 0.2 if kind.__name__ == "Muon" else 1e-12   # its prediction tries one small matrix of noise
-                close(row[key], kept if value is None else value, tolerance, f"{kind} {options} {key}")
-            else:
-                assert math.isnan(row[key]), f"{kind} {options}: {row}"
-        if kind is optim.AdamW and options["weight_decay"]:
-            assert "125" in text[-1], f"1 / (2 lr wd) = 125 steps are not in {text}"
-        else:
-            assert len(text) == 2 or getattr(kind, "geometry", optim.PLAIN) is optim.PLAIN, text
+            found, value = probe.rows[0][key], kept if value is None else value
+            if math.isnan(value):
+                assert math.isnan(found), f"{what}: {probe.rows}"
+            else:                                           # Muon's prediction tries one small matrix of noise
+                close(found, value, 0.2 if kind.__name__ == "Muon" else 1e-12, f"{what} {key}")
+        if kind is optim.AdamW:
+            assert "125" in str(probe).splitlines()[-1], f"1 / (2 lr wd) = 125 steps are not in {probe}"
 
 
 # ======================================================================================================================
@@ -2137,56 +1795,42 @@ def test_probe_predicts():
 
 
 def test_lesson():
-    """python optim.py prints every optimizer, and its walks measure, on fewer neurons and steps here, what its formulas
-    say: within 3 %, Lion 10 %; sgd the same angle for all sizes of the gradient, adam not; in 80 columns."""
-    for name, h, sigmas in optim.WALKS:
-        assert all(math.isfinite(x) for sigma in sigmas
-                   for x in optim.equilibrium(optim.DIRECTIONS[name], h, optim.C, sigma)), name
-    adam = {"lr": 0.01, "betas": (0.8, 0.999), "eps": 1e-8, "weight_decay": 0.4}
-    walks = [("sgd", {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.02}, (0.5, 2.0)), ("adamw", adam, (1.0,)),
-             ("adam", adam, (0.5, 2.0)), ("lion", {"lr": 0.004, "betas": (0.9, 0.99), "weight_decay": 0.5}, (1.0,))]
+    """python optim.py prints every optimizer and walk in 80 columns: sgd has one angle for all sizes of the gradient,
+    adam has not, and what is off is measured over predicted."""
     walk = optim.walk
-    with unittest.mock.patch.multiple(optim, WALKS=walks, NEURONS=16, state_bytes=lambda _: 0.0,
-                                      walk=lambda *rest: walk(*rest[:3], rest[3] * 2 // 5)):
+    with unittest.mock.patch.multiple(optim, NEURONS=4, state_bytes=lambda _: 0.0,
+                                      walk=lambda name, h, sigmas, steps: walk(name, h, sigmas, 40)):
         status, out, err = call_main(optim)
     assert status == 0 and not err and max(map(len, out.splitlines())) <= 80, out + err
+    table = [line.split()[0] for line in out.splitlines() if re.match(r"\w+ +0[.]0 ", line)]
+    assert table == list(optim.OPTIMIZERS), out
     rows = [line.replace("adam + L2", "adam").split() for line in out.splitlines() if re.search("[+-][0-9.]+%", line)]
-    assert [row[0] for row in rows] == ["sgd", "sgd", "adamw", "adam", "adam", "lion", "exact"], out
-    for name, sigma, norm, measured_norm, off_norm, angle, measured_angle, off_angle in rows:
-        for predicted, measured, off in ((norm, measured_norm, off_norm), (angle, measured_angle, off_angle)):
-            close(float(measured), float(predicted), 0.1 if name == "lion" else 0.03, f"{name}: {out}")
-            close(float(off[:-1]) / 100, float(measured) / float(predicted) - 1, 5e-3, f"{name}: off", scale=1)
-    assert rows[0][5] == rows[1][5] and abs(float(rows[3][5]) / float(rows[4][5]) - 2) < 0.01, "angles over sizes"
-    table = [line for line in out.splitlines() if re.match(r"\w+ +0[.]0 ", line)]
-    assert [line.split()[0] for line in table] == list(optim.OPTIMIZERS), out
-    assert re.search("rotational_adam .* mean[(]g[)] / rms[(]g [+] wd w[)]", out), out
-    assert re.search("rotational_sgd .* m <- mu m [+] g;  d = m", out), out
-    bars = [line.split() for line in out.splitlines() if re.match(" +[0-9]+   0[.]", line)]
-    assert int(bars[0][0]) == 1 and int(bars[-1][0]) > 1000, "steps of the bars"
+    for name, sigma, *numbers in rows:
+        for predicted, measured, off in (numbers[:3], numbers[3:]):
+            close(1 + float(off[:-1]) / 100, float(measured) / float(predicted), 0.01, f"{name}: off")
+    predicted = {(name, sigma): float(angle) for name, sigma, _, _, _, angle, *_ in rows}
+    assert {name for name, _ in predicted} == {*DIRECTIONS, "exact"} - {"shampoo"}, out
+    assert predicted["sgd", "0.5"] == predicted["sgd", "2"], out
+    close(predicted["adam", "0.5"] / predicted["adam", "2"], 2, 0.01, "adam's angles over sizes")
 
 
-def test_walk_of_ones_own():
-    """--walk prints, for three sizes of the gradient, what is predicted and measured, within 3 %, in 80 columns; what
-    it cannot walk is refused in one line, as are flags, names and files that are none."""
+def test_walks_of_ones_own():
+    """--walk prints, for three sizes of the gradient, what is predicted and measured, within 3 %; what it cannot walk
+    is refused in one line, as are flags, names and files that are none."""
     out = succeed(optim, "--walk", "adamw", "lr=0.01", "weight_decay=0.5", "betas=(0.8,0.99)")
-    assert max(map(len, out.splitlines())) <= 80 and "lr=0.01" in out, out
-    rows = [line.split() for line in out.splitlines() if "%" in line]
     norm, angle = settled_by_hand("adamw", {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.99)}, optim.C, 1)
-    assert [row[0] for row in rows] == ["adamw"] * 3 and len({row[1] for row in rows}) == 3, out
+    rows = [line.split() for line in out.splitlines() if "%" in line]
+    assert [row[:2] for row in rows] == [["adamw", "0.5"], ["adamw", "1"], ["adamw", "2"]], out
     for _, _, *numbers in rows:
         numbers = [float(x) for x in numbers if "%" not in x]
         close(np.divide(numbers, [norm, norm, angle, angle]), np.ones(4), 0.03, "predicted and measured")
-    with temporary_folder() as folder:
+    with temporary_folder() as folder, unittest.mock.patch("importlib.util.find_spec", lambda name: None):
         for arguments, words in (
                 ("--walk adamww", "adamw"), ("--walk adamw rr=0.1", "rr"), ("--walk adamw lr=-1", "lr=-1"),
                 ("--walk adamw lr", "lr"), ("--walk adamw weight_decay=0", "weight_decay"),
-                ("--bench rotational_lyon", "did you mean 'rotational_lion'"),
-                ("--benchh", "unrecognized arguments: --benchh"), ("--bench sgd --plot walk.png", "leave out --bench"),
-                (f"--plot {folder}/never/walk.png", "in a folder that is there"), (f"--plot {folder}", "name a file")):
-            with unittest.mock.patch("importlib.util.find_spec", lambda name: True):        # before any work
-                check_refused(optim, folder, arguments.split(), words)
-        with unittest.mock.patch("importlib.util.find_spec", lambda name: None):
-            check_refused(optim, folder, ["--plot", "walk.png"], "--plot needs matplotlib")
+                ("--bench rotational_lyon", "did you mean 'rotational_lion'"), ("--benchh", "unrecognized"),
+                ("--bench sgd --plot a.png", "leave out --bench"), ("--plot a.png", "--plot needs matplotlib")):
+            check_refused(optim, folder, arguments.split(), words)
 
 
 def test_lesson_draws():
@@ -2197,41 +1841,49 @@ def test_lesson_draws():
     with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
         optim.draw({"adam": traces, "adamw": traces}, folder / "walk.png")
         from matplotlib import pyplot
-        panels = pyplot.gcf().axes
-        for axes, column in zip(panels, (2, 2, 1, 1), strict=True):             # angles above, norms below
-            drawn = [(list(line.get_xdata()), list(line.get_ydata()), line.get_linestyle()) for line in axes.lines]
+        for axes, column in zip(pyplot.gcf().axes, (2, 2, 1, 1), strict=True):              # angles above, norms below
+            drawn = [([*line.get_ydata()], line.get_linestyle()) for line in axes.lines]
             for trace, predicted in traces.values():
-                assert any(x == [1, 20] and y == [row[column] for row in trace] for x, y, _ in drawn), drawn
-                assert any(y == [predicted[column - 1]] * 2 and style == "--" for _, y, style in drawn), drawn
-            assert axes.get_xscale() == axes.get_yscale() == "log"
-        assert [axes.get_ylabel() for axes in panels[::2]] == ["angle per step (radians)", "norm of a neuron"]
-        for path, words in ((folder / "none" / "walk.png", "No such file"), (folder / "walk.xyz", "xyz")):
-            with contextlib.redirect_stderr(io.StringIO()) as err:
-                refused(SystemExit, ["2"], lambda: optim.draw({"adam": traces, "adamw": traces}, path))
-            assert words in err.getvalue() and len(err.getvalue().splitlines()) == 1, err.getvalue()
+                assert [row[column] for row in trace] in [y for y, _ in drawn], drawn
+                assert ([predicted[column - 1]] * 2, "--") in drawn, drawn
+        for file, words in (("none/walk.png", "in a folder that is there"), (".", "name a file")):
+            check_refused(optim, folder, ["--plot", file], words)
         pyplot.close("all")
 
 
 def test_bench_of_steps():
-    """in_turn gives the time of a step and how many times that of the reference it is, over whole rounds where steps
-    differ; --bench prints both, eager and compiled."""
-    clock, costs = [0.0], itertools.cycle((0.001, 0.011))   # of every two steps one is long, as shampoo's
-
-    def pass_time(seconds):
-        clock[0] += seconds
-
-    with unittest.mock.patch("optim.time.perf_counter", lambda: clock[0]):
-        found = optim.in_turn(lambda: pass_time(next(costs)), lambda: pass_time(0.002), 2)
-    close(found, (6.0, 3.0), 1e-9, "milliseconds, and the ratio")
+    """--bench prints the time of a step and how many times that of the reference it is, eager and compiled, over whole
+    rounds where steps differ."""
+    ticks = itertools.count()                               # one passes in each measurement: here of 2 steps, or of 1
     small = parameters([(9, 4), (5, 4), (4, 4), (4,)], torch.float32)
     for p in small:
         p.grad = torch.ones_like(p)
-    with unittest.mock.patch.multiple(
-            optim, gpt2_parameters=lambda *_: small, in_turn=lambda step, reference, count: (4.0, 0.5 * count),
-            update_compiled=optim.update):
+    with unittest.mock.patch.multiple(optim, gpt2_parameters=lambda *_: small, update_compiled=optim.update), \
+            unittest.mock.patch("optim.time.perf_counter", lambda: next(ticks) / 1e3):
         out = succeed(optim, "--bench", "adamw", "shampoo")
-    assert re.search("adamw +8.0 B/weight +4.0 ms  0.50x +4.0 ms  0.50x", out), out
-    assert re.search("shampoo .* 4.0 ms  1.00x +4.0 ms  1.00x", out), out                       # rounds of 2 steps
+    assert re.search("adamw +8.0 B/weight +1.0 ms  1.00x +1.0 ms  1.00x", out), out
+    assert re.search("shampoo +20.0 B/weight +0.5 ms  0.50x +0.5 ms  0.50x", out), out
+
+
+def snippets():
+    """The python code of README."""
+    readme = pathlib.Path(__file__).with_name("README.md").read_text()
+    return re.findall(r"```python\n(.*?)```", readme, re.S)
+
+
+def test_readme_snippets():
+    """README's snippets run as pasted, behind a model and a loss of one's own: the probe's text has the layer's names,
+    and the modular network turns inputs of RMS 1 into outputs of no more."""
+    first, second, *_ = snippets()
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), normal(0, 16, 8, dtype=torch.float32)
+    loss = types.SimpleNamespace(backward=lambda: model(x).square().mean().backward())
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(first, {"model": model, "loss": loss})
+        exec(second, own := {"nn": nn, "optim": optim})
+    assert out.getvalue().count("2.weight") == 2 and "share" in out.getvalue(), out.getvalue()
+    x = normal(1, 64, 784, dtype=torch.float32)
+    y = own["model"](x / x.square().mean(1, keepdim=True).sqrt())
+    assert y.square().mean().sqrt() < 1 and type(own["optimizer"]) is optim.ModularAdam
 
 
 ROWS = """
@@ -2249,42 +1901,23 @@ class unranged(normalised_sgd):
 """
 
 
-def test_readme_snippets():
-    """README's snippets run as pasted, behind a model and a loss of one's own: the probe's text has the layer's names,
-    and the modular network turns inputs of RMS 1 into outputs of no more."""
-    blocks = re.findall(r"```python\n(.*?)```", pathlib.Path(__file__).with_name("README.md").read_text(), re.S)
-    model, x = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)), normal(0, 16, 8, dtype=torch.float32)
-    loss = types.SimpleNamespace(backward=lambda: model(x).square().mean().backward())
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(blocks[0], {"model": model, "loss": loss})
-        exec(blocks[1], own := {"nn": nn, "optim": optim})
-    assert out.getvalue().count("2.weight") == 2 and "share" in out.getvalue(), out.getvalue()
-    x = normal(1, 64, 784, dtype=torch.float32)
-    y = own["model"](x / x.square().mean(1, keepdim=True).sqrt())
-    assert y.square().mean().sqrt() < 1 and type(own["optimizer"]) is optim.ModularAdam
-
-
 def test_rows_of_ones_own():
     """The rows in README's recipe, pasted into a copy of optim.py, work under all three geometries: Signum has its
     kappa in closed form, and turns by it. The defaults are safe: normalised SGD, which says nothing of its kappa,
     refuses to rotate, predicts no norm, is not cut into blocks; a hyperparameter without a range is refused."""
-    readme = pathlib.Path(__file__).with_name("README.md").read_text()
-    recipe = "\n".join(re.findall(r"```python\n(.*?)```", readme, re.S))
-    rows = "\n\n\n".join(re.findall(r"^@row\nclass .*?(?=\n\S|\Z)", recipe, re.S | re.M))
+    rows = "\n\n\n".join(re.findall(r"^@row\nclass .*?(?=\n\S|\Z)", "\n".join(snippets()), re.S | re.M))
     source, mine = pathlib.Path(optim.__file__).read_text(), types.ModuleType("optim_with_rows")
-    at = source.index("@row\nclass lion(")
+    before, lion, after = source.partition("@row\nclass lion(")
     sys.modules[mine.__name__] = mine                       # where dataclass looks for its module
     with unittest.mock.patch(f"{__name__}.optim", mine):
-        exec(compile(f"{source[:at]}{rows}\n{ROWS}\n\n{source[at:]}", mine.__name__, "exec"), vars(mine))
+        exec(compile(f"{before}{rows}\n{ROWS}\n\n{lion}{after}", mine.__name__, "exec"), vars(mine))
         signum, h = mine.DIRECTIONS["signum"], {"lr": 0.01, "momentum": 0.8, "weight_decay": 0.2}
-        for b in (0.0, 0.5, 0.9):
-            c = (1 - b) * b ** np.arange(3000)
-            close(signum.kappa({"momentum": b}), math.sqrt(math.pi / 2 * (c**2).sum()), 1e-9, f"kappa, momentum {b}")
+        kappa = math.sqrt(math.pi / 2 * (0.2**2 / (1 - 0.8**2)))
+        close(signum.kappa(h), kappa, 1e-9, "kappa of Signum")
         [w] = parameters([(5, 24)])
         start = w.detach() - w.detach().mean(dim=1, keepdim=True)
         run(mine.OPTIMIZERS["rotational_signum"]([w], rotational_eps=0.0, **h), noise([(5, 24)], 1))
-        turn = math.atan(signum.kappa(h) * math.sqrt(2 * 0.002))
-        close(angles(start, w), [turn] * 5, 1e-9, "the angle of its first step")
+        close(angles(start, w), [math.atan(kappa * math.sqrt(2 * 0.002))] * 5, 1e-9, "the angle of its first step")
         for name in mine.OPTIMIZERS:                        # the tables of settings above know what to do
             [w], [other] = parameters([(50, 8)]), parameters([(50, 8)])
             if name == "rotational_normalised_sgd" or "unranged" in name:
