@@ -508,11 +508,12 @@ def test_every_optimizer_equals_its_transcription():
             if turns(name) and len(shape) > 1 and (math.prod(shape[h["per_neuron"]:]) < 2 + h["zero_mean"] or i == 2):
                 own[i]["rotational"] = False
         shapes += [] if "shampoo" in name else [(0,), (0, 5), (3, 0)]           # numpy has no unfolding of these
-        gradients = noise(shapes, 10)
+        steps = 20 if "muon" in name else 10
+        gradients = noise(shapes, steps)
         for t, step in enumerate(gradients) if "shampoo" not in name else ():   # its eigenvectors come out of rounding
             for g in step[1:2] if t < 5 else step[1:3]:
                 g[-1] *= 0 if len(g) > 1 and t > 1 else 1                       # tokens that do not occur
-        lrs = [r.choice([0, r.uniform(0, 0.1)]) for _ in range(10)]
+        lrs = [r.choice([0, r.uniform(0, 0.1)]) for _ in range(steps)]
         follows(name, shapes, h | {"lr": 0.0}, lrs, own, gradients, tolerance=1e-9)
 
 
