@@ -861,15 +861,6 @@ class VGG(nn.Module):
         return chain(stem, chain(*others).tare(20), optim.weight(self.head))
 
 
-def attend(q, k, v, **how):
-    """torch's attention; on a CPU in float32 even under autocast to bfloat16, whose kernel there takes two to six times
-    as long to go backward. (On a GPU bfloat16 is the fast one.)"""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):  # it would cast them back
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
-    return F.scaled_dot_product_attention(q, k, v, **how)
-
-
 class ViTBlock(nn.Module):
     """x <- x + attention(norm(x)), then x <- x + MLP(norm(x)). Attention has a head for every 64 channels."""
 
@@ -883,7 +874,7 @@ class ViTBlock(nn.Module):
     def forward(self, x):                                                           # (B, T, C)
         B, T, C = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        y = attend(q, k, v)                                                         # (B, heads, T, C / heads)
+        y = F.scaled_dot_product_attention(q, k, v)                                 # (B, heads, T, C / heads)
         x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
@@ -1073,7 +1064,7 @@ class WindowAttention(nn.Module):
         *q, k, v = by_head(self.qkv(windows(x.roll((-self.shift, -self.shift), (1, 2)))))
         q = q[0] if q else by_head(windows(query))[0].expand_as(k)
         bias = self.bias.view(self.heads, -1)[:, self.offset].masked_fill(~self.near, -math.inf)
-        y = attend(q, k, v, attn_mask=bias)         # bias: (windows, heads, 16, 16)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)     # bias: (windows, heads, 16, 16)
         y = self.out(y.transpose(2, 3).flatten(3)).view(B, H // WINDOW, W // WINDOW, WINDOW, WINDOW, C)
         return y.transpose(2, 3).reshape(B, H, W, C).roll((self.shift, self.shift), (1, 2))
 

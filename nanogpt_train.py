@@ -560,15 +560,6 @@ class Linear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def attend(q, k, v, **how):
-    """torch's attention; on a CPU in float32 even under autocast to bfloat16, whose kernel there takes two to six times
-    as long to go backward. (On a GPU bfloat16 is the fast one.)"""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):  # it would cast them back
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
-    return F.scaled_dot_product_attention(q, k, v, **how)
-
-
 class Attention(nn.Module):
     def __init__(self, n_head, n_embd, dropout, bias, gain):
         super().__init__()
@@ -580,7 +571,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                        # each (B, H, T, C / H)
-        y = attend(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=self.dropout if self.training else 0.0)
         return self.out(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -676,7 +667,7 @@ class ModularBlock(nn.Module):
         q, k, v = (layer(h).view(B, T, self.n_head, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
         # The paper divides the logits by d = C / H, not by its root, and q, k and v by 3 each, which gives attention
         # sensitivity 1. Both together: logits over 9 d, and the output over 3.
-        y = attend(q, k, v, is_causal=True, scale=self.n_head / (9 * C)) / 3
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.n_head / (9 * C)) / 3
         x = torch.lerp(x, self.dropout(self.out(y.transpose(1, 2).reshape(B, T, C))).to(x.dtype), self.s)
         h = math.sqrt(2) * F.gelu(self.up(parameter_free_norm(x)))         # gelu alone has sensitivity 1 / sqrt(2)
         return torch.lerp(x, self.dropout(self.down(h)).to(x.dtype), self.s)

@@ -3373,7 +3373,8 @@ def test_nanogpt_models():
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.register_forward_hook(lambda module, args, out: dropped.append(out.eq(0).double().mean().item()))
-        with unittest.mock.patch.object(nanogpt_train, "attend", lambda q, k, v, **how: in_attention.append(how) or v):
+        with unittest.mock.patch.object(F, "scaled_dot_product_attention",
+                                        lambda q, k, v, **how: in_attention.append(how) or v):
             model(x, y)
         assert len(dropped) == drops and 0.2 < np.mean(dropped) < 0.6, f"{name}: after embeddings and each part: 0.4"
         assert [how["is_causal"] for how in in_attention] == [True] * attentions, name

@@ -893,15 +893,6 @@ class Linear(nn.Linear):
         return F.linear(x, weight, self.bias)
 
 
-def attend(q, k, v, **how):
-    """torch's attention; on a CPU in float32 even under autocast to bfloat16, whose kernel there takes two to six times
-    as long to go backward. (On a GPU bfloat16 is the fast one.)"""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        with torch.autocast("cpu", enabled=False):  # it would cast them back
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **how)
-    return F.scaled_dot_product_attention(q, k, v, **how)
-
-
 class Attention(nn.Module):
     """Attention of x to keys and values, which are made of x itself, of tokens before it, or of another sequence."""
 
@@ -917,7 +908,7 @@ class Attention(nn.Module):
         return self.heads(self.k(x)), self.heads(self.v(x))
 
     def forward(self, x, keys, values, mask=None, causal=False):
-        y = attend(self.heads(self.q(x)), keys, values, attn_mask=mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(self.heads(self.q(x)), keys, values, attn_mask=mask, is_causal=causal)
         return self.out(y.transpose(1, 2).flatten(2))                               # (B, T, C)
 
 
