@@ -1599,22 +1599,13 @@ class Optimizer(torch.optim.Optimizer):
         """As in torch, with four differences. Where both sides know the parameters' names (build, named_parameters),
         state goes by name. State keeps its precision, which torch rounds to the parameter's type. `compile` stays as it
         is here. The checkpoint of another kind of optimizer, or of parameters with other shapes, is refused."""
-        loaded, compiled = [], [group["compile"] for group in self.param_groups]
-
-        def match(self, state_dict):                # after the user's own hooks
-            state_dict = self._by_name(state_dict)
-            loaded.extend(self._check_state(state_dict))
-            return state_dict
-
-        def mend(self):                             # before the user's own hooks
-            for group, own in zip(self.param_groups, compiled):
-                group["compile"] = own
-            for p, key, value, dtype in loaded:
-                self.state[p][key] = value.to(p.device, dtype, copy=True)
-
-        with (self.register_load_state_dict_pre_hook(match),
-              self.register_load_state_dict_post_hook(mend, prepend=True)):
-            super().load_state_dict(state_dict)
+        state_dict = self._by_name(state_dict)
+        loaded, compiled = [*self._check_state(state_dict)], [group["compile"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, compiled):
+            group["compile"] = own
+        for p, key, value, dtype in loaded:
+            self.state[p][key] = value.to(p.device, dtype, copy=True)
 
     def _by_name(self, state_dict):
         """The same state_dict, its groups and parameters in the order that they have here."""
