@@ -1531,14 +1531,15 @@ def step_times(path):
 
 def time_steps():
     """times: {kind: milliseconds of an optimizer step on 512 x 512 and 1024 x 512 matrices with random gradients; the
-    same over that of HALF, timed in turn}; product: the time of one in bfloat16 over that of one in float32."""
+    same over that of HALF, timed in turn}, empty where bfloat16 is emulated; product: the time of one in bfloat16 over
+    that of one in float32."""
     import torch
     import optim
     steps, device = {}, "cuda" if torch.cuda.is_available() else "cpu"
     half, full = (torch.randn(512, 512, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
     product = optim.in_turn(lambda: half @ half, lambda: full @ full, repeats=3)[1]
     if product >= 1:                                # emulated: a step may take minutes
-        return {"times": dict.fromkeys((HALF, FULL, SHAMPOO), (math.nan, math.nan)), "product": product}
+        return {"times": {}, "product": product}
     for kind in (HALF, FULL, SHAMPOO):
         opt, dtype = kind.split(", ")
         weights = [torch.nn.Parameter(torch.randn(n, 512, device=device)) for n in (512, 1024)]
@@ -1578,20 +1579,22 @@ def half_precision(lab):
     checks = [(f"val_loss {final[HALF].words()} of {HALF}, {final[other].words()} of {other}",
                at_most(final[HALF].score, final[other].score + 0.02)) for other in (FULL, SHAMPOO)]
     checks += [(f"a step of {other} takes {times[other][1]:.2f} of the time of {HALF}", times[other][1] > 1)
-               for other in (FULL, SHAMPOO) if product < 1]
-    rows = [["", "val_loss, 300 steps", "1000 steps", "ms a step", "at"]] + [
-        [kind, found[300][kind].words(), s.words(), f"{times[kind][0]:.1f}", phrase(s.flags, spaces["if_shampoo"])]
-        for kind, s in final.items()]
-    return Finding(f"{edges}{columns(rows)}\nA product in bfloat16 takes {product:.2f} of the time of one in float32 "
-                   "here" + ", so no times are compared" * (product >= 1) + ".", checks, {
-        Panel("mean and standard deviation of three seeds", "", LOSS): {
-            f"{steps} steps": bars(some) for steps, some in found.items()},
-        Panel("optimizer step on matrices 512 wide", "", "milliseconds"): {"time": Curve(
-            list(times), [milliseconds for milliseconds, _ in times.values()])}},
+               for other in (FULL, SHAMPOO) if times]
+    rows = crossing({(kind, column): text for kind, s in final.items() for column, text in {
+        "val_loss, 300 steps": found[300][kind].words(), "1000 steps": s.words(),
+        **({"ms a step": f"{times[kind][0]:.1f}"} if times else {}),
+        "at": phrase(s.flags, spaces["if_shampoo"])}.items()}, "")
+    panels = {Panel("mean and standard deviation of three seeds", "", LOSS): {
+        f"{steps} steps": bars(some) for steps, some in found.items()}}
+    if times:
+        panels[Panel("optimizer step on matrices 512 wide", "", "milliseconds")] = {"time": Curve(
+            list(times), [milliseconds for milliseconds, _ in times.values()])}
+    return Finding(f"{edges}{rows}\nA product in bfloat16 takes {product:.2f} of the time of one in float32 "
+                   "here" + ", so no times are compared" * (not times) + ".", checks, panels,
         f"Inverse-free Shampoo entirely in bfloat16 reaches a loss of {final[HALF].mean:.3f}, in float32 "
         f"{final[FULL].mean:.3f}, Shampoo {final[SHAMPOO].mean:.3f}" +
-        f" in {times[SHAMPOO][1]:.1f} times the time" * (product < 1) + ".",
-        "the times, since bfloat16 is no faster here" * (product >= 1))
+        (f" in {times[SHAMPOO][1]:.1f} times the time" if times else "") + ".",
+        "the times, since bfloat16 is no faster here" * (not times))
 
 
 def second_order(lab):

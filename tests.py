@@ -4264,7 +4264,7 @@ def test_sweep_verdicts():
         return lambda f: math.nan if all(f.get(key) == value for key, value in flags.items()) else loss(f)
 
     def verdict(name, loss, log=None, slower=2.0, product=0.5):
-        times = {kind: (10, 1.0 if kind == sweep.HALF else slower) for kind in TIMES}
+        times = {kind: (10, 1.0 if kind == sweep.HALF else slower) for kind in TIMES if product < 1}
         with unittest.mock.patch.object(sweep, "step_times", lambda path: (times, product)):
             found = sweep.EXPERIMENTS[name](ImaginedLab(loss, log))
         assert found.said.endswith(".") and found.text and bool(found.untested) == (product > 1), name
