@@ -2663,7 +2663,7 @@ def test_translate_equals_a_loop_by_hand():
                 model.train()
                 return {"val_loss": sum(a for a, _ in sums).item() / sum(b for _, b in sums).item()}
             optimizer = torch.optim.SGD(model.parameters(), lr=1.0, momentum=0.5)
-            log = check_by_hand(run, model, optimizer, losses_of, evaluate, "encoder.0.ffn.up.weight",
+            log = check_by_hand(run, model, optimizer, losses_of, evaluate, "encoder.0.up.weight",
                                 lambda step: [seed, step])
             said = sum(len(ids) + 1 for ids in codec.encode([en for _, en in pairs["train"]]))
             assert log[-1]["tokens"] == round(12 * said / held)
@@ -2672,7 +2672,7 @@ def test_translate_equals_a_loop_by_hand():
 def small_translator(n_vocab=9, seed=0, **changes):
     """A Translator with large random weights, so that every token matters; the last ids are pad, begin, end."""
     torch.manual_seed(seed)
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_ffn=32, norm="post", dropout=0.0, bias=True, gain=False) | changes
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, n_ffn=32, dropout=0.0, gain=False) | changes
     model = translate_train.Translator(n_vocab, n_vocab - 3, **sizes).eval()
     with torch.no_grad():
         for p in model.parameters():
@@ -2700,46 +2700,44 @@ def slow_beam_search(model, source, begin, end, beam, penalty):
 def test_translate_translations():
     """Translations of the test set, of a text and of standard input equal those of a slow beam search with the same
     beam and length penalty, in the order of the text, without dropout, however it was typed. The BLEU is theirs."""
-    for norm in ("pre", "post"):
-        with temporary_folder() as folder:
-            short = sorted(write_corpus(folder / "corpus", zipped=True)["test"], key=lambda pair: len(pair[0]))
-            test = dict(short[2:5] + short[:2])     # in another order than batches have them
-            for language, lines in (("de", test), ("en", test.values())):
-                (folder / f"corpus/few.{language}").write_text("".join(line + "\n" for line in lines))
-            run = ["--out_dir", folder / "run"]
-            succeed(translate_train, *TINY_TRANSLATE, *run, *flags_of(
-                data=folder / "corpus/train", test=folder / "corpus/few", data_dir=folder / "data", dropout=0.5,
-                norm=norm, steps=3, warmup=1))
-            ckpt, found = checkpoint(folder / "run"), set()
-            codec = translate_train.BytePairs(ckpt["bpe"])
-            model = small_translator(codec.n_vocab, n_layer=1, norm=norm)       # one that has something to say, and may
-            last = model.decoder_norm if norm == "pre" else model.decoder[0].sums[2].norm       # end it anywhere
-            model.target.weight.data.mul_(0.5)[codec.end] = F.normalize(last.bias.data, dim=0)
-            torch.save(ckpt | {"model": model.state_dict()}, folder / "run/ckpt.pt")
-            for beam, penalty in ((1, 1.0), (3, 0.0), (4, 1.0), (2, 2.0)):
-                how, hypotheses = ["--beam", beam, "--length_penalty", penalty], []
-                for ids in codec.encode([*test]):
-                    ids = torch.tensor([[*ids, codec.end]])
-                    said = codec.decode(slow_beam_search(model, ids, codec.begin, codec.end, beam, penalty))
-                    hypotheses.append(" ".join(unicodedata.normalize("NFC", said.replace("\ufeff", "")).split()))
-                out = succeed(translate_train, "--translate", "\n".join(test), *run, *how)
-                assert out.split("\n") == [*hypotheses, ""], (norm, *how)
-                found |= set(hypotheses)
-            assert len(found) > 5, "it says little"
-            for only in ([], ["--eval_only"]):
-                out = succeed(translate_train, "--resume", *only, *run, *how)
-                score = translate_train.bleu(hypotheses, list(test.values()))
-                assert f"BLEU {score:.2f} on 5 test pairs" in out and out.count("\n  -> ") == 5, out
-                assert (folder / "run/hypotheses.en").read_text().split("\n") == [*hypotheses, ""], how
-                assert read_log(folder / "run")[-1]["bleu"] == score
-            shutil.rmtree(folder / "corpus")        # not needed any more
-            first, last = [*test][0], [*test][-1]
-            for spelling in (f"\ufeff{first}\r\n\r\n{last}\r\n",
-                             unicodedata.normalize("NFD", f" {first} \n \n{last}").replace(" ", "\xa0 ")):
-                with unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(spelling.encode()))):
-                    out = succeed(translate_train, "--translate", "-", *run, *how)
-                assert out.split("\n") == [hypotheses[0], "", hypotheses[-1], ""], repr(spelling)
-                assert succeed(translate_train, "--translate", spelling, *run, *how) == out, repr(spelling)
+    with temporary_folder() as folder:
+        short = sorted(write_corpus(folder / "corpus", zipped=True)["test"], key=lambda pair: len(pair[0]))
+        test = dict(short[2:5] + short[:2])     # in another order than batches have them
+        for language, lines in (("de", test), ("en", test.values())):
+            (folder / f"corpus/few.{language}").write_text("".join(line + "\n" for line in lines))
+        run = ["--out_dir", folder / "run"]
+        succeed(translate_train, *TINY_TRANSLATE, *run, *flags_of(
+            data=folder / "corpus/train", test=folder / "corpus/few", data_dir=folder / "data", dropout=0.5, steps=3,
+            warmup=1))
+        ckpt, found = checkpoint(folder / "run"), set()
+        codec = translate_train.BytePairs(ckpt["bpe"])
+        model = small_translator(codec.n_vocab, n_layer=1)  # one that has something to say, and may end it anywhere
+        model.target.weight.data.mul_(0.5)[codec.end] = F.normalize(model.decoder[0].norms[2].bias.data, dim=0)
+        torch.save(ckpt | {"model": model.state_dict()}, folder / "run/ckpt.pt")
+        for beam, penalty in ((1, 1.0), (3, 0.0), (4, 1.0), (2, 2.0)):
+            how, hypotheses = ["--beam", beam, "--length_penalty", penalty], []
+            for ids in codec.encode([*test]):
+                ids = torch.tensor([[*ids, codec.end]])
+                said = codec.decode(slow_beam_search(model, ids, codec.begin, codec.end, beam, penalty))
+                hypotheses.append(" ".join(unicodedata.normalize("NFC", said.replace("\ufeff", "")).split()))
+            out = succeed(translate_train, "--translate", "\n".join(test), *run, *how)
+            assert out.split("\n") == [*hypotheses, ""], how
+            found |= set(hypotheses)
+        assert len(found) > 5, "it says little"
+        for only in ([], ["--eval_only"]):
+            out = succeed(translate_train, "--resume", *only, *run, *how)
+            score = translate_train.bleu(hypotheses, list(test.values()))
+            assert f"BLEU {score:.2f} on 5 test pairs" in out and out.count("\n  -> ") == 5, out
+            assert (folder / "run/hypotheses.en").read_text().split("\n") == [*hypotheses, ""], how
+            assert read_log(folder / "run")[-1]["bleu"] == score
+        shutil.rmtree(folder / "corpus")        # not needed any more
+        first, last = [*test][0], [*test][-1]
+        for spelling in (f"\ufeff{first}\r\n\r\n{last}\r\n",
+                         unicodedata.normalize("NFD", f" {first} \n \n{last}").replace(" ", "\xa0 ")):
+            with unittest.mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO(spelling.encode()))):
+                out = succeed(translate_train, "--translate", "-", *run, *how)
+            assert out.split("\n") == [hypotheses[0], "", hypotheses[-1], ""], repr(spelling)
+            assert succeed(translate_train, "--translate", spelling, *run, *how) == out, repr(spelling)
 
 
 # ======================================================================================================================
@@ -3311,8 +3309,8 @@ def test_scripts_sizes():
         models.append((cifar_train.make_model(settled(cifar_train, "--model densenet121 --width 32 --depth 6"), 1000),
                        7_978_856 - 64 * 3 * 7 * 7 - 2 * 64 + 64 * 3 * 3 * 3, 0))        # torchvision's, another stem
         models += [(nanogpt_train.GPT(50257, 12, 12, 768, 1024, 0.0, True, False), 124_439_808, 0),     # GPT-2's own
-                   (translate_train.Translator((8848 + 6632) // 2, 0, s.n_layer, s.n_head, s.n_embd, s.n_ffn, s.norm, 0,
-                                               True, False), 39_469_056, 0)]        # fairseq's, with two vocabularies
+                   (translate_train.Translator((8848 + 6632) // 2, 0, s.n_layer, s.n_head, s.n_embd, s.n_ffn, 0, False),
+                    39_469_056, 0)]        # fairseq's, with two vocabularies
     for model, size, tolerance in models:
         found = sum(p.numel() for p in model.parameters())
         assert abs(found - size) <= tolerance, f"{type(model)}: {found}, not {size}"
@@ -3508,12 +3506,12 @@ def test_translate_model():
     where = torch.from_numpy(np.hstack([np.sin(angle), np.cos(angle)]))
     close(translate_train.positions(1, 3, C, "cpu").double(), where[1:], 1e-6, "positions")
 
-    def torchs(kind, layer, norm):
-        twin = kind(C, 2, 32, 0.0, batch_first=True, norm_first=norm == "pre", dtype=torch.float64)
-        pairs = [(twin.linear1, layer.ffn.up), (twin.linear2, layer.ffn.down)]
-        pairs += [(getattr(twin, f"norm{i + 1}"), part.norm) for i, part in enumerate(layer.sums)]
+    def torchs(kind, layer):
+        twin = kind(C, 2, 32, 0.0, batch_first=True, dtype=torch.float64)
+        pairs = [(twin.linear1, layer.up), (twin.linear2, layer.down)]
+        pairs += [(getattr(twin, f"norm{i + 1}"), norm) for i, norm in enumerate(layer.norms)]
         for to, of in zip(("self_attn", "multihead_attn"), ("attention", "cross")):
-            if hasattr(layer, of):
+            if getattr(layer, of):
                 to, of = getattr(twin, to), getattr(layer, of)
                 to.in_proj_weight.data = torch.cat([x.weight for x in (of.q, of.k, of.v)])
                 to.in_proj_bias.data = torch.cat([x.bias for x in (of.q, of.k, of.v)])
@@ -3521,32 +3519,29 @@ def test_translate_model():
         for to, of in pairs:
             to.load_state_dict(of.state_dict())
         return twin
-    for norm in ("pre", "post"):
-        model = small_translator(norm=norm).double()
-        h = model.source.weight[source] * C**0.5 + where
-        for layer in model.encoder:
-            h = torchs(nn.TransformerEncoderLayer, layer, norm)(h, src_key_padding_mask=source == 6)
-        memory, h = model.encoder_norm(h), model.target.weight[target] * C**0.5 + where[:3]
-        for layer in model.decoder:
-            h = torchs(nn.TransformerDecoderLayer, layer, norm)(
-                h, memory, tgt_mask=torch.ones(3, 3).triu(1).bool(), memory_key_padding_mask=source == 6)
-        assert isinstance(model.decoder_norm, nn.LayerNorm) == (norm == "pre")
-        logits, y = model.decoder_norm(h) @ model.target.weight.T, torch.tensor([[0, 1, 8], [3, 8, 6]])
-        with unittest.mock.patch.object(translate_train, "positions", lambda _, count, *others: where[:count]):
-            close(model(source, target), logits, 1e-9, norm)            # the script's positions are float32
-            for smoothing in (0.0, 0.1):
-                by_hand = F.cross_entropy(logits.flatten(0, 1)[:5], y.flatten()[:5], label_smoothing=smoothing)
-                close(translate_train.loss_of(model, 6, source, target, y, smoothing), by_hand, 1e-9, "loss")
-        model = small_translator(norm=norm, dropout=1.0).train()
-        h = torch.zeros(C)
-        for layer in model.decoder if norm == "post" else ():
-            for part in layer.sums:
-                h = part.norm(h)
-        close(model(source, target), (model.decoder_norm(h) @ model.target.weight.T).expand(2, 3, -1), 1e-5, norm)
-    model = translate_train.Translator(999, 0, 1, 2, 64, 192, "post", 0.0, True, False)
+    model = small_translator().double()
+    h = model.source.weight[source] * C**0.5 + where
+    for layer in model.encoder:
+        h = torchs(nn.TransformerEncoderLayer, layer)(h, src_key_padding_mask=source == 6)
+    memory, h = h, model.target.weight[target] * C**0.5 + where[:3]
+    for layer in model.decoder:
+        h = torchs(nn.TransformerDecoderLayer, layer)(
+            h, memory, tgt_mask=torch.ones(3, 3).triu(1).bool(), memory_key_padding_mask=source == 6)
+    logits, y = h @ model.target.weight.T, torch.tensor([[0, 1, 8], [3, 8, 6]])
+    with unittest.mock.patch.object(translate_train, "positions", lambda _, count, *others: where[:count]):
+        close(model(source, target), logits, 1e-9, "logits")            # the script's positions are float32
+        for smoothing in (0.0, 0.1):
+            by_hand = F.cross_entropy(logits.flatten(0, 1)[:5], y.flatten()[:5], label_smoothing=smoothing)
+            close(translate_train.loss_of(model, 6, source, target, y, smoothing), by_hand, 1e-9, "loss")
+    model, h = small_translator(dropout=1.0).train(), torch.zeros(C)
+    for layer in model.decoder:
+        for norm in layer.norms:
+            h = norm(h)
+    close(model(source, target), (h @ model.target.weight.T).expand(2, 3, -1), 1e-5, "dropout 1")
+    model = translate_train.Translator(999, 0, 1, 2, 64, 192, 0.0, False)
     for name, rms in (("source", 1 / 8), ("target", 1 / 8), ("encoder.0.attention.q", 128**-0.5),
                       ("decoder.0.cross.v", 128**-0.5), ("decoder.0.cross.out", 64**-0.5),
-                      ("decoder.0.ffn.up", 128**-0.5)):
+                      ("decoder.0.up", 128**-0.5)):
         assert abs(model.get_submodule(name).weight.square().mean().sqrt().item() / rms - 1) < 0.05, name
     for flags, rows in (("", 1), ("--opt modular_adam", math.sqrt(128))):
         model = translate_train.make_model(settled(translate_train, flags), translate_train.BytePairs([]))

@@ -114,9 +114,7 @@ class Settings:
     n_head: int = 4                 # [1, 1e4]
     n_embd: int = 128               # [1, 1e5] width
     n_ffn: int = 256                # [1, 1e6] width inside the feed-forward part
-    norm: str = "post"              # {pre, post} LayerNorm before every part, or after its sum (as in 2017)
     dropout: float = 0.0            # [0, 1]
-    bias: bool = True               # {0, 1} biases in Linear and LayerNorm
     gains: bool = None              # {auto, 0, 1} a learnable gain per output neuron; auto: with rotational optimizers
     # data and files
     data: str = "numbers"           # numbers, multi30k, iwslt14, or PREFIX of your own PREFIX.de and PREFIX.en (or .gz)
@@ -203,11 +201,11 @@ PRESETS = {
     # The default: about a minute on two cores.
     "cpu": dict(compile=False),
     # Captions of images, for a CPU: nine epochs of a small model.
-    "multi30k": dict(data="multi30k", vocab=4000, n_layer=3, n_head=4, n_embd=128, n_ffn=256, norm="post", dropout=0.1,
+    "multi30k": dict(data="multi30k", vocab=4000, n_layer=3, n_head=4, n_embd=128, n_ffn=256, dropout=0.1,
                      max_tokens=1024, steps=4851, warmup=400, eval_every=539, compile=False),
     # Kosson et al. 2024: fairseq's transformer_iwslt_de_en. The paper picks the checkpoint with the best BLEU on the
     # validation set. Here the last one is taken, since the learning rate has come down to 0 by then.
-    "iwslt": dict(data="iwslt14", vocab=10000, n_layer=6, n_head=4, n_embd=512, n_ffn=1024, norm="post", dropout=0.3,
+    "iwslt": dict(data="iwslt14", vocab=10000, n_layer=6, n_head=4, n_embd=512, n_ffn=1024, dropout=0.3,
                   max_tokens=4096, steps=22021, warmup=4000, grad_clip=0.0, eval_every=1000,
                   tuned={"adamw": dict(lr=5e-4, weight_decay=1e-4, beta1=0.9, beta2=0.98),
                          "rotational_adamw": dict(lr=5e-4, weight_decay=0.4, beta1=0.9, beta2=0.98)}),
@@ -896,10 +894,10 @@ class Linear(nn.Linear):
 class Attention(nn.Module):
     """Attention of x to keys and values, which are made of x itself, of tokens before it, or of another sequence."""
 
-    def __init__(self, n_head, n_embd, bias, gain):
+    def __init__(self, n_head, n_embd, gain):
         super().__init__()
         self.n_head = n_head
-        self.q, self.k, self.v, self.out = (Linear(n_embd, n_embd, bias, gain) for _ in range(4))
+        self.q, self.k, self.v, self.out = (Linear(n_embd, n_embd, True, gain) for _ in range(4))
 
     def heads(self, x):
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)                   # (B, T, C) -> (B, H, T, C / H)
@@ -912,76 +910,46 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))                               # (B, T, C)
 
 
-class FeedForward(nn.Module):
-    def __init__(self, n_embd, n_ffn, bias, gain):
+class Layer(nn.Module):
+    """x <- norm(x + f(x)), as in 2017. f is attention within the sentence, then (in the decoder) attention to the
+    source, and last an MLP."""
+
+    def __init__(self, n_head, n_embd, n_ffn, dropout, gain, decoder):
         super().__init__()
-        self.up, self.down = Linear(n_embd, n_ffn, bias, gain), Linear(n_ffn, n_embd, bias, gain)
+        self.attention = Attention(n_head, n_embd, gain)
+        self.cross = Attention(n_head, n_embd, gain) if decoder else None
+        self.up, self.down = Linear(n_embd, n_ffn, True, gain), Linear(n_ffn, n_embd, True, gain)
+        self.norms = nn.ModuleList(nn.LayerNorm(n_embd) for _ in range(3 if decoder else 2))
+        self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x):
-        return self.down(F.relu(self.up(x)))
-
-
-class Sum(nn.Module):
-    """x + f(x), with its LayerNorm: around f's input (pre), or around the sum (post, as in 2017)."""
-
-    def __init__(self, n_embd, norm, dropout, bias):
-        super().__init__()
-        self.norm, self.pre, self.dropout = nn.LayerNorm(n_embd, bias=bias), norm == "pre", nn.Dropout(dropout)
-
-    def forward(self, x, f):
-        if self.pre:
-            return x + self.dropout(f(self.norm(x)))
-        return self.norm(x + self.dropout(f(x)))
-
-
-class EncoderLayer(nn.Module):
-    def __init__(self, n_head, n_embd, n_ffn, norm, dropout, bias, gain):
-        super().__init__()
-        self.attention = Attention(n_head, n_embd, bias, gain)
-        self.ffn = FeedForward(n_embd, n_ffn, bias, gain)
-        self.sums = nn.ModuleList(Sum(n_embd, norm, dropout, bias) for _ in range(2))
-
-    def forward(self, x, mask):
-        x = self.sums[0](x, lambda h: self.attention(h, *self.attention.keys_values(h), mask))
-        return self.sums[1](x, self.ffn)
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, n_head, n_embd, n_ffn, norm, dropout, bias, gain):
-        super().__init__()
-        self.attention, self.cross = (Attention(n_head, n_embd, bias, gain) for _ in range(2))
-        self.ffn = FeedForward(n_embd, n_ffn, bias, gain)
-        self.sums = nn.ModuleList(Sum(n_embd, norm, dropout, bias) for _ in range(3))
-
-    def forward(self, x, memory, mask, past=None):
-        """x: (B, T, C), all tokens at once, each seeing those before it. With `past`, the keys and values of the tokens
-        before, x is one token of each of K hypotheses, (B, K, C), and `past` grows by that token's.
-        memory: keys and values of the source (B, H, S, C / H), one set for all T tokens or K hypotheses."""
-        x = self.sums[0](x, lambda h: self.look_back(h, past))
-        x = self.sums[1](x, lambda h: self.cross(h, *memory, mask))
-        return self.sums[2](x, self.ffn)
-
-    def look_back(self, h, past):
+    def forward(self, x, mask, memory=None, past=None):
+        """x: (B, T, C). mask: which tokens of the source are no padding. memory: keys and values of the source
+        (B, H, S, C / H), in the decoder, where each token of x sees those before it. With `past`, the keys and values
+        of the tokens before, x is one token of each of K hypotheses, (B, K, C), and `past` grows by that token's."""
         if past is None:
-            return self.attention(h, *self.attention.keys_values(h), causal=True)
-        one = h.flatten(0, 1)[:, None]                                              # (B K, 1, C)
-        new = self.attention.keys_values(one)
-        past[:] = [torch.cat(pair, dim=2) for pair in zip(past, new)] if past else new
-        return self.attention(one, *past).view_as(h)
+            own = {"mask": mask} if self.cross is None else {"causal": True}
+            f = self.attention(x, *self.attention.keys_values(x), **own)
+        else:
+            one = x.flatten(0, 1)[:, None]                                          # (B K, 1, C)
+            new = self.attention.keys_values(one)
+            past[:] = [torch.cat(pair, dim=2) for pair in zip(past, new)] if past else new
+            f = self.attention(one, *past).view_as(x)
+        x = self.norms[0](x + self.dropout(f))
+        if self.cross is not None:
+            x = self.norms[1](x + self.dropout(self.cross(x, *memory, mask)))
+        return self.norms[-1](x + self.dropout(self.down(F.relu(self.up(x)))))
 
 
 class Translator(nn.Module):
     """The Transformer of 2017. modular=True: the same network, started as the modular geometry wants it."""
 
-    def __init__(self, n_vocab, pad, n_layer, n_head, n_embd, n_ffn, norm, dropout, bias, gain, modular=False):
+    def __init__(self, n_vocab, pad, n_layer, n_head, n_embd, n_ffn, dropout, gain, modular=False):
         super().__init__()
-        self.pad, sizes = pad, (n_head, n_embd, n_ffn, norm, dropout, bias, gain)
+        self.pad, sizes = pad, (n_head, n_embd, n_ffn, dropout, gain)
         self.source, self.target = nn.Embedding(n_vocab, n_embd), nn.Embedding(n_vocab, n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.encoder = nn.ModuleList(EncoderLayer(*sizes) for _ in range(n_layer))
-        self.decoder = nn.ModuleList(DecoderLayer(*sizes) for _ in range(n_layer))
-        self.encoder_norm, self.decoder_norm = (            # with post, the last sum has been normalised already
-            nn.LayerNorm(n_embd, bias=bias) if norm == "pre" else nn.Identity() for _ in range(2))
+        self.encoder = nn.ModuleList(Layer(*sizes, decoder=False) for _ in range(n_layer))
+        self.decoder = nn.ModuleList(Layer(*sizes, decoder=True) for _ in range(n_layer))
         self.head = Linear(n_embd, n_vocab, False, gain)
         self.head.weight = self.target.weight       # tied: one parameter with two uses (the gain belongs to the head)
         # fairseq's start: rows of embeddings have norm 1 (and are multiplied by sqrt(C) where they are read), matrices
@@ -989,7 +957,7 @@ class Translator(nn.Module):
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gain=2**-0.5 if name[-2:] in (".q", ".k", ".v") else 1.0)
-                if module.bias is not None:
+                if module.bias is not None:         # the head has none
                     nn.init.zeros_(module.bias)
         for embedding in (self.source, self.target):
             nn.init.normal_(embedding.weight, std=n_embd**-0.5)
@@ -1007,16 +975,16 @@ class Translator(nn.Module):
         def layers(stack, *names):                  # all of them together of mass 5, as in the paper's GPT
             s, tree, norm = 1 / (len(names) * len(stack)), optim.bond("x"), optim.bond("layernorm")
             for name in names:
-                w = {x: optim.weight(*(getattr(getattr(layer, name), x) for layer in stack))
-                     for x in (("up", "down") if name == "ffn" else ("q", "k", "v", "out"))}
-                if name == "ffn":
-                    f = w["down"] @ optim.bond("relu", 0.5**0.5) @ w["up"]
-                else:                               # the paper's three factors 1/3 are in the bond
-                    f = w["out"] @ optim.bond("attention", 1 / 3) @ (w["q"], w["k"], w["v"])
+                def each(x):
+                    return optim.weight(*(layer.get_submodule(name + x) for layer in stack))
+                if name:                            # the paper's three factors 1/3 are in the bond
+                    f = each(".out") @ optim.bond("attention", 1 / 3) @ (each(".q"), each(".k"), each(".v"))
+                else:
+                    f = each("down") @ optim.bond("relu", 0.5**0.5) @ each("up")
                 tree = ((1 - s) * optim.bond("x") + s * (f @ norm)) @ tree
             return (tree ** len(stack)).tare(5)
 
-        encoder, decoder = layers(self.encoder, "attention", "ffn"), layers(self.decoder, "attention", "cross", "ffn")
+        encoder, decoder = layers(self.encoder, "attention", ""), layers(self.decoder, "attention", "cross", "")
         read = (optim.bond("tied embedding"), encoder @ optim.weight(self.source))
         return optim.weight(self.head) @ optim.bond("layernorm") @ decoder @ read
 
@@ -1030,7 +998,6 @@ class Translator(nn.Module):
         h = self.embed(self.source(source) * self.source_scale, 0, source.shape[1])
         for layer in self.encoder:
             h = layer(h, mask)
-        h = self.encoder_norm(h)
         return [layer.cross.keys_values(h) for layer in self.decoder], mask
 
     def forward(self, source, target):
@@ -1038,15 +1005,15 @@ class Translator(nn.Module):
         memory, mask = self.encode(source)
         h = self.embed(self.target(target) * self.target_scale, 0, target.shape[1])
         for layer, keys_values in zip(self.decoder, memory):
-            h = layer(h, keys_values, mask)
-        return self.head(self.decoder_norm(h))
+            h = layer(h, mask, keys_values)
+        return self.head(h)
 
     def step(self, last, t, memory, mask, pasts):
         """One token further: the t-th tokens (B, K) of K hypotheses a sentence -> logits (B, K, V) of the next ones."""
         h = self.embed(self.target(last) * self.target_scale, t, 1)
         for layer, keys_values, past in zip(self.decoder, memory, pasts):
-            h = layer(h, keys_values, mask, past)
-        return self.head(self.decoder_norm(h))
+            h = layer(h, mask, keys_values, past)
+        return self.head(h)
 
 
 def positions(start, count, width, device):
@@ -1262,7 +1229,7 @@ def make_model(s, bpe):
     if s.n_embd % (2 * s.n_head):
         fail(f"--n_embd {s.n_embd} is not a multiple of 2 * --n_head = {2 * s.n_head}: try --n_embd "
              f"{max(s.n_embd // (2 * s.n_head), 1) * 2 * s.n_head}")
-    shape = bpe.n_vocab, bpe.pad, s.n_layer, s.n_head, s.n_embd, s.n_ffn, s.norm, s.dropout, s.bias, s.gains
+    shape = bpe.n_vocab, bpe.pad, s.n_layer, s.n_head, s.n_embd, s.n_ffn, s.dropout, s.gains
     return Translator(*shape, modular=optim.find_optimizer(s.opt).geometry is optim.MODULAR)
 
 
