@@ -117,7 +117,7 @@ class Settings:
     data_dir: str = "data"          # where downloads and drawn images are kept
     out_dir: str = None             # default: out/cifar-OPT-MODEL-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
-    save_every: int = None          # [1, 1e9] steps between checkpoints; default: the first eval_every
+    save_every: int = None          # [1, 1e9] steps between checkpoints; default: as eval_every
     eval_every: int = None          # [1, 1e9] steps between evaluations; default: an epoch
     # machine
     device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
@@ -129,10 +129,10 @@ class Settings:
     eval_only: bool = False         # {0, 1} with resume: evaluate, do not train
 
 
-# (name, comment, the range or choices that it begins with) of every line of Settings; a heading has no name
+# Every line of Settings as (name, comment, its range or choices). A heading has an empty name.
 FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect.getsource(Settings), re.M)
 LIMITS = {name: limits for name, _, limits in FLAGS if name}
-# HYPER goes to the optimizer. COMMAND concerns one command, not the run. ASIDE does not change what is learned.
+# HYPER are the optimizer's. COMMAND are of one command, not of the run. ASIDE leave what is learned unchanged.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
 COMMAND = {"resume", "bench", "show", "eval_only"}
 ASIDE = COMMAND | {"data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track"}
@@ -766,11 +766,11 @@ def residuals(steps):
     return chain(*(k / (k + 1) * optim.bond("identity") + 1 / (k + 1) * f for k, f in enumerate(steps, start=1)))
 
 
-def attention_and_mlp(mixer, block):
+def attention_and_mlp(block):
     """The trees of the two steps of a transformer's block. Attention passes on changes of q, of k and of v, so its
     sensitivity is 3."""
     norm, gelu, attention = optim.bond("layernorm"), optim.bond("gelu", 0.5**0.5), optim.bond("attention", 3.0)
-    return (optim.weight(mixer.out) @ attention @ optim.weight(mixer.qkv) @ norm,
+    return (optim.weight(block.mixer.out) @ attention @ optim.weight(block.mixer.qkv) @ norm,
             optim.weight(block.down) @ gelu @ optim.weight(block.up) @ norm)
 
 
@@ -864,22 +864,30 @@ class VGG(nn.Module):
         return chain(stem, chain(*others).tare(20), optim.weight(self.head))
 
 
-class ViTBlock(nn.Module):
-    """x <- x + attention(norm(x)), then x <- x + MLP(norm(x)). Attention has a head for every 64 channels."""
+class Block(nn.Module):
+    """x <- x + mixer(norm(x)), then x <- x + MLP(norm(x))."""
+
+    def __init__(self, s, C, mixer):
+        super().__init__()
+        self.norm1, self.mixer, self.norm2 = nn.LayerNorm(C), mixer, nn.LayerNorm(C)
+        self.up, self.down = Linear(C, 4 * C, True, s.gains), Linear(4 * C, C, True, s.gains)
+
+    def forward(self, x, query=None):                                               # (B, ..., C)
+        x = x + self.mixer(self.norm1(x), query)
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class Attention(nn.Module):
+    """Attention among all tokens, with a head for every 64 channels."""
 
     def __init__(self, s):
         super().__init__()
         self.heads = max(1, s.width // 64)
-        self.norm1, self.norm2 = nn.LayerNorm(s.width), nn.LayerNorm(s.width)
         self.qkv, self.out = Linear(s.width, 3 * s.width, True, s.gains), Linear(s.width, s.width, True, s.gains)
-        self.up, self.down = Linear(s.width, 4 * s.width, True, s.gains), Linear(4 * s.width, s.width, True, s.gains)
 
-    def forward(self, x):                                                           # (B, T, C)
-        B, T, C = x.shape
-        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v)                                 # (B, heads, T, C / heads)
-        x = x + self.out(y.transpose(1, 2).reshape(B, T, C))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
+    def forward(self, x, query):                                                    # (B, T, C); query is of GCViT
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))     # (B, T, C)
 
 
 class ViT(nn.Module):
@@ -893,7 +901,7 @@ class ViT(nn.Module):
             fail(f"--width {s.width}: vit has a head for every 64 channels, and {s.width} cannot be shared by "
                  f"{s.width // 64}: use a multiple of 64")
         self.patches, self.positions = nn.Conv2d(3, s.width, 4, 4), nn.Embedding(1 + (SIZE // 4) ** 2, s.width)
-        self.blocks = nn.ModuleList(ViTBlock(s) for _ in range(s.depth))
+        self.blocks = nn.ModuleList(Block(s, s.width, Attention(s)) for _ in range(s.depth))
         self.norm, self.head = nn.LayerNorm(s.width), Linear(s.width, n_classes, True, s.gains)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -910,7 +918,7 @@ class ViT(nn.Module):
 
     def modular_tree(self):
         first = (optim.weight(self.patches) + optim.weight(self.positions)).tare(1)
-        blocks = residuals([step for block in self.blocks for step in attention_and_mlp(block, block)])
+        blocks = residuals([step for block in self.blocks for step in attention_and_mlp(block)])
         return chain(first, blocks.tare(5), optim.bond("layernorm"), optim.weight(self.head))
 
 
@@ -1150,19 +1158,6 @@ MIXERS = {
 }
 
 
-class PyramidBlock(nn.Module):
-    """x <- x + mixer(norm(x)), then x <- x + MLP(norm(x))."""
-
-    def __init__(self, s, C, mixer):
-        super().__init__()
-        self.norm1, self.mixer, self.norm2 = nn.LayerNorm(C), mixer, nn.LayerNorm(C)
-        self.up, self.down = Linear(C, 4 * C, True, s.gains), Linear(4 * C, C, True, s.gains)
-
-    def forward(self, x, query):                                                    # (B, H, W, C)
-        x = x + self.mixer(self.norm1(x), query)
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
 class Pyramid(nn.Module):
     """Three stages of `depth` blocks, on 16x16, 8x8 and 4x4 pixels of 1, 2 and 4 times `width` channels. MIXERS make it
     Swin (Liu et al. 2021), GCViT (Hatamizadeh et al. 2023), FocalNet or VMamba. The authors' first stage
@@ -1178,7 +1173,7 @@ class Pyramid(nn.Module):
             self.norms.append(nn.LayerNorm(n_in) if stage else nn.Identity())
             self.merges.append(nn.Conv2d(n_in, C, 2, 2))
             self.queries.append(Linear(C, C, True, s.gains) if s.model == "gcvit" and s.depth > 1 else nn.Identity())
-            self.stages.append(nn.ModuleList(PyramidBlock(s, C, MIXERS[s.model](s, C, side, i))
+            self.stages.append(nn.ModuleList(Block(s, C, MIXERS[s.model](s, C, side, i))
                                              for i in range(s.depth)))
             n_in = C
         self.norm, self.head = nn.LayerNorm(C), Linear(C, n_classes, True, s.gains)
@@ -1201,7 +1196,7 @@ class Swin(Pyramid):
         norm, parts = optim.bond("layernorm"), []
         for merge, blocks in zip(self.merges, self.stages):
             parts += [norm, optim.weight(merge)] if parts else []
-            parts.append(residuals([step for block in blocks for step in attention_and_mlp(block.mixer, block)]))
+            parts.append(residuals([step for block in blocks for step in attention_and_mlp(block)]))
         return chain(optim.weight(self.merges[0]), chain(*parts).tare(5), norm, optim.weight(self.head))
 
 
@@ -1348,7 +1343,8 @@ def diverged(what, step, bar, s):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A
+    schedule of your own goes into the dict below, and its name into the comment of Settings.schedule."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
@@ -1463,7 +1459,7 @@ def main():
     out_dir, held_out = pathlib.Path(s.out_dir), "val" if s.split < 1 else "test"
     if s.device == "cuda":
         set_up_gpu(s)
-    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
+    autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
     # ---- data
     images = load_data(s.data, s.data_dir)
@@ -1493,7 +1489,7 @@ def main():
 
     # ---- files, signals
     if not s.eval_only:
-        only_one = lock(out_dir, "--out_dir")       # as long as the process lives
+        only_one = lock(out_dir, "--out_dir")       # held until the process ends
         start_files(out_dir, s, ckpt)
     stopped_by = catch_signals() if not s.eval_only else []
 

@@ -4,7 +4,7 @@ The training loop is in `main`, the last page: begin there.
 
     python nanogpt_train.py                                   AdamW, a 0.8M-parameter GPT, Python's own manual: offline
     python nanogpt_train.py --opt rotational_lion             any name of optim.OPTIMIZERS, with its tuned defaults
-    python nanogpt_train.py --data my_novel.txt --sample 500  any text; writes 500 characters of it at the end
+    python nanogpt_train.py --data my_novel.txt --sample 500  any text; at the end 500 characters in its style
     python nanogpt_train.py --opt rotational_lion --resume    goes on after a kill, a crash, Ctrl-C: the same command
     python nanogpt_train.py --preset shakespeare              nanoGPT's 10M-parameter model (a GPU is advisable)
     torchrun --nproc_per_node=8 nanogpt_train.py --preset gpt2    GPT-2 124M on OpenWebText, on 8 GPUs
@@ -112,7 +112,7 @@ class Settings:
     data_dir: str = "data"          # where downloads and token files are kept
     out_dir: str = None             # default: out/nanogpt-OPT-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
-    save_every: int = None          # [1, 1e9] steps between checkpoints; default: the first eval_every
+    save_every: int = None          # [1, 1e9] steps between checkpoints; default: as eval_every
     eval_every: int = 500           # [1, 1e9] steps between evaluations
     eval_batches: int = 60          # [1, 1e6] batches of the fixed validation set
     # machine
@@ -128,10 +128,10 @@ class Settings:
     eval_only: bool = False         # {0, 1} with resume: evaluate and sample, do not train
 
 
-# (name, comment, the range or choices that it begins with) of every line of Settings; a heading has no name
+# Every line of Settings as (name, comment, its range or choices). A heading has an empty name.
 FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect.getsource(Settings), re.M)
 LIMITS = {name: limits for name, _, limits in FLAGS if name}
-# HYPER goes to the optimizer. COMMAND concerns one command, not the run. ASIDE does not change what is learned.
+# HYPER are the optimizer's. COMMAND are of one command, not of the run. ASIDE leave what is learned unchanged.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
 COMMAND = {"resume", "bench", "sample", "prompt", "temperature", "eval_only"}
 ASIDE = COMMAND | {"data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track"}
@@ -843,7 +843,8 @@ def diverged(what, step, bar, s):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A
+    schedule of your own goes into the dict below, and its name into the comment of Settings.schedule."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
@@ -897,7 +898,8 @@ def evaluate(model, val, s, autocast, stopped_by=()):
 
 
 def gradients(network, windows, s, autocast):
-    """Forward and backward passes over this process's windows, batch_size at a time -> the mean loss, on the device."""
+    """Forward and backward passes over this process's windows, batch_size at a time. -> the mean loss, on the device;
+    the gradients are in .grad."""
     total, parts = 0.0, windows.split(s.batch_size)
     for i, part in enumerate(parts):
         x, y = inputs_and_targets(part, s.device)
@@ -946,7 +948,7 @@ def main():
     out_dir, say = pathlib.Path(s.out_dir), print if RANK == 0 else lambda *words: None
     if s.device == "cuda":
         set_up_gpu(s)
-    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
+    autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
     # ---- data
     train, val, tokenizer, fingerprint = load_data(s.data, s.data_dir, s.tokenizer)
@@ -987,9 +989,9 @@ def main():
             fail(f"WORLD_SIZE is {WORLD}, but: {error}. Start the script with torchrun, or unset WORLD_SIZE")
         network = nn.parallel.DistributedDataParallel(network)
     if RANK == 0 and not s.eval_only:
-        only_one = lock(out_dir, "--out_dir")       # as long as the process lives
+        only_one = lock(out_dir, "--out_dir")       # held until the process ends
         start_files(out_dir, s, ckpt)
-    # of many processes each would stop at another step
+    # the processes of torchrun would stop at different steps
     stopped_by = catch_signals() if WORLD == 1 and not s.eval_only else []
 
     # ---- the loop: evaluate and save where it is time to, then take a step. pending: losses still on the device

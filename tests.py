@@ -3443,7 +3443,7 @@ def test_cifar_models():
                            for i in range(0, 32, 4) for j in range(0, 32, 4)]).permute(2, 0, 1) + model.patches.bias
     h = torch.cat([torch.zeros(3, 1, 128), patches], 1) + model.positions.weight
     for b in model.blocks:
-        h = torchs_layer(2, b.norm1, b.qkv, b.out, b.norm2, b.up, b.down)(h)
+        h = torchs_layer(2, b.norm1, b.mixer.qkv, b.mixer.out, b.norm2, b.up, b.down)(h)
     last = F.layer_norm(h[:, 0], (128,), model.norm.weight, model.norm.bias)
     close(model(x), linear(model.head, last), 1e-9, "vit")
 

@@ -123,7 +123,7 @@ class Settings:
     data_dir: str = "data"          # where downloads and byte pairs are kept
     out_dir: str = None             # default: out/translate-OPT-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
-    save_every: int = None          # [1, 1e9] steps between checkpoints; default: the first eval_every
+    save_every: int = None          # [1, 1e9] steps between checkpoints; default: as eval_every
     eval_every: int = 250           # [1, 1e9] steps between evaluations
     # machine
     device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
@@ -138,10 +138,10 @@ class Settings:
     eval_only: bool = False         # {0, 1} with resume: translate the test set, do not train
 
 
-# (name, comment, the range or choices that it begins with) of every line of Settings; a heading has no name
+# Every line of Settings as (name, comment, its range or choices). A heading has an empty name.
 FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect.getsource(Settings), re.M)
 LIMITS = {name: limits for name, _, limits in FLAGS if name}
-# HYPER goes to the optimizer. COMMAND concerns one command, not the run. ASIDE does not change what is learned.
+# HYPER are the optimizer's. COMMAND are of one command, not of the run. ASIDE leave what is learned unchanged.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
 COMMAND = {"resume", "bench", "translate", "eval_only"}
 ASIDE = COMMAND | {"test", "data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track", "beam",
@@ -1218,7 +1218,8 @@ def diverged(what, step, bar, s):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A
+    schedule of your own goes into the dict below, and its name into the comment of Settings.schedule."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
@@ -1322,7 +1323,7 @@ def main():
     out_dir = pathlib.Path(s.out_dir)
     if s.device == "cuda":
         set_up_gpu(s)
-    autocast = torch.autocast(s.device, torch.bfloat16) if s.dtype == "bfloat16" else contextlib.nullcontext()
+    autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
     if s.translate:
         return translate_text(s, ckpt, autocast)
 
@@ -1359,7 +1360,7 @@ def main():
 
     # ---- files, signals
     if not s.eval_only:
-        only_one = lock(out_dir, "--out_dir")       # as long as the process lives
+        only_one = lock(out_dir, "--out_dir")       # held until the process ends
         start_files(out_dir, s, ckpt)
         write(out_dir / "bpe.json", json.dumps(bpe.tokens).encode())
     stopped_by = catch_signals() if not s.eval_only else []
