@@ -7,7 +7,7 @@ predictable angle. Then read this file from top to bottom, as a lecture.
 
 Every optimizer here is one direction followed by one geometry. All of them share a loop of three lines:
 
-    decay = geometry.decay(direction, w, h)        # shrinks w at once, or returns wd * w for the direction
+    decay = geometry.decay(direction, w, h)        # shrinks w at once, returns wd * w for d, or neither
     d = direction.update(g, state, h, decay)       # which way
     geometry.move(w, d, state, h)                  # how far, on which surface
 
@@ -29,7 +29,7 @@ Learn the rows and the columns, and you know them all:
 The empty cells exist, too: "rotational_rmsprop", "modular_lion" and so on are names of OPTIMIZERS.
 
     plain        w <- w - lr * d, and decay pulls w towards 0. Nothing is kept fixed
-    rotational   every neuron keeps its length, and turns by a controlled average angle. The decay sets the angle
+    rotational   every neuron keeps its length, and turns by a set average angle. lr * wd sets the angle
     modular      the update of the whole network keeps the size lr, in a norm made from its architecture
 
 Every class is a true subclass of torch.optim.Optimizer:
@@ -56,13 +56,13 @@ is rotation. 6 The rotational geometry. 7 Without the root. 8 The modular norm. 
     sigma  RMS size of one entry of g                                                n    kept norm of a neuron
     B      batch size: examples (or tokens) that the loss is a mean over             k    number of modes (dims)
     s      average of g^2 in the root-free rules     L, K   a matrix for each mode (shampoo, if_shampoo)
-    S      sum of c_j^2 (lion, muon: section 5)      U S V^T   singular value decomposition (section 9)
+    S      sum of c_j^2 (c_j: section 5)             U S V^T   singular value decomposition (section 9)
     U      average of ||d||^2 (rotational)           u      vector of a power iteration (modular)
     h      dict of a group's hyperparameters, and of numbers that depend on the step (from `scalars`)
 
 A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 picks it, the other dims belong to it.
 
-The two factors cannot quite be separated, and the leaks are half of the lesson. (Come back to this list at the end.)
+Direction and geometry do not quite separate. The exceptions are half of the lesson. (Come back to this list at the end.)
   1. Under the plain geometry decay enters in three places. It is decoupled (adamw, lion, rf_adamw, muon), or part of
      the gradient (sgd, adam, rmsprop), or added after the preconditioner and before the heavy ball (rf_rmsprop, both
      Shampoos). The rotational geometry only reads an angle from it (and adam's v sees it). The modular one shrinks the
@@ -132,7 +132,7 @@ import torch
 #              Row 2: (0, 2) is a tangent already. (1, 0) - 0.3162 (0, 1), put back to length 1: (0.9535, -0.3015).
 #              Both rows have turned by arctan(0.3162) = 0.3063 radians, though one gradient was twice the other.
 #
-# modular      D = G. Its spectral norm is 2. The usual norm of a 2 x 2 weight is sqrt(out / in) = 1, the share 1.
+# modular      D = G. Its exact spectral norm is 2. A 2 x 2 weight has usual norm sqrt(out / in) = 1 and share 1.
 #              W <- W - 0.1 * G / 2 = [2.95  4.00]     then the decay, W <- (1 - 0.1 * 0.5) W = [2.8025  3.800]
 #                                     [1.00 -0.10]                                             [0.9500 -0.095]
 #              The code estimates the spectral norm by one power iteration a step, from below. The first estimate here
@@ -160,8 +160,8 @@ class Direction:
     """One row of the table. Classes of rows are named as on the command line.
 
     To add a row, write one class with `@row` above it, anywhere before section 10. `lion` below is a good model, and
-    its lines from `formula` to `return d` are enough. (In a file of your own, also call compose(DIRECTIONS["mine"],
-    PLAIN) and the like.) The defaults are safe. A row without a kappa refuses to rotate, a row without a contribution
+    its lines from `formula` to `return d` are enough. (Elsewhere, compose(DIRECTIONS["mine"], PLAIN)
+    makes a class, which `build` does not know.) The defaults are safe. A row without a kappa refuses to rotate, a row without a contribution
     predicts no norm, and no tensor is cut into blocks of rows.
     """
     formula = ""            # d in one line, for the printed table
@@ -279,6 +279,7 @@ class Plain(Geometry):
 
 
 # Exercise 3. Take the 2 x 2 example with momentum 0.9 and feed it G a second time. Predict d, then run
+#     import torch;  from optim import SGD
 #     w = torch.nn.Parameter(torch.tensor([[3., 4.], [1., 0.]]));  o = SGD([w], lr=0.1, momentum=0.9, weight_decay=0.5)
 #     for _ in range(2): w.grad = torch.tensor([[1., 0.], [0., 2.]]);  o.step();  print(o.state[w]["momentum_buffer"])
 
@@ -366,7 +367,7 @@ class rmsprop(HeavyBall):
 
     def update(self, g, state, h, decay=0):
         v, x = state["square_avg"], g + decay
-        v.mul_(h["alpha"]).addcmul_(x, x, value=1 - h["alpha"])     # v <- a v + (1-a) x^2
+        v.mul_(h["alpha"]).addcmul_(x, x, value=1 - h["alpha"])
         return self.ball(x / (v.sqrt() + h["eps"]), state, h)
 
 
@@ -387,7 +388,7 @@ class lion(Direction):
     def update(self, g, state, h, decay=0):
         m, (b1, b2) = state["exp_avg"], h["betas"]
         d = torch.lerp(m, g, 1 - b1).sign()                         # sign(b1 m + (1-b1) g)
-        m.lerp_(g, 1 - b2)                                          # m <- b2 m + (1-b2) g
+        m.lerp_(g, 1 - b2)
         return d
 
     def power(self, h):
@@ -422,11 +423,11 @@ class lion(Direction):
 #            |      .                         growth = decay:  ||u||^2 = 2e ||w||^2
 #            |   .   angle                    so the angle is  ||u|| / ||w||  =  sqrt(2 lr wd)
 #            |.
-#            o                                The angle contains neither the layer nor the gradient. A neuron grows or
+#            o                                The angle does not depend on layer or gradient. A neuron grows or
 #                                             shrinks until its updates turn it by this angle.
 #
-# With memory (mu = 0.9) successive updates share gradients, so they are not at right angles to each other. Gradients
-# are independent of each other. A gradient enters the update j steps later with a weight c_j (heavy ball: mu^j;
+# With memory (mu = 0.9) successive updates share gradients, so they are not at right angles to each other. The
+# gradients themselves are independent. A gradient enters the update j steps later with a weight c_j (heavy ball: mu^j;
 # average: (1-b) b^j), so the whole movement that it causes over all later steps is independent of the others, too.
 # Four numbers describe a direction:
 #
@@ -840,7 +841,7 @@ class warm_sgd(Direction):
 
 
 class warm_adam(Direction):
-    """adam under the modular norm: averages started warm, no eps,  d = m / sqrt(v), and 0 where that is 0/0. So an
+    """adam under the modular norm: averages from `fresh`, no eps,  d = m / sqrt(v), and 0 where that is 0/0. So an
     entry counts in full, however small its gradients are."""
     name, formula = "adam", "d = mean(g) / rms(g)"
     defaults = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.0}
@@ -1112,7 +1113,7 @@ def orthogonalise(x):
 
     In each of these every singular value s becomes  a s + b s^3 + c s^5, and U and V stay. The slope a at 0 is steep,
     so that small singular values grow fast. The price is that none of them converges: from s / ||x|| = 0.0015 upwards
-    they end between 0.68 and 1.21, and what is smaller ends below. For G = [1 0; 0 2] of section 2, divided by ||G||:
+    they end between 0.68 and 1.20, and what is smaller ends below. For G = [1 0; 0 2] of section 2, divided by ||G||:
 
         0.447, 0.894  ->  1.150, 0.827  ->  0.784, 0.934  ->  1.001, 0.771  ->  0.701, 1.021  ->  1.114, 0.689
     """
@@ -1348,7 +1349,7 @@ def refreshes(t, update_every):
 
 
 # ======================================================================================================================
-# 10. The optimizer. From here on there is no mathematics, only bookkeeping
+# 10. The optimizer. No new mathematics from here on, mostly bookkeeping
 # ======================================================================================================================
 
 PLAIN, ROTATIONAL, MODULAR = Plain(), Rotational(), Modular()
