@@ -62,7 +62,7 @@ is rotation. 6 The rotational geometry. 7 Without the root. 8 The modular norm. 
 
 A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 picks it, the other dims belong to it.
 
-Direction and geometry do not quite separate. The exceptions are half of the lesson. (Come back to this list at the end.)
+Direction and geometry do not quite separate. The exceptions are half of the lesson. (Come back to them at the end.)
   1. Under the plain geometry decay enters in three places. It is decoupled (adamw, lion, rf_adamw, muon), or part of
      the gradient (sgd, adam, rmsprop), or added after the preconditioner and before the heavy ball (rf_rmsprop, both
      Shampoos). The rotational geometry only reads an angle from it (and adam's v sees it). The modular one shrinks the
@@ -161,8 +161,8 @@ class Direction:
 
     To add a row, write one class with `@row` above it, anywhere before section 10. `lion` below is a good model, and
     its lines from `formula` to `return d` are enough. (Elsewhere, compose(DIRECTIONS["mine"], PLAIN)
-    makes a class, which `build` does not know.) The defaults are safe. A row without a kappa refuses to rotate, a row without a contribution
-    predicts no norm, and no tensor is cut into blocks of rows.
+    makes a class, which `build` does not know.) The defaults are safe. A row without a kappa refuses to rotate, a row
+    without a contribution predicts no norm, and no tensor is cut into blocks of rows.
     """
     formula = ""            # d in one line, for the printed table
     defaults = {}           # hyperparameters, lr first, weight_decay among them: torch.optim's, where it has the row
@@ -1600,13 +1600,22 @@ class Optimizer(torch.optim.Optimizer):
         """As in torch, with four differences. Where both sides know the parameters' names (build, named_parameters),
         state goes by name. State keeps its precision, which torch rounds to the parameter's type. `compile` stays as it
         is here. The checkpoint of another kind of optimizer, or of parameters with other shapes, is refused."""
-        state_dict = self._by_name(state_dict)
-        loaded, compiled = [*self._check_state(state_dict)], [group["compile"] for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, own in zip(self.param_groups, compiled):
-            group["compile"] = own
-        for p, key, value, dtype in loaded:
-            self.state[p][key] = value.to(p.device, dtype, copy=True)
+        loaded, compiled = [], [group["compile"] for group in self.param_groups]
+
+        def match(self, state_dict):                # after the user's own hooks
+            state_dict = self._by_name(state_dict)
+            loaded.extend(self._check_state(state_dict))
+            return state_dict
+
+        def mend(self):                             # before the user's own hooks
+            for group, own in zip(self.param_groups, compiled):
+                group["compile"] = own
+            for p, key, value, dtype in loaded:
+                self.state[p][key] = value.to(p.device, dtype, copy=True)
+
+        with (self.register_load_state_dict_pre_hook(match),
+              self.register_load_state_dict_post_hook(mend, prepend=True)):
+            super().load_state_dict(state_dict)
 
     def _by_name(self, state_dict):
         """The same state_dict, its groups and parameters in the order that they have here."""

@@ -1095,13 +1095,14 @@ class Trial:
             self.take()
         same_bits(*zip(*self.left), "a gradient, or a tensor that is not part of it")
 
-    def reload(self, edit=lambda saved: saved, file=through_a_file, order=1):
+    def reload(self, edit=lambda saved: saved, file=through_a_file, order=1, hook=lambda saved: None):
         """Weights from a file, then an optimizer on them with other settings, then its state: a resumed run."""
         self.leave(self.states())
         saved = file({"params": values(self.params), "optimizer": self.optimizer.state_dict()})
         self.params = [nn.Parameter(x) for x in saved["params"]]
         options = {key: value for key, value in self.options.items() if key != "dtype"}
         self.optimizer = optim.OPTIMIZERS[self.name](self.named()[::order], **required(self.name), **options)
+        self.optimizer.register_load_state_dict_pre_hook(lambda optimizer, saved: hook(saved))
         self.optimizer.load_state_dict(edit(saved["optimizer"]))
 
     def of_torch(self):
@@ -1165,6 +1166,13 @@ def by_others(saved):
     return saved
 
 
+def scaled(factor):
+    """-> a function of a state_dict: the same with all floats of the state times a power of two."""
+    return lambda saved: saved | {"state": {number: {
+        key: x * factor if torch.is_tensor(x) and x.is_floating_point() else x for key, x in state.items()}
+        for number, state in saved["state"].items()}}
+
+
 @contextlib.contextmanager
 def coarse_products():
     """Fast and coarse matrix products, wherever the hardware has them. A step must have fine ones, all the same."""
@@ -1188,6 +1196,7 @@ SAME = [    # the claim; the step before which it happens; the act; how far off 
     ("a checkpoint before the first step", 0, Trial.reload, 0),
     ("a checkpoint with foreign keys and entries", 1, lambda trial: trial.reload(by_others), 8),
     ("a checkpoint in another order", 1, lambda trial: trial.reload(order=-1), 0),
+    ("a checkpoint that a hook mends", 1, lambda trial: trial.reload(scaled(2), hook=scaled(0.5)), 0),
     ("a state_dict handed over in memory", 1, lambda trial: trial.reload(file=lambda saved: saved), 0),
     ("torch's own checkpoints", 1, Trial.of_torch, 0),
     ("pickle", 1, lambda trial: trial.become(lambda pair: pickle.loads(pickle.dumps(pair))), 0),
