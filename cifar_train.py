@@ -1173,8 +1173,7 @@ class Pyramid(nn.Module):
             self.norms.append(nn.LayerNorm(n_in) if stage else nn.Identity())
             self.merges.append(nn.Conv2d(n_in, C, 2, 2))
             self.queries.append(Linear(C, C, True, s.gains) if s.model == "gcvit" and s.depth > 1 else nn.Identity())
-            self.stages.append(nn.ModuleList(Block(s, C, MIXERS[s.model](s, C, side, i))
-                                             for i in range(s.depth)))
+            self.stages.append(nn.ModuleList(Block(s, C, MIXERS[s.model](s, C, side, i)) for i in range(s.depth)))
             n_in = C
         self.norm, self.head = nn.LayerNorm(C), Linear(C, n_classes, True, s.gains)
 
@@ -1343,8 +1342,8 @@ def diverged(what, step, bar, s):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A
-    schedule of your own goes into the dict below, and its name into the comment of Settings.schedule."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of
+    your own goes into the dict below, and its name into the comment of Settings.schedule."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)

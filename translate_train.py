@@ -1002,16 +1002,13 @@ class Translator(nn.Module):
 
     def forward(self, source, target):
         """(B, S) and (B, T) tokens -> logits (B, T, V) of the token after each of the target."""
-        memory, mask = self.encode(source)
-        h = self.embed(self.target(target) * self.target_scale, 0, target.shape[1])
-        for layer, keys_values in zip(self.decoder, memory):
-            h = layer(h, mask, keys_values)
-        return self.head(h)
+        return self.decode(target, 0, *self.encode(source))
 
-    def step(self, last, t, memory, mask, pasts):
-        """One token further: the t-th tokens (B, K) of K hypotheses a sentence -> logits (B, K, V) of the next ones."""
-        h = self.embed(self.target(last) * self.target_scale, t, 1)
-        for layer, keys_values, past in zip(self.decoder, memory, pasts):
+    def decode(self, target, start, memory, mask, pasts=None):
+        """Target tokens (B, T) from place `start` on, and what `encode` gave -> logits (B, T, V) of the next ones. With
+        `pasts`, which Layer keeps, they are the tokens at one place of K hypotheses, (B, K) -> (B, K, V)."""
+        h = self.embed(self.target(target) * self.target_scale, start, 1 if pasts else target.shape[1])
+        for layer, keys_values, past in zip(self.decoder, memory, pasts or [None] * len(memory)):
             h = layer(h, mask, keys_values, past)
         return self.head(h)
 
@@ -1054,7 +1051,7 @@ def beam_search(model, source, begin, end, beam, length_penalty, longest=(1.2, 1
     said = torch.empty(B, K, 0, dtype=torch.long, device=device)
     live, finished = list(range(B)), [[] for _ in range(B)]
     for t in range(int(limits.max())):
-        logp = F.log_softmax(model.step(last, t, memory, mask, pasts).float(), dim=-1)      # (B, K, V)
+        logp = F.log_softmax(model.decode(last, t, memory, mask, pasts).float(), dim=-1)      # (B, K, V)
         V = logp.shape[-1]
         must_end = (limits == t + 1)[:, None, None] & (torch.arange(V, device=device) != end)
         total = (scores[:, :, None] + logp).masked_fill(must_end, -math.inf).flatten(1)     # (B, K V)
@@ -1218,8 +1215,8 @@ def diverged(what, step, bar, s):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A
-    schedule of your own goes into the dict below, and its name into the comment of Settings.schedule."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of
+    your own goes into the dict below, and its name into the comment of Settings.schedule."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
