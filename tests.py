@@ -3839,7 +3839,7 @@ class ImaginedLab:
     """Gives the experiments results that we make up: loss(flags) is the loss or accuracy, nan if it diverged, and
     log(flags) the lines of the log."""
     asked, out_dir = (), pathlib.Path("imagined")
-    args = sweep.argparse.Namespace(scale="cpu", seeds=None, print_commands=False)
+    args = sweep.argparse.Namespace(scale="cpu", seeds=None, print_commands=False, runs=None)
 
     def __init__(self, loss, log=None):
         self.loss, self.log = loss, log or (lambda flags: [{"train_loss": loss(flags)}])
@@ -4106,6 +4106,7 @@ SWEEP_BAD = (
     ("--grid lr=1 --random 3", "not allowed with"), ("--random 3", "--space"), ("--random 2 --space lr=3", "log(a,b)"),
     ("--random 2 --space paper:cnn:lion", "paper:cnn:rf_rmsprop"), ("--grid lr=1 --space lr=log(1,2)", "--random"),
     ("--grid lr=1 --runs 10", "--two_stage"), ("--two_stage --runs 0 --space lr=log(1,2)", "--runs 0"),
+    ("--experiment warmup --runs 8", "leave out --runs"),
     ("--grid lr=1 --seed 1", "--random"), ("--experiment warmpu", "warmup"), ("--curves x --jobs 2", "--jobs"),
     ("--experiment warmup --grid lr=1", "--grid"), ("--experiment warmup --fixed lr=1", "--fixed"),
     ("--experiment warmup --print_commands --plot x.png", "leave out --plot"), ("--curves no/such", "no log.jsonl"),
@@ -4242,9 +4243,11 @@ def test_sweep_verdicts():
             if size == "n_layer" and "depth" in f:
                 return 1.5 - gain * math.log2(int(f["depth"])) * (1 if f["opt"].startswith("modular") else -1)
             falls = modular if f["opt"].startswith("modular") else 1
-            ratio = smallest / int(f[size] if size in f else f["width"])
-            ratio **= falls / (4 if size == "n_layer" else 1)
-            return bowl(f, {"adam": 2.0**adam, "sgd": 2.0**-2}.get(f["opt"], 0.5) * ratio)
+            if size in f:                           # the GPT's
+                return bowl(f, {"adam": 2.0**adam}.get(f["opt"], 0.5) * (smallest / int(f[size])) ** (
+                    falls / (4 if size == "n_layer" else 1)))
+            return bowl(f, {"adam": 2.0**-6, "sgd": 2.0**-4}.get(f["opt"], 0.5) * (
+                32 / int(f["width"])) ** (falls / 1.5))
         return loss
 
     def balanced(adam, adamw, even, uneven):
@@ -4288,12 +4291,12 @@ def test_sweep_verdicts():
             ("lr_against_decay", lambda f: 1.5 + abs(math.log10(float(f["lr"]) / 4e-3)) * (
                 0.1 if f["opt"] == "adamw" else 0.04), "yy"),
             ("lr_against_decay", lambda f: bowl(f, 0.004), "yn"), ("lr_against_decay", lambda f: 1.5, "ny"),
-            ("lr_transfer_width", transfer("n_embd", 32), "yyyy"),
-            ("lr_transfer_width", lambda f: bowl(f, 2**-4), "nnnn"),    # no optimizer depends on the size
-            ("lr_transfer_width", transfer("n_embd", 32, modular=1), "nnnn"),           # both do: more than 0.03
-            ("lr_transfer_width", transfer("n_embd", 32, adam=-6), "nyyy"),     # the best is the last of the GPT's lrs
-            ("lr_transfer_depth", transfer("n_layer", 2), "yyyy"),
-            ("lr_transfer_depth", transfer("n_layer", 2, gain=0), "yynn"),
+            ("lr_transfer_width", transfer("n_embd", 32), "yyy"),
+            ("lr_transfer_width", lambda f: bowl(f, 2**-4), "nnn"),     # no optimizer depends on the size
+            ("lr_transfer_width", transfer("n_embd", 32, modular=1), "nnn"),            # both do: more than 0.03
+            ("lr_transfer_width", transfer("n_embd", 32, adam=-6), "nyy"),      # the best is the last of the GPT's lrs
+            ("lr_transfer_depth", transfer("n_layer", 2), "yyy"),
+            ("lr_transfer_depth", transfer("n_layer", 2, gain=0), "ynn"),
             ("root_free", roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84)), "yyyyyy"),
             ("root_free", roots((2.0, 2.02, 2.0, 2.04), (0.85, 0.83, 0.84, 0.82)), "nnnnnn"),
             ("root_free", roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84), decayless=0.2), "yynyyy"),
@@ -4342,6 +4345,11 @@ def test_sweep_findings():
             refused(SystemExit, ["1"], lambda: sweep.EXPERIMENTS[name](
                 ImaginedLab(lambda f: math.nan if f["opt"] == opt else 1.5, turning_log)))
         assert f"that tune {opt} diverged" in err.getvalue()
+    for runs, seeds in ((None, {"11", "12", "13", "14"}), (4, {"10", "11", "12", "13", "14"})):     # stored, searched
+        seen = set()
+        lab = ImaginedLab(lambda f: seen.add(f["seed"]) or bowl(f, 0.004))
+        lab.args = sweep.argparse.Namespace(**vars(lab.args) | {"runs": runs})
+        assert ("lr 0.01306" in sweep.root_free(lab).text) == (not runs) and seen == seeds
     with temporary_folder() as folder:
         lab = toy_lab(folder, experiment="x", report=True)
         run = sweep.model_run(lab, "gpt")
