@@ -48,8 +48,6 @@ import sys
 import tarfile
 import time
 import types
-import urllib.request
-import warnings
 import zipfile
 import zlib
 
@@ -57,6 +55,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import optim
@@ -96,37 +95,31 @@ class Settings:
     epochs: int = None              # [1, 1e9] passes over the training images
     batch_size: int = 64            # [1, 1e6] images per step
     grad_clip: float = 0.0          # [0, inf) largest gradient norm; 0: no clipping
-    loss: str = "ce"                # {ce, mse, mse30} cross-entropy, or one of two square errors: see loss_of
+    loss: str = "ce"                # {ce, mse30} cross-entropy, or a square error: see loss_of
     label_smoothing: float = 0.0    # [0, 1] share of the target spread over all classes (of ce)
     seed: int = 1337                # [0, 1e18] of weights, batches and augmentation
     # model
     model: str = "resnet18"         # resnet18, vgg16, vit, gnn, swin, ...: an unknown name lists them all
     width: int = None               # [1, 1e5] channels of the first stage, or of every layer where all are alike
-    width_mult: float = None        # (0, 1e3] the same, as a multiple of the usual
     depth: int = None               # [1, 1e4] blocks, or layers, of all models but ResNets and VGG
-    norm: str = "batch"             # {batch, group, layer, none} of ResNets, VGG, DenseNet; layer: GroupNorm, one group
-    weight_standardization: bool = False        # {0, 1} filters of mean 0 and fixed norm, in the same models
-    gains: bool = None              # {auto, 0, 1} a learnable gain per output neuron; auto: with rotational optimizers
+    gains: bool = None              # {0, 1} a learnable gain per output neuron; default: with rotational optimizers
     # data and files
     data: str = "shapes"            # shapes, cifar10, cifar100, a folder with CIFAR's .bin files, imagenet32:FOLDER
     split: float = 1.0              # (0, 1] train on this share, evaluate on the rest instead of the test set: to tune
     crop: int = 4                   # [0, 1e3] shift images by up to this many pixels
     flip: bool = True               # {0, 1} mirror half of them
-    cutout: int = 0                 # [0, 1e3] blank out squares of this many pixels in width and height
-    tta: bool = False               # {0, 1} evaluate on each image and its mirror image
     data_dir: str = "data"          # where downloads and drawn images are kept
     out_dir: str = None             # default: out/cifar-OPT-MODEL-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
     save_every: int = None          # [1, 1e9] steps between checkpoints; default: as eval_every
     eval_every: int = None          # [1, 1e9] steps between evaluations; default: an epoch
     # machine
-    device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
-    dtype: str = None               # {auto, float32, bfloat16} of autocast; auto: bfloat16 on GPUs that compute in it
-    compile: bool = None            # {auto, 0, 1} torch.compile the model and the optimizer; auto: with CUDA
+    device: str = None              # {cpu, cuda, mps} default: the best there is
+    dtype: str = None               # {float32, bfloat16} of autocast; default: bfloat16 on GPUs that compute in it
+    compile: bool = None            # {0, 1} torch.compile the model and the optimizer; default: with CUDA
     track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
     bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
     show: str = None                # draw a sheet of training images into this file, then leave (needs matplotlib)
-    eval_only: bool = False         # {0, 1} with resume: evaluate, do not train
 
 
 # Every line of Settings as (name, comment, its range or choices). A heading has an empty name.
@@ -134,9 +127,8 @@ FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect
 LIMITS = {name: limits for name, _, limits in FLAGS if name}
 # HYPER are the optimizer's. COMMAND are of one command, not of the run. ASIDE leave what is learned unchanged.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
-COMMAND = {"resume", "bench", "show", "eval_only"}
+COMMAND = {"resume", "bench", "show"}
 ASIDE = COMMAND | {"data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track"}
-SAID_TWICE = {"steps", "epochs"}, {"width", "width_mult"}               # two ways to say one thing
 ALIASES = {"learning_rate": "lr", "max_iters": "steps", "eval_interval": "eval_every", "warmup_iters": "warmup",
            "dataset": "data"}                       # nanoGPT's
 
@@ -146,44 +138,31 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False, argument_default=argparse.SUPPRESS)
     p.error, group = fail, p                        # an error is one line, without the usage
-    for name, words, _ in FLAGS:
-        if name:
-            kind, default = Settings.__annotations__[name], getattr(Settings, name)
-            how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
-            words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
-            group.add_argument(f"--{name}", type=functools.partial(convert, name), help=words, **how)
-        else:
+    for name, words, limits in FLAGS:
+        if not name:
             group = p.add_argument_group(words)
+            continue
+        kind, default = Settings.__annotations__[name], getattr(Settings, name)
+        how = {bool: {"type": int, "nargs": "?", "const": 1}, list: {"nargs": "+", "action": "extend"}}
+        how = how.get(kind, {"type": kind})
+        if limits.startswith("{"):
+            how["choices"] = [how["type"](word) for word in limits[1:-1].split(", ")]
+        words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
+        group.add_argument(f"--{name}", help=words, **how)
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        fail(f"unknown argument {unknown[0]}: did you mean --{ALIASES.get(name) or nearest(name, LIMITS)}? (--help "
-             "lists them all)")
-    return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
-
-
-def convert(name, value):
-    """Text, or a value of a checkpoint -> the value of a setting, if its comment allows it; None for auto."""
-    kind, limits = Settings.__annotations__[name], LIMITS[name]
-    text = str(int(value) if isinstance(value, bool) else value)
-    if limits[:1] == "{" and text not in limits[1:-1].split(", "):
-        raise argparse.ArgumentTypeError(f"invalid choice {text!r}: it must be one of {limits}")
-    if text == "":
-        raise argparse.ArgumentTypeError("it is empty: give at least one character, or leave the flag out")
-    if kind in (str, list, bool):
-        return None if text == "auto" and limits else text == "1" if kind is bool else text
-    try:
-        x = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-    low, high = map(float, limits[1:-1].split(", "))
-    if not (low < x < high or x == low and limits[0] == "[" or x == high and limits[-1] == "]"):
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be in {limits}")
-    return x
-
-
-def nearest(word, known):
-    return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
+        near = ALIASES.get(name) or difflib.get_close_matches(name, LIMITS, 1, 0)[0]
+        fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
+    for name, value in vars(given).items():
+        if value == "":
+            fail(f"--{name} is empty: give at least one character, or leave the flag out")
+        limits = LIMITS[name]
+        if limits[:1] in ("[", "("):
+            low, high = map(float, limits[1:-1].split(", "))
+            if not (low < value < high or value == low and "[" in limits or value == high and "]" in limits):
+                fail(f"--{name} {value} is out of range: it must be in {limits}")
+    return vars(given)
 
 
 # What the presets of a paper have in common.
@@ -204,7 +183,7 @@ def paper(setup, opt, **hyper):
 
 PRESETS = {
     # The default without CUDA: about a minute on two cores.
-    "cpu": dict(model="resnet18", width_mult=0.125, epochs=3),
+    "cpu": dict(model="resnet18", width=8, epochs=3),
     # The defaults of these models. Four epochs of gnn take the time of one of a ResNet. With the others adamw learns
     # nothing at the lr of ResNets (Swin was tried). Its values are one guess. Those of rotational_adamw and rf_rmsprop
     # are the best of four and of three runs of Swin for two epochs.
@@ -276,14 +255,10 @@ PRESETS = {
     ) for opt, hyper in runs.items()},
 }
 
-# Tuned for the main job (the cpu preset on shapes), one seed, the test set untouched. The lr of each NAME was swept at
-# one epoch of three, in octaves around what a small search by hand had found:
+# Tuned for the cpu preset on shapes, one seed, the test set untouched. The lr of each NAME was swept in octaves at one
+# epoch of three, and the best two were compared in full where it was close:
 #     python sweep.py --script cifar_train.py --grid opt=NAME lr=1e-3,2e-3,4e-3 --fixed "epochs=1 split=0.9"
-# Where that clearly preferred another value, the two were compared in full, and the better one stands here (they differ
-# by a few images in a thousand):
-#     python sweep.py --script cifar_train.py --grid opt=NAME lr=2e-3,4e-3 --fixed "epochs=3 split=0.9"
-# The other numbers are by hand; for the rotational ones lr * weight_decay was chosen for an angle of 0.02 to 0.06.
-# Those of the three muon are the best of 8, 6 and 4 runs of one epoch, on grids of lr, weight_decay and adamw_lr_scale.
+# The other numbers are by hand. For the rotational ones they give angles of 0.02 to 0.06.
 TUNED = {}
 for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
         ("sgd", (0.4, 5e-4), (0.5, 2.5e-3), (2.0, 0.0), dict(momentum=0.9)),
@@ -317,36 +292,31 @@ def settle(given):
     model = given.get("model", preset["model"])
     if model not in MODELS:
         fail(f"--model {model}: invalid choice, there are {', '.join(MODELS)}")
-    _, width, depth, normed = MODELS[model]
-    replaced = set().union(*(pair for pair in SAID_TWICE if pair & given.keys()))
+    _, width, depth = MODELS[model]
+    replaced = {"steps", "epochs"} if given.keys() & {"steps", "epochs"} else set()
     if model != preset["model"]:                    # a preset's sizes are its model's
-        replaced |= {"width", "width_mult", "depth"}
+        replaced |= {"width", "depth"}
     preset = {key: value for key, value in preset.items() if key not in replaced}
     chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
     s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
-    kind = optim.OPTIMIZERS.get(s.opt) or fail(
-        f"--opt {s.opt}: did you mean {nearest(s.opt, optim.OPTIMIZERS)!r}? (README.md lists them all)")
+    try:
+        kind = optim.find_optimizer(s.opt)
+    except ValueError as error:
+        fail(error)
 
     if kind.geometry is optim.MODULAR and model in NO_TREE:
         fail(f"--opt {s.opt}: {model} has no modular tree, since {NO_TREE[model]}. Take another --model or --opt")
 
     said, tuned = said_by_hand(given), preset.get("tuned", {})
-    takes = {key: x for key, x in kind.takes().items() if key not in optim.PER_GROUP | {"compile"}}
-    takes |= zip(("beta1", "beta2"), takes.pop("betas", ()))
-    for key in said.keys() - takes.keys():
-        fail(f"{s.opt} takes no {key}; it takes {', '.join(takes)}")
     s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in tuned else
                  "tuned for preset cpu" if s.opt in TUNED else "default of its class, tuned by nobody")
-    s.hyper = {key: takes[key] for key in ("lr", "beta1", "beta2") if key in takes}
-    s.hyper |= tuned.get(s.opt, TUNED.get(s.opt, {})) | said
-    if "batch_size" in takes:                       # over how many images the loss is a mean
+    s.hyper = {"lr": kind.takes()["lr"]} | tuned.get(s.opt, TUNED.get(s.opt, {})) | said
+    if "batch_size" in kind.takes():                # over how many images the loss is a mean
         s.hyper.setdefault("batch_size", s.batch_size)
 
-    s.width, s.depth = s.width or max(1, int(width * (s.width_mult or 1))), depth and (s.depth or depth)
+    s.width, s.depth = s.width or width, depth and (s.depth or depth)
     if "depth" in given and not depth:
         fail(f"--depth: {model} has only the depth in its name; all but ResNets and VGG have a choice")
-    if not normed and (s.norm != "batch" or s.weight_standardization):
-        fail(f"--norm, --weight_standardization: {model} has nothing that they change, only ResNets, VGG, DenseNet do")
     if s.loss != "ce" and "label_smoothing" in given:
         fail(f"--label_smoothing is of the cross-entropy: leave it out with --loss {s.loss}")
     if s.gains is None:
@@ -371,9 +341,8 @@ def settle_by_data(s, given, n_train):
     s.steps = s.steps or s.epochs * an_epoch
     s.eval_every = s.eval_every or an_epoch
     s.save_every = s.save_every or s.eval_every
-    if s.warmup >= s.steps and "warmup" in given:
-        fail(f"--warmup {s.warmup} leaves nothing of {s.steps} steps: make it smaller")
-    s.warmup = s.warmup if s.warmup < s.steps else s.steps // 10        # a preset's warmup, in a much shorter run
+    if "warmup" not in given:
+        s.warmup = min(s.warmup, s.steps // 2)      # a preset's warmup, in a much shorter run
 
 
 def said_by_hand(given):
@@ -431,33 +400,17 @@ Images = collections.namedtuple("Images", "train train_labels test test_labels n
 
 
 def download(url, sha256, path):
-    """Fetch url to path, unless it is there: beside it, checked, then renamed."""
-    by_hand = f"Fetch it by hand and put it at {path} (--data_dir), or use --data shapes, which needs none"
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")       # two may fetch it at once
+    """Fetch url to path, unless it is there. It is checked before it counts."""
     try:
-        if path.exists():
-            if file_sha256(path) != sha256:
-                fail(f"{path} is not the file that {url} should give: delete it, then start again")
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(url, headers={"User-Agent": SCRIPT})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file, \
-                tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name) as body:
-            shutil.copyfileobj(body, file)
-        if file_sha256(part) != sha256:
-            fail(f"{url} did not give the expected file (sha256 {sha256}). {by_hand}")
-        os.replace(part, path)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, sha256)
+        elif hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            fail(f"{path} is not the file that {url} should give: delete it, then start again")
         return path
-    except (OSError, http.client.HTTPException) as error:           # no network, no such file, no HTTP, ...
-        fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
-    finally:                                        # also after Ctrl-C
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, RuntimeError, http.client.HTTPException) as error:    # no network, no such file, another file, ...
+        fail(f"cannot download {url}: {' '.join(str(error).split())}. Fetch it by hand and put it at {path} "
+             "(--data_dir), or use --data shapes, which needs none")
 
 
 def load_data(name, data_dir):
@@ -625,19 +578,16 @@ def load_shapes(data_dir, n_train=20_000, n_test=4_000):
 
 def show(images, path):
     """Write a sheet of training images, a class a row. A pixel of an image is 2 x 2 of the sheet's."""
-    try:
-        import matplotlib.image
-    except ImportError:
-        fail("--show needs matplotlib: pip install matplotlib")
     side, rows = SIZE + 2, len(images.names)        # side: of an image with its margin
     sheet = torch.full((rows * side, 16 * side, 3), 255, dtype=torch.uint8)
     for row in range(rows):
         for column, image in enumerate(images.train[images.train_labels == row][:16]):
             sheet[row * side:, column * side:][:SIZE, :SIZE] = image
     try:
+        import matplotlib.image
         matplotlib.image.imsave(path, sheet.repeat_interleave(2, 0).repeat_interleave(2, 1).numpy())
-    except (OSError, ValueError, KeyError) as error:            # no such folder; an ending that is no picture's
-        fail(f"--show {path}: cannot write it ({error}): name a .png in a folder that exists")
+    except (ImportError, OSError, ValueError, KeyError) as error:       # no such folder; an ending that is no picture's
+        fail(f"--show {path}: {error}. It needs matplotlib, and the name of a .png in a folder that exists")
     print(f"{path}: a class a row, {', '.join(images.names)}")
 
 
@@ -668,7 +618,7 @@ class Batches:
         self.epoch, self.order = None, None
 
     def draw(self, step):
-        """The random numbers of a step, (6, B) int64: image, top, left, mirrored, row and column of the cutout."""
+        """The random numbers of a step, (4, B) int64: image, top, left, mirrored."""
         epoch, place = divmod(step, self.an_epoch)
         B, seed, shifts = self.s.batch_size, self.s.seed, 2 * self.s.crop + 1
         if epoch != self.epoch:                     # every epoch shuffles anew and leaves out the odd images at its end
@@ -676,22 +626,18 @@ class Batches:
         rng = np.random.default_rng([seed, 2, step])
         return torch.from_numpy(np.stack([
             self.order[place * B:(place + 1) * B], rng.integers(shifts, size=B), rng.integers(shifts, size=B),
-            rng.integers(2, size=B) * self.s.flip, rng.integers(SIZE, size=B), rng.integers(SIZE, size=B)]))
+            rng.integers(2, size=B) * self.s.flip]))
 
     def __call__(self, step):
         """-> x (B, 3, 32, 32) float32, normalised, channels last in memory; y (B,) int64."""
         numbers = self.draw(step)
         if self.s.device == "cuda":                 # pinned and asynchronous: copied while the GPU is still computing
             numbers = numbers.pin_memory().to("cuda", non_blocking=True)
-        index, top, left, mirrored, middle_y, middle_x = numbers.to(self.s.device)[:, :, None]      # each (B, 1)
+        index, top, left, mirrored = numbers.to(self.s.device)[:, :, None]                          # each (B, 1)
         rows = top + self.across                                                                    # (B, 32)
         columns = left + torch.where(mirrored == 1, SIZE - 1 - self.across, self.across)
         where = (index * self.side + rows)[:, :, None] * self.side + columns[:, None, :]            # (B, 32, 32)
         x = self.normalise(self.pixels.index_select(0, where.flatten()).view(*where.shape, 3))
-        if self.s.cutout:                           # DeVries, Taylor 2017: a square of the mean colour, anywhere
-            half = self.s.cutout / 2
-            hit_y, hit_x = ((m - half <= self.across) & (self.across < m + half) for m in (middle_y, middle_x))
-            x.masked_fill_((hit_y[:, :, None] & hit_x[:, None, :])[:, None], 0)     # in place: x keeps its layout
         return x, self.labels[index[:, 0]]
 
     def normalise(self, pixels):
@@ -705,11 +651,8 @@ class Batches:
 
 
 class Linear(nn.Linear):
-    """nn.Linear, with a learnable gain per output neuron if asked for:  y = (gain * W) x + b.
-
-    A rotational optimizer keeps every row of W at the norm it started with; the gain can still make the neuron louder.
-    It multiplies W, not y: the same function, but W is the smaller of the two.
-    """
+    """nn.Linear, with a learnable gain per output neuron if asked for:  y = (gain * W) x + b.  A rotational optimizer
+    keeps the norm of every row of W. The gain can still make the neuron louder."""
 
     def __init__(self, n_in, n_out, bias, gain):
         super().__init__(n_in, n_out, bias=bias)
@@ -721,31 +664,10 @@ class Linear(nn.Linear):
 
 
 class Conv(nn.Conv2d):
-    """A k x k convolution that keeps H and W, but for the stride. No bias: the normalisation after it has one.
+    """A k x k convolution that keeps H and W, but for the stride. No bias: the normalisation after it has one."""
 
-    Filters that are `standardized` have mean 0 and norm 1:  (w - mean w) / (std w + 1e-5) / sqrt(C k k).  Their own
-    scale no longer matters. It finds its equilibrium, as it would before a normalisation that sees one channel alone.
-    Source: Qiao et al. 2019 (Weight Standardization), as in Kosson et al. 2024, section 5.3.
-    """
-
-    def __init__(self, n_in, n_out, k, stride=1, standardized=False):
+    def __init__(self, n_in, n_out, k, stride=1):
         super().__init__(n_in, n_out, k, stride, padding=k // 2, bias=False)
-        self.standardized = standardized
-
-    def forward(self, x):
-        w = self.weight
-        if self.standardized:
-            std, mean = torch.std_mean(w, dim=(1, 2, 3), keepdim=True, correction=0)
-            w = (w - mean) / ((std + 1e-5) * math.sqrt(w[0].numel()))
-        return self._conv_forward(x, w, None)
-
-
-NORMS = {
-    "batch": nn.BatchNorm2d,
-    "group": lambda channels: nn.GroupNorm(math.gcd(channels, 32), channels),
-    "layer": lambda channels: nn.GroupNorm(1, channels),        # over channels and pixels, as in the rotational paper
-    "none": lambda channels: nn.Identity(),
-}
 
 
 def he_initialise(model):
@@ -785,13 +707,12 @@ class ResidualBlock(nn.Module):
             plan = [(1, channels, 1), (3, channels, stride), (1, 4 * channels, 1)]
         self.convs, self.norms, self.n_out = nn.ModuleList(), nn.ModuleList(), n_in
         for k, n, step in plan:
-            self.convs.append(Conv(self.n_out, n, k, step, s.weight_standardization))
-            self.norms.append(NORMS[s.norm](n))
+            self.convs.append(Conv(self.n_out, n, k, step))
+            self.norms.append(nn.BatchNorm2d(n))
             self.n_out = n
         self.stride, self.projection = stride, None
         if stride > 1 or n_in != self.n_out:        # the shape changes
-            self.projection = nn.Sequential(Conv(n_in, self.n_out, 1, 1, s.weight_standardization),
-                                            NORMS[s.norm](self.n_out))
+            self.projection = nn.Sequential(Conv(n_in, self.n_out, 1), nn.BatchNorm2d(self.n_out))
 
     def forward(self, x):                                                           # (B, C, H, W)
         h = self.norms[0](self.convs[0](x))
@@ -817,7 +738,7 @@ class ResNet(nn.Module):
 
     def __init__(self, s, n_classes, blocks, bottleneck=False):
         super().__init__()
-        self.conv, self.norm = Conv(3, s.width, 3, 1, s.weight_standardization), NORMS[s.norm](s.width)
+        self.conv, self.norm = Conv(3, s.width, 3), nn.BatchNorm2d(s.width)
         self.blocks, n_in = nn.ModuleList(), s.width
         for stage, count in enumerate(blocks):
             for i in range(count):
@@ -848,7 +769,7 @@ class VGG(nn.Module):
         for multiple, count in ((1, 2), (2, 2), (4, 3), (8, 3), (8, 3)):
             for _ in range(count):
                 n = s.width * multiple
-                layers += [Conv(n_in, n, 3, 1, s.weight_standardization), NORMS[s.norm](n), nn.ReLU()]
+                layers += [Conv(n_in, n, 3), nn.BatchNorm2d(n), nn.ReLU()]
                 n_in = n
             layers.append(nn.MaxPool2d(2))
         self.features, self.head = nn.Sequential(*layers), Linear(n_in, n_classes, True, s.gains)
@@ -966,9 +887,9 @@ class DenseNet(nn.Module):
     def __init__(self, s, n_classes):
         super().__init__()
         def conv(n_in, n_out, k):
-            return [NORMS[s.norm](n_in), nn.ReLU(), Conv(n_in, n_out, k, 1, s.weight_standardization)]
+            return [nn.BatchNorm2d(n_in), nn.ReLU(), Conv(n_in, n_out, k)]
         n, self.layers = 2 * s.width, nn.ModuleList()
-        self.conv = Conv(3, n, 3, 1, s.weight_standardization)
+        self.conv = Conv(3, n, 3)
         for count in (s.depth, 2 * s.depth, 4 * s.depth, 8 * s.depth // 3):         # 6, 12, 24, 16
             if self.layers:
                 self.layers.append(nn.Sequential(*conv(n, n // 2, 1), nn.AvgPool2d(2)))
@@ -976,7 +897,7 @@ class DenseNet(nn.Module):
             for _ in range(count):
                 self.layers.append(nn.Sequential(*conv(n, 4 * s.width, 1), *conv(4 * s.width, s.width, 3)))
                 n += s.width
-        self.norm, self.head = NORMS[s.norm](n), Linear(n, n_classes, True, s.gains)
+        self.norm, self.head = nn.BatchNorm2d(n), Linear(n, n_classes, True, s.gains)
         he_initialise(self)
 
     def forward(self, x):
@@ -1200,22 +1121,22 @@ class Swin(Pyramid):
 
 
 # A line for each name of --model: build(s, n_classes) -> a module; its usual width; its usual number of blocks, where
-# --depth can change it; whether --norm and --weight_standardization mean something to it.
+# --depth can change it.
 MODELS = {
-    "resnet20": (lambda s, n_classes: ResNet(s, n_classes, (3, 3, 3)), 16, None, True),
-    "resnet18": (lambda s, n_classes: ResNet(s, n_classes, (2, 2, 2, 2)), 64, None, True),
-    "resnet34": (lambda s, n_classes: ResNet(s, n_classes, (3, 4, 6, 3)), 64, None, True),
-    "resnet50": (lambda s, n_classes: ResNet(s, n_classes, (3, 4, 6, 3), bottleneck=True), 64, None, True),
-    "vgg16": (VGG, 64, None, True),
-    "resmlp": (lambda s, n_classes: WellNormed(s, n_classes, convolutional=False), 128, 3, False),
-    "rescnn": (lambda s, n_classes: WellNormed(s, n_classes, convolutional=True), 128, 3, False),
-    "vit": (ViT, 192, 12, False),
-    "densenet121": (DenseNet, 4, 2, True),
-    "gnn": (GNN, 64, 4, False),
-    "swin": (Swin, 16, 2, False),
-    "gcvit": (Pyramid, 16, 2, False),
-    "focalnet": (Pyramid, 16, 2, False),
-    "vmamba": (Pyramid, 16, 1, False),
+    "resnet20": (lambda s, n_classes: ResNet(s, n_classes, (3, 3, 3)), 16, None),
+    "resnet18": (lambda s, n_classes: ResNet(s, n_classes, (2, 2, 2, 2)), 64, None),
+    "resnet34": (lambda s, n_classes: ResNet(s, n_classes, (3, 4, 6, 3)), 64, None),
+    "resnet50": (lambda s, n_classes: ResNet(s, n_classes, (3, 4, 6, 3), bottleneck=True), 64, None),
+    "vgg16": (VGG, 64, None),
+    "resmlp": (lambda s, n_classes: WellNormed(s, n_classes, convolutional=False), 128, 3),
+    "rescnn": (lambda s, n_classes: WellNormed(s, n_classes, convolutional=True), 128, 3),
+    "vit": (ViT, 192, 12),
+    "densenet121": (DenseNet, 4, 2),
+    "gnn": (GNN, 64, 4),
+    "swin": (Swin, 16, 2),
+    "gcvit": (Pyramid, 16, 2),
+    "focalnet": (Pyramid, 16, 2),
+    "vmamba": (Pyramid, 16, 1),
 }
 
 # What the modular norm has no rule for, in the models without a modular_tree().
@@ -1243,11 +1164,9 @@ def write(path, data):
 
 
 def append(path, record):
-    """One line of JSON more, on the disk when this returns."""
+    """One line of JSON more."""
     with open(path, "a") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def lock(folder, flag, wait=False):
@@ -1267,25 +1186,23 @@ def lock(folder, flag, wait=False):
 def start_files(out_dir, s, ckpt):
     """Write config.json, and log.jsonl as it was before the evaluation at the checkpoint, which comes again. A new run
     replaces an old one, unless that is finished and has other settings."""
-    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", ""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", []
+    lines = log.read_text().splitlines() if log.exists() else []
     if ckpt:
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):       # cut short by a kill, or edited
-                record = json.loads(line)
-                if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
-                    kept += line + "\n"
+            with contextlib.suppress(ValueError):   # cut short by a kill
+                kept += [line + "\n"] if json.loads(line)["step"] < ckpt["step"] else []
     else:
         if lines and '"final"' in lines[-1]:
-            old = json.loads(config.read_text()) if config.exists() else {}
-            old, new = old | old.get("hyper", {}), vars(s) | s.hyper
+            old = json.loads(config.read_text())
+            old, new = old | old["hyper"], vars(s) | s.hyper
             other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
             if other:
                 fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
                      "delete that folder")
         (out_dir / "ckpt.pt").unlink(missing_ok=True)           # an older run's must not be taken for this one's
     write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
-    write(log, kept.encode())
+    write(log, "".join(kept).encode())
 
 
 def save(path, s, model, optimizer, bar, **progress):
@@ -1300,36 +1217,16 @@ def save(path, s, model, optimizer, bar, **progress):
 
 
 def load_checkpoint(path):
-    if not path.exists():
-        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
-        with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        config = ckpt["config"]
-        good = [ckpt["script"] == SCRIPT, 0 <= ckpt["step"] == int(ckpt["step"]), ckpt["seconds"] >= 0,
-                math.isfinite(sum(map(sum, ckpt["losses"]))), config["opt"] in optim.OPTIMIZERS,
-                config["model"] in MODELS, config["hyper"]["lr"] >= 0, config["lr_from"],
-                not zipfile.ZipFile(path).testzip()]            # torch.load compares no checksums
-        for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
-            good.append(config[key] == getattr(Settings, key) or config[key] == convert(key, config[key]))
-        if not all(good):
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()   # torch.load compares no checksums
+        if damaged or ckpt["script"] != SCRIPT or not LIMITS.keys() - HYPER <= ckpt["config"].keys():
             raise ValueError
         return ckpt
+    except FileNotFoundError:
+        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     except Exception:                               # torch.load raises half a dozen kinds, by what is broken
-        fail(f"{path} is not a whole checkpoint of this script as it is now: name another --out_dir, or delete it and "
-             "start again")
-
-
-def restore(ckpt, s, model, optimizer):
-    """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
-    if s.steps < ckpt["step"]:
-        fail(f"--steps {s.steps}: {s.out_dir} has done {ckpt['step']} steps already, give at least as many")
-    try:
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{s.out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): start without --resume")
-    return ckpt["step"], ckpt["seconds"], ckpt["losses"]
+        fail(f"{path} is not a whole checkpoint of this script as it is now: name another --out_dir, or delete it")
 
 
 def diverged(what, step, bar, s):
@@ -1355,7 +1252,6 @@ def loss_of(logits, y, kind, smoothing=0.0):
     """Mean loss over the batch. logits (B, classes), y (B,). Kinds:
 
     ce      Cross-entropy in nats. `smoothing` is the share of the target that is spread over all classes.
-    mse     Mean square error. The targets are one-hot times sqrt(classes), so their mean square is 1. (Large et al.)
     mse30   Mean square error. The targets are one-hot times 30, and the right class counts 15 times. (Hui, Belkin 2021,
             as in Lin et al.)
     """
@@ -1363,8 +1259,6 @@ def loss_of(logits, y, kind, smoothing=0.0):
     if kind == "ce":
         return F.cross_entropy(logits, y, label_smoothing=smoothing)
     right = F.one_hot(y, logits.shape[1])
-    if kind == "mse":
-        return F.mse_loss(logits, right * math.sqrt(logits.shape[1]))
     return ((1 + 14 * right) * (logits - 30 * right).square()).mean()
 
 
@@ -1377,21 +1271,15 @@ def make_model(s, n_classes):
 
 
 def make_optimizer(s, model):
-    hyper = dict(s.hyper)
-    if "beta1" in hyper:
-        hyper["betas"] = hyper.pop("beta1"), hyper.pop("beta2")
+    hyper, takes = dict(s.hyper), optim.OPTIMIZERS[s.opt].takes()
+    if "betas" in takes:
+        hyper["betas"] = tuple(hyper.pop(f"beta{i}", default) for i, default in enumerate(takes["betas"], start=1))
     if "dtype" in hyper:                            # a word, as in --opt_kwargs dtype=bfloat16
         hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
     try:
-        return optim.build(s.opt, model, compile=s.compile, **hyper)
+        return optim.build(s.opt, model, compile=bool(s.compile), **hyper)
     except (ValueError, TypeError) as error:        # a value out of its range
         fail(error)
-
-
-def set_up_gpu(s):
-    # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
-    torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
-    torch.backends.cudnn.benchmark = True           # all batches are alike: worth looking for the fastest algorithm
 
 
 @torch.no_grad()
@@ -1404,9 +1292,7 @@ def evaluate(model, images, labels, batches, s, autocast, stopped_by=()):
             return None, None
         x, y = batches.normalise(images[begin:begin + 1000]), labels[begin:begin + 1000]
         with autocast:
-            logits = model(x).float()
-            if s.tta:                               # the mean over an image and its mirror image
-                logits = (logits + model(x.flip(3)).float()) / 2
+            logits = model(x)
         loss = loss + loss_of(logits, y, s.loss) * len(y)
         right = right + (logits.argmax(1) == y).sum()
     model.train()
@@ -1420,16 +1306,6 @@ def gradients(network, x, y, s, autocast):
         loss = loss_of(logits, y, s.loss, s.label_smoothing)
     loss.backward()
     return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).float().mean()])
-
-
-def read_losses(pending, step, bar, s):
-    """Losses and accuracies of the last steps, still on the device -> pairs of floats. It waits for the GPU."""
-    losses = torch.stack(pending).tolist()
-    for number, (loss, _) in enumerate(losses, start=step - len(losses) + 1):
-        if not math.isfinite(loss):
-            diverged(f"the loss is {loss}", number, bar, s)
-    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-    return losses
 
 
 def rotation_record(step, optimizer, probe):
@@ -1449,15 +1325,14 @@ def catch_signals():
 
 def main():
     given = parse()
-    for pair in SAID_TWICE:
-        if pair <= given.keys():
-            fail(f"--{' and --'.join(sorted(pair))} say the same thing: give one of them")
+    if {"steps", "epochs"} <= given.keys():
+        fail("--steps and --epochs say the same thing: give one of them")
     s, ckpt = resumed(given) if given.get("resume") else (settle(given), None)
-    if s.eval_only and not ckpt:
-        fail("--eval_only needs --resume: there is nothing trained to evaluate")
     out_dir, held_out = pathlib.Path(s.out_dir), "val" if s.split < 1 else "test"
     if s.device == "cuda":
-        set_up_gpu(s)
+        # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
+        torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
+        torch.backends.cudnn.benchmark = True       # all batches are alike: worth looking for the fastest algorithm
     autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
     # ---- data
@@ -1475,7 +1350,13 @@ def main():
     model = make_model(s, len(images.names)).to(s.device, memory_format=torch.channels_last)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, spent, losses = restore(ckpt, s, model, optimizer) if ckpt else (0, 0.0, [])
+    step, spent, losses = 0, 0.0, []                # losses: of every step since the last evaluation, on the device
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        step, spent, losses = ckpt["step"], ckpt["seconds"], list(torch.tensor(ckpt["losses"], device=s.device))
+        if s.steps < step:
+            fail(f"--steps {s.steps}: {out_dir} has done {step} steps already, give at least as many")
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model) if s.compile else model
     hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
@@ -1484,39 +1365,35 @@ def main():
           f"{', gains' if s.gains else ''}; {s.device}, {s.dtype}{', compiled' if s.compile else ''}; {s.steps} steps "
           f"-> {out_dir}")
     if s.bench:
-        return bench(model, network, optimizer, batches, s, autocast)
+        x, y = batches(0)
+        return bench(len(x), "images", data=lambda: batches(0), optimizer=optimizer.step,
+                     forward_and_backward=lambda: gradients(network, x, y, s, autocast))
 
     # ---- files, signals
-    if not s.eval_only:
-        only_one = lock(out_dir, "--out_dir")       # held until the process ends
-        start_files(out_dir, s, ckpt)
-    stopped_by = catch_signals() if not s.eval_only else []
+    only_one = lock(out_dir, "--out_dir")           # held until the process ends
+    start_files(out_dir, s, ckpt)
+    stopped_by = catch_signals()
 
-    # ---- the loop: evaluate and save where it is time to, then take a step. pending: losses still on the device
-    began, pending = time.time() - spent, []
+    # ---- the loop: evaluate and save where it is time to, then take a step
+    began = time.time() - spent
     with tqdm(total=s.steps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while True:
             last, leave = step == s.steps, bool(stopped_by)
-            evaluate_now = last or s.eval_only or step % s.eval_every == 0
-            save_now = last or step % s.save_every == 0
-            if pending and (evaluate_now or save_now or leave or step % 10 == 0):
-                losses, pending = losses + read_losses(pending, step, bar, s), []
+            evaluate_now = last or step % s.eval_every == 0
             if evaluate_now:
                 loss, accuracy = evaluate(model, test, test_labels, batches, s, autocast, stopped_by)
                 leave = loss is None
                 if not (leave or math.isfinite(loss)):
                     diverged(f"the {held_out} loss is {loss}", step, bar, s)
-            if s.eval_only:
-                break
-            if save_now or leave:
-                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses,
-                     fingerprint=images.fingerprint, seconds=time.time() - began)
+            if last or leave or step % s.save_every == 0:
+                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, seconds=time.time() - began,
+                     losses=[loss.tolist() for loss in losses], fingerprint=images.fingerprint)
             if evaluate_now and not leave:
                 record = {"step": step, f"{held_out}_loss": loss, f"{held_out}_acc": accuracy,
                           "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
                 if losses:
-                    train_loss, train_acc = (sum(column) / len(losses) for column in zip(*losses))
+                    train_loss, train_acc = torch.stack(losses).mean(0).tolist()
                     record |= {"train_loss": train_loss, "train_acc": train_acc,
                                "epoch": step * s.batch_size / len(train)}
                     bar.write(f"step {step:6d}   train_loss {train_loss:.4f}   {held_out}_loss {loss:.4f}   "
@@ -1530,18 +1407,23 @@ def main():
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = lr_at(step, peak, s)
             x, y = batches(step)                    # the batch depends on (seed, step) alone: nothing to restore
-            pending.append(gradients(network, x, y, s, autocast))
+            losses.append(gradients(network, x, y, s, autocast))
+            if step % 10 == 0:                      # not oftener: it waits for the device
+                train_loss = losses[-1][0].item()
+                if not math.isfinite(train_loss):
+                    diverged(f"the loss is {train_loss}", step + 1, bar, s)
+                bar.set_postfix_str(f"loss {train_loss:.4f}", refresh=False)
             if s.grad_clip:
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-            measure = s.track and (step + 1) % s.track == 0 and step + 1 < s.steps          # the last lr is ~0
+            measure = s.track and step and step % s.track == 0
             if measure:
                 probe.measure_next_step()
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            bar.update()
             if measure:
                 append(out_dir / "log.jsonl", rotation_record(step, optimizer, probe))
+            step += 1
+            bar.update()
 
     # ---- the result
     if leave:
@@ -1552,25 +1434,13 @@ def main():
           f"{time.time() - began:.0f} s: {out_dir}")
 
 
-def bench(model, network, optimizer, batches, s, autocast):
-    """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
-    (x, y), times = batches(0), []
-    phases = (lambda: batches(0), lambda: gradients(network, x, y, s, autocast),
-              lambda: s.grad_clip and nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip),
-              optimizer.step, optimizer.zero_grad)
-    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
-    for _ in range(68):
-        marks = [time.perf_counter()]
-        for phase in phases:
-            phase()
-            wait()
-            marks.append(time.perf_counter())
-        times.append(np.diff(marks))
-    times = np.median(times[8:], axis=0)            # the first ones warm up
-    step, passes, update = times.sum(), times[1], times[3]
-    print(f"{s.batch_size / step:,.0f} images/s, {1e3 * step:.2f} ms a step: forward and backward {1e3 * passes:.2f}, "
-          f"optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward and backward "
-          f"{100 * (1 - passes / step):.1f} %")
+def bench(count, what, **parts):
+    """Print how long the parts of a step take: medians of some seconds each."""
+    timers = {name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in parts.items()}
+    ms = {name: 1e3 * timer.blocked_autorange(min_run_time=2).median for name, timer in timers.items()}
+    step = sum(ms.values())
+    print(f"{1e3 * count / step:,.0f} {what}/s, {step:.2f} ms a step: "
+          + ", ".join(f"{name} {t:.2f} ({t / step:.0%})" for name, t in ms.items()))
 
 
 if __name__ == "__main__":

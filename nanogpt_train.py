@@ -30,7 +30,6 @@ import ast
 import contextlib
 import difflib
 import errno
-import functools
 import hashlib
 import http.client
 import inspect
@@ -42,20 +41,19 @@ import os
 import pathlib
 import re
 import shlex
-import shutil
 import signal
 import sys
 import tarfile
 import time
 import types
 import urllib.request
-import warnings
 import zipfile
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import optim
@@ -103,12 +101,11 @@ class Settings:
     n_embd: int = 128               # [1, 1e5] width
     block_size: int = 64            # [1, 1e6] context length
     dropout: float = 0.0            # [0, 1]
-    arch: str = None                # {auto, gpt2, modular, lstm} auto: modular with modular optimizers
-    bias: bool = False              # {0, 1} biases in Linear and LayerNorm, as in GPT-2
-    gains: bool = None              # {auto, 0, 1} a learnable gain per output neuron; auto: with rotational optimizers
+    arch: str = None                # {gpt2, modular, lstm} default: gpt2; modular with modular optimizers
+    gains: bool = None              # {0, 1} a learnable gain per output neuron; default: with rotational optimizers
     # data and files
     data: str = "python_docs"       # python_docs, shakespeare, tinystories, wikitext, openwebtext or a text file
-    tokenizer: str = None           # {auto, char, gpt2} auto: gpt2 for tinystories, wikitext, openwebtext
+    tokenizer: str = None           # {char, gpt2} default: char; gpt2 for tinystories, wikitext, openwebtext
     data_dir: str = "data"          # where downloads and token files are kept
     out_dir: str = None             # default: out/nanogpt-OPT-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
@@ -116,16 +113,15 @@ class Settings:
     eval_every: int = 500           # [1, 1e9] steps between evaluations
     eval_batches: int = 60          # [1, 1e6] batches of the fixed validation set
     # machine
-    device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
-    dtype: str = None               # {auto, float32, bfloat16} of autocast; auto: bfloat16 on GPUs that compute in it
-    compile: bool = None            # {auto, 0, 1} torch.compile the model and the optimizer; auto: with CUDA
+    device: str = None              # {cpu, cuda, mps} default: the best there is
+    dtype: str = None               # {float32, bfloat16} of autocast; default: bfloat16 on GPUs that compute in it
+    compile: bool = None            # {0, 1} torch.compile the model and the optimizer; default: with CUDA
     track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
     bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
     # text
     sample: int = 0                 # [0, 1e9] print this many tokens of text at the end
     prompt: str = None              # what the text begins with; default: the first token of the training text
     temperature: float = 0.8        # (0, inf) the lower, the likelier the text
-    eval_only: bool = False         # {0, 1} with resume: evaluate and sample, do not train
 
 
 # Every line of Settings as (name, comment, its range or choices). A heading has an empty name.
@@ -133,7 +129,7 @@ FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect
 LIMITS = {name: limits for name, _, limits in FLAGS if name}
 # HYPER are the optimizer's. COMMAND are of one command, not of the run. ASIDE leave what is learned unchanged.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
-COMMAND = {"resume", "bench", "sample", "prompt", "temperature", "eval_only"}
+COMMAND = {"resume", "bench", "sample", "prompt", "temperature"}
 ASIDE = COMMAND | {"data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track"}
 ALIASES = {"learning_rate": "lr", "max_iters": "steps", "eval_interval": "eval_every", "eval_iters": "eval_batches",
            "warmup_iters": "warmup", "dataset": "data", "gradient_accumulation_steps": "grad_accum"}    # nanoGPT's
@@ -144,44 +140,31 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False, argument_default=argparse.SUPPRESS)
     p.error, group = fail, p                        # an error is one line, without the usage
-    for name, words, _ in FLAGS:
-        if name:
-            kind, default = Settings.__annotations__[name], getattr(Settings, name)
-            how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
-            words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
-            group.add_argument(f"--{name}", type=functools.partial(convert, name), help=words, **how)
-        else:
+    for name, words, limits in FLAGS:
+        if not name:
             group = p.add_argument_group(words)
+            continue
+        kind, default = Settings.__annotations__[name], getattr(Settings, name)
+        how = {bool: {"type": int, "nargs": "?", "const": 1}, list: {"nargs": "+", "action": "extend"}}
+        how = how.get(kind, {"type": kind})
+        if limits.startswith("{"):
+            how["choices"] = [how["type"](word) for word in limits[1:-1].split(", ")]
+        words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
+        group.add_argument(f"--{name}", help=words, **how)
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        fail(f"unknown argument {unknown[0]}: did you mean --{ALIASES.get(name) or nearest(name, LIMITS)}? (--help "
-             "lists them all)")
-    return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
-
-
-def convert(name, value):
-    """Text, or a value of a checkpoint -> the value of a setting, if its comment allows it; None for auto."""
-    kind, limits = Settings.__annotations__[name], LIMITS[name]
-    text = str(int(value) if isinstance(value, bool) else value)
-    if limits[:1] == "{" and text not in limits[1:-1].split(", "):
-        raise argparse.ArgumentTypeError(f"invalid choice {text!r}: it must be one of {limits}")
-    if text == "":
-        raise argparse.ArgumentTypeError("it is empty: give at least one character, or leave the flag out")
-    if kind in (str, list, bool):
-        return None if text == "auto" and limits else text == "1" if kind is bool else text
-    try:
-        x = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-    low, high = map(float, limits[1:-1].split(", "))
-    if not (low < x < high or x == low and limits[0] == "[" or x == high and limits[-1] == "]"):
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be in {limits}")
-    return x
-
-
-def nearest(word, known):
-    return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
+        near = ALIASES.get(name) or difflib.get_close_matches(name, LIMITS, 1, 0)[0]
+        fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
+    for name, value in vars(given).items():
+        if value == "":
+            fail(f"--{name} is empty: give at least one character, or leave the flag out")
+        limits = LIMITS[name]
+        if limits[:1] in ("[", "("):
+            low, high = map(float, limits[1:-1].split(", "))
+            if not (low < value < high or value == low and "[" in limits or value == high and "]" in limits):
+                fail(f"--{name} {value} is out of range: it must be in {limits}")
+    return vars(given)
 
 
 # `tuned` comes before the table TUNED, whose values nobody has tried at other sizes.
@@ -214,13 +197,10 @@ PRESETS = {
                         tuned={"modular_adam": dict(lr=0.25, beta1=0.9, beta2=0.99, weight_decay=0.0),
                                "modular_sgd": dict(lr=0.25, momentum=0.9, weight_decay=0.0)}),
 }
-# Tuned for the main job (the cpu preset on python_docs), one seed. The lr of each NAME was swept in octaves, with a
-# quarter of the steps. Short runs like larger lrs than long ones, so the best two were compared in full where the sweep
-# disagreed with an earlier search by hand, and for all modular ones:
+# Tuned for the cpu preset on python_docs, one seed. The lr of each NAME was swept in octaves with a quarter of the
+# steps, and the best two were compared in full where it was close:
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3,4e-3,8e-3 --fixed "steps=500 warmup=50 eval_every=500"
-#     python sweep.py --grid opt=NAME lr=1e-3,2e-3 --fixed steps=2000
 # The other numbers are by hand. For the rotational ones they give angles of 0.01 to 0.024.
-# Muon's are the best of 6, 4 and 3 runs on small grids of lr, weight_decay and adamw_lr_scale.
 TUNED = {}
 for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
         ("sgd", (0.3, 1e-4), (1.0, 1.2e-4), (0.25, 0.0), dict(momentum=0.9)),
@@ -251,19 +231,16 @@ def settle(given):
     preset = preset | ({} if "preset" in given else {"data": Settings.data})       # nobody asked for a download
     chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
     s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
-    kind = optim.OPTIMIZERS.get(s.opt) or fail(
-        f"--opt {s.opt}: did you mean {nearest(s.opt, optim.OPTIMIZERS)!r}? (README.md lists them all)")
+    try:
+        kind = optim.find_optimizer(s.opt)
+    except ValueError as error:
+        fail(error)
 
     said, tuned = said_by_hand(given), preset.get("tuned", {})
-    takes = {key: x for key, x in kind.takes().items() if key not in optim.PER_GROUP | {"compile"}}
-    takes |= zip(("beta1", "beta2"), takes.pop("betas", ()))
-    for key in said.keys() - takes.keys():
-        fail(f"{s.opt} takes no {key}; it takes {', '.join(takes)}")
     s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in tuned else
                  "tuned for preset cpu" if s.opt in TUNED else "default of its class, tuned by nobody")
-    s.hyper = {key: takes[key] for key in ("lr", "beta1", "beta2") if key in takes}
-    s.hyper |= tuned.get(s.opt, TUNED.get(s.opt, {})) | said
-    if "batch_size" in takes:                       # over how many tokens the loss is a mean
+    s.hyper = {"lr": kind.takes()["lr"]} | tuned.get(s.opt, TUNED.get(s.opt, {})) | said
+    if "batch_size" in kind.takes():                # over how many tokens the loss is a mean
         s.hyper.setdefault("batch_size", s.batch_size * s.grad_accum * s.block_size)
 
     s.arch = s.arch or ("modular" if kind.geometry is optim.MODULAR else "gpt2")
@@ -272,13 +249,10 @@ def settle(given):
     if s.arch != "modular" and kind.geometry is optim.MODULAR:
         why = ": its recurrent matrix is used at every time step, so it has no share of its own" * (s.arch == "lstm")
         fail(f"--arch {s.arch} has no modular norm{why}. Take --arch modular, or an --opt without modular_")
-    if s.arch == "lstm" and s.bias:
-        fail("--bias is of gpt2: an LSTM has its biases anyway, leave it out")
-    if s.arch == "modular" and (s.bias or s.gains):
-        fail("--arch modular has no biases and no gains: leave out --bias and --gains, or use --arch gpt2")
-    if s.warmup >= s.steps and "warmup" in given:
-        fail(f"--warmup {s.warmup} leaves nothing of --steps {s.steps}: make it smaller")
-    s.warmup = s.warmup if s.warmup < s.steps else s.steps // 10        # a preset's warmup, in a much shorter run
+    if s.arch == "modular" and s.gains:
+        fail("--arch modular has no gains: leave out --gains, or use --arch gpt2")
+    if "warmup" not in given:
+        s.warmup = min(s.warmup, s.steps // 2)      # a preset's warmup, in a much shorter run
     s.tokenizer = s.tokenizer or ("gpt2" if s.data in LARGE else "char")
     s.save_every = s.save_every or s.eval_every
     if s.compile is None:
@@ -341,55 +315,21 @@ LARGE = {"tinystories": TINYSTORIES, "wikitext": WIKITEXT[0], "openwebtext": OPE
 END = "<|endoftext|>"                               # GPT-2's mark between documents
 
 
-class Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirects, and keeps the sha256 that the Hugging Face hub announces with the first of them."""
-    sha256 = None
-
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
-        self.sha256 = self.sha256 or headers.get("X-Linked-Etag", "").strip('"')
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
 def download(url, sha256, path):
-    """Fetch url to path, unless it is there: beside it, checked, then renamed. sha256=None: what the hub announces."""
-    by_hand = f"Fetch it by hand and put it at {path} (--data_dir), or use --data python_docs, which is here already"
-    part, redirects = path.with_name(f"{path.name}.{os.getpid()}.part"), Redirects()       # two may fetch it at once
+    """Fetch url to path, unless it is there. It is checked before it counts. sha256=None: what the hub says."""
     try:
-        if path.exists():
-            if sha256 and file_sha256(path) != sha256:
-                fail(f"{path} is not the file that {url} should give: delete it, then start again")
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(url, headers={"User-Agent": SCRIPT})
-        with urllib.request.build_opener(redirects).open(request, timeout=60) as reply, open(part, "wb") as file, \
-                tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name) as body:
-            shutil.copyfileobj(body, file)
-        if file_sha256(part) != (sha256 or redirects.sha256):
-            fail(f"{url} did not give the expected file (sha256 {sha256 or redirects.sha256 or 'unknown'}). {by_hand}")
-        os.replace(part, path)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not sha256:                          # git keeps a large file's sha256 in its place
+                with urllib.request.urlopen(url.replace("/resolve/", "/raw/"), timeout=60) as pointer:
+                    sha256, = re.findall(r"sha256:(\w+)", pointer.read().decode())
+            torch.hub.download_url_to_file(url, path, sha256)
+        elif sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            fail(f"{path} is not the file that {url} should give: delete it, then start again")
         return path
-    except (OSError, http.client.HTTPException) as error:           # no network, no such file, no HTTP, ...
-        fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
-    finally:                                        # also after Ctrl-C
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def file_sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def read_text(file, start=0, stop=sys.maxsize, errors="strict"):
-    """Characters start to stop of an open binary file of UTF-8 text, in pieces, since not every text fits in memory.
-
-    All texts are read here. The byte-order mark and the carriage returns of Windows are dropped. Nothing else changes,
-    since a language model is to learn accents and white space as they are written."""
-    with io.TextIOWrapper(file, "utf-8-sig", errors) as text:
-        position = 0
-        while piece := text.read(1 << 22):
-            yield piece[max(start - position, 0):max(stop - position, 0)]
-            position += len(piece)
+    except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:     # no network, another file, ...
+        fail(f"cannot download {url}: {' '.join(str(error).split())}. Fetch it by hand and put it at {path} "
+             "(--data_dir), or use --data python_docs, which is here already")
 
 
 def openwebtext_documents(folder, validation):
@@ -403,32 +343,38 @@ def openwebtext_documents(folder, validation):
                     for text in filter(tarfile.TarInfo.isfile, inner):
                         count += 1
                         if (count % 2000 == 0) == validation:
-                            yield "".join(read_text(inner.extractfile(text), errors="replace")) + END
+                            yield inner.extractfile(text).read().decode(errors="replace") + END
 
 
-def open_text(name, data_dir):
-    """A single text: Python's manual, Shakespeare or the user's own -> an open binary file."""
+def single_text(name, data_dir):
+    """Python's manual, Shakespeare or the user's own text, which fits in memory."""
     if name == "python_docs":
         import pydoc_data.topics                    # the language reference behind help("topics"): part of CPython
-        return io.BytesIO("\n".join(pydoc_data.topics.topics.values()).encode())
+        return "\n".join(pydoc_data.topics.topics.values())
+    path = download(*SHAKESPEARE, data_dir / "shakespeare.txt") if name == "shakespeare" else pathlib.Path(name)
     try:
-        return open(download(*SHAKESPEARE, data_dir / "shakespeare.txt") if name == "shakespeare" else name, "rb")
+        return path.read_text("utf-8-sig")          # a byte-order mark is dropped, and \r\n becomes \n
+    except UnicodeDecodeError:
+        fail(f"--data {name}: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
     except OSError as error:
         fail(f"--data {name}: no such text file ({error.strerror}); the data sets are python_docs, shakespeare, "
              f"{', '.join(LARGE)}")
 
 
 def read_part(name, part, data_dir):
-    """The "train" or "valid" part of a text, in pieces. A single text is split 90 / 10 by characters."""
-    if name == "tinystories":
-        return read_text(open(download(TINYSTORIES.format(part), None, data_dir / f"tinystories-{part}.txt"), "rb"))
-    if name == "wikitext":
-        archive = zipfile.ZipFile(download(*WIKITEXT, data_dir / "wikitext-103-raw-v1.zip"))
-        return read_text(archive.open(f"wikitext-103-raw/wiki.{part}.raw"))
+    """The "train" or "valid" part of a text, in pieces, since not every text fits in memory."""
     if name == "openwebtext":
         return openwebtext_documents(data_dir / "openwebtext", validation=part == "valid")
-    cut = int(0.9 * sum(map(len, read_text(open_text(name, data_dir)))))
-    return read_text(open_text(name, data_dir), *((0, cut) if part == "train" else (cut,)))
+    if name == "tinystories":
+        file = open(download(TINYSTORIES.format(part), None, data_dir / f"tinystories-{part}.txt"), encoding="utf-8")
+    elif name == "wikitext":
+        archive = zipfile.ZipFile(download(*WIKITEXT, data_dir / "wikitext-103-raw-v1.zip"))
+        file = io.TextIOWrapper(archive.open(f"wikitext-103-raw/wiki.{part}.raw"), "utf-8")
+    else:                                           # split 90 / 10 by characters
+        text = single_text(name, data_dir)
+        cut = int(0.9 * len(text))
+        return [text[:cut] if part == "train" else text[cut:]]
+    return iter(lambda: file.read(1 << 22), "")
 
 
 class Characters:
@@ -438,7 +384,10 @@ class Characters:
         self.chars, self.ids, self.n_vocab = chars, {c: i for i, c in enumerate(chars)}, len(chars)
 
     def encode(self, text):
-        return [self.ids[c] for c in text]
+        try:
+            return [self.ids[c] for c in text]
+        except KeyError as error:                   # only a --prompt has a character that is not in the text
+            fail(f"--prompt: the character {error.args[0]!r} does not occur in the text")
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
@@ -475,25 +424,19 @@ def whole_words(pieces):
 
 
 def load_data(name, data_dir, tokenizer):
-    """-> train and val, 1-D uint16 arrays mapped from files; the tokenizer; a fingerprint of both. The first run makes
-    the files, in a folder named by a hash of the text. So no file is ever out of date."""
+    """-> train and val, 1-D uint16 arrays mapped from files; the tokenizer; a hash of the text. The first run makes the
+    files, in a folder named by that hash. So no file is ever out of date."""
     data_dir = pathlib.Path(data_dir)
-    text = LARGE.get(name) or hashlib.file_digest(open_text(name, data_dir), "sha256").hexdigest()
+    text = name if name in LARGE else single_text(name, data_dir)
+    if len(text) < 2:
+        fail(f"--data {name} is empty: too few tokens")
     key = hashlib.sha256(f"{text} {tokenizer}".encode()).hexdigest()[:12]
-    folder, arrays = data_dir / f"{pathlib.Path(name).stem}-{tokenizer}-{key}", []
+    folder = data_dir / f"{pathlib.Path(name).stem}-{tokenizer}-{key}"
     if not folder.exists():
         make_token_files(folder, name, tokenizer)
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        for part in ("train", "valid"):
-            path, size = folder / f"{part}.bin", 2 * meta["tokens"][part]
-            # Above a GB the size has to do: OpenWebText's 18 GB are not read through at every start.
-            if path.stat().st_size != size or size < 2**30 and file_sha256(path) != meta["sha256"][part]:
-                raise ValueError(part)
-            arrays.append(np.memmap(path, np.uint16, mode="r") if size else np.zeros(0, np.uint16))
-        return *arrays, GPT2Tokens() if meta["chars"] is None else Characters(meta["chars"]), meta["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):
-        fail(f"{folder} is damaged: delete it, and it will be made again")
+    train, val = (np.memmap(folder / f"{part}.bin", np.uint16, "r") for part in ("train", "valid"))
+    codec = GPT2Tokens() if tokenizer == "gpt2" else Characters((folder / "chars.txt").read_bytes().decode())
+    return train, val, codec, key
 
 
 def make_token_files(folder, name, tokenizer):
@@ -502,54 +445,36 @@ def make_token_files(folder, name, tokenizer):
     only_one = lock(folder.parent, "--data_dir", wait=True)         # until we return or die
     if folder.exists():
         return
-    own, chars, meta = folder.with_name(f"{folder.name}.part"), None, {"tokens": {}, "sha256": {}}
-    try:
-        own.mkdir(exist_ok=True)
-        if tokenizer == "char":
-            pieces = (piece for part in ("train", "valid") for piece in read_part(name, part, folder.parent))
-            chars = "".join(sorted(set().union(*pieces)))
-        codec = GPT2Tokens() if chars is None else Characters(chars)
-        for part in ("train", "valid"):
-            pieces = read_part(name, part, folder.parent)
-            with open(own / f"{part}.bin", "wb") as file, tqdm(desc=f"tokens, {part}", unit_scale=True, delay=2) as bar:
-                for piece in whole_words(pieces) if chars is None else pieces:
-                    ids = np.array(codec.encode(piece), dtype=np.uint16)
-                    file.write(ids.tobytes())
-                    bar.update(len(ids))
-            meta["tokens"][part], meta["sha256"][part] = bar.n, file_sha256(own / f"{part}.bin")
-        (own / "meta.json").write_text(json.dumps(meta | {"chars": chars}))
-        os.rename(own, folder)
-    except UnicodeDecodeError:
-        fail(f"--data {name}: not UTF-8 text. If it is text in another encoding, convert it: iconv -t UTF-8")
-    except OSError as error:
-        fail(f"cannot write {error.filename or folder}: {error.strerror}. Choose another place with --data_dir")
-    finally:                                        # bad text, no network, a full disk, Ctrl-C
-        shutil.rmtree(own, ignore_errors=True)
+    own, parts, chars = folder.with_name(f"{folder.name}.part"), ("train", "valid"), ""
+    own.mkdir(exist_ok=True)
+    if tokenizer == "char":
+        pieces = (piece for part in parts for piece in read_part(name, part, folder.parent))
+        chars = "".join(sorted(set().union(*pieces)))
+    codec = Characters(chars) if chars else GPT2Tokens()
+    for part in parts:
+        pieces = read_part(name, part, folder.parent)
+        with open(own / f"{part}.bin", "wb") as file:
+            for piece in tqdm(pieces if chars else whole_words(pieces), desc=f"tokens, {part}", delay=2):
+                file.write(np.array(codec.encode(piece), np.uint16).tobytes())
+    (own / "chars.txt").write_bytes(chars.encode())
+    os.rename(own, folder)
 
 
-def get_windows(data, rng, count, block_size):
-    """`count` windows of block_size + 1 tokens from random places: (count, block_size + 1) int64, on the CPU."""
-    starts = rng.integers(0, len(data) - block_size, size=count)
-    return torch.from_numpy(data[starts[:, None] + np.arange(block_size + 1)].astype(np.int64))
-
-
-def inputs_and_targets(windows, device):
-    """Windows -> x and y on the device, both (count, block_size); y is x shifted by one token."""
-    if device == "cuda":                            # pinned and asynchronous: copied while the GPU is still computing
+def get_windows(data, rng, count, s):
+    """`count` windows of block_size + 1 tokens from random places: (count, block_size + 1) int64, on the device."""
+    starts = rng.integers(0, len(data) - s.block_size, size=count)
+    windows = torch.from_numpy(data[starts[:, None] + np.arange(s.block_size + 1)].astype(np.int64))
+    if s.device == "cuda":                          # pinned and asynchronous: copied while the GPU is still computing
         windows = windows.pin_memory()
-    windows = windows.to(device, non_blocking=device == "cuda")
-    return windows[:, :-1], windows[:, 1:]
+    return windows.to(s.device, non_blocking=s.device == "cuda")
 
 
 # ---- Model: GPT-2. Shapes: B sequences, T tokens each, C = n_embd, H heads, V tokens in the vocabulary --------------
 
 
 class Linear(nn.Linear):
-    """nn.Linear, with a learnable gain per output neuron if asked for:  y = (gain * W) x + b.
-
-    A rotational optimizer keeps every row of W at the norm it started with; the gain can still make the neuron louder.
-    It multiplies W, not y: the same function, but W is the smaller of the two.
-    """
+    """nn.Linear, with a learnable gain per output neuron if asked for:  y = (gain * W) x + b.  A rotational optimizer
+    keeps the norm of every row of W. The gain can still make the neuron louder."""
 
     def __init__(self, n_in, n_out, bias, gain):
         super().__init__(n_in, n_out, bias=bias)
@@ -561,11 +486,11 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    def __init__(self, n_head, n_embd, dropout, bias, gain):
+    def __init__(self, n_head, n_embd, dropout, gain):
         super().__init__()
         self.n_head, self.dropout = n_head, dropout
-        self.qkv = Linear(n_embd, 3 * n_embd, bias, gain)
-        self.out = Linear(n_embd, n_embd, bias, gain)
+        self.qkv = Linear(n_embd, 3 * n_embd, False, gain)
+        self.out = Linear(n_embd, n_embd, False, gain)
 
     def forward(self, x):
         B, T, C = x.shape
@@ -576,13 +501,13 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, n_head, n_embd, dropout, bias, gain):
+    def __init__(self, n_head, n_embd, dropout, gain):
         super().__init__()
-        self.norm1 = nn.LayerNorm(n_embd, bias=bias)
-        self.attention = Attention(n_head, n_embd, dropout, bias, gain)
-        self.norm2 = nn.LayerNorm(n_embd, bias=bias)
-        self.up = Linear(n_embd, 4 * n_embd, bias, gain)
-        self.down = Linear(4 * n_embd, n_embd, bias, gain)
+        self.norm1 = nn.LayerNorm(n_embd, bias=False)
+        self.attention = Attention(n_head, n_embd, dropout, gain)
+        self.norm2 = nn.LayerNorm(n_embd, bias=False)
+        self.up = Linear(n_embd, 4 * n_embd, False, gain)
+        self.down = Linear(4 * n_embd, n_embd, False, gain)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x):
@@ -591,14 +516,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    def __init__(self, n_vocab, n_layer, n_head, n_embd, block_size, dropout, bias, gain):
+    def __init__(self, n_vocab, n_layer, n_head, n_embd, block_size, dropout, gain):
         super().__init__()
         self.block_size = block_size
         self.tokens = nn.Embedding(n_vocab, n_embd)
         self.positions = nn.Embedding(block_size, n_embd)
         self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(n_head, n_embd, dropout, bias, gain) for _ in range(n_layer))
-        self.norm = nn.LayerNorm(n_embd, bias=bias)
+        self.blocks = nn.ModuleList(Block(n_head, n_embd, dropout, gain) for _ in range(n_layer))
+        self.norm = nn.LayerNorm(n_embd, bias=False)
         self.head = Linear(n_embd, n_vocab, False, gain)
         self.head.weight = self.tokens.weight       # tied: one parameter with two uses (the gain belongs to the head)
         # GPT-2's 0.02 at GPT-2's width, and in proportion to 1/sqrt(width) at others: a narrow model that starts at
@@ -607,8 +532,6 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=std)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                nn.init.zeros_(module.bias)
         with torch.no_grad():
             for block in self.blocks:               # 2 n_layer terms add up in the residual stream: keep the sum small
                 block.attention.out.weight /= math.sqrt(2 * n_layer)
@@ -743,11 +666,9 @@ def write(path, data):
 
 
 def append(path, record):
-    """One line of JSON more, on the disk when this returns."""
+    """One line of JSON more."""
     with open(path, "a") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def lock(folder, flag, wait=False):
@@ -767,25 +688,23 @@ def lock(folder, flag, wait=False):
 def start_files(out_dir, s, ckpt):
     """Write config.json, and log.jsonl as it was before the evaluation at the checkpoint, which comes again. A new run
     replaces an old one, unless that is finished and has other settings."""
-    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", ""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", []
+    lines = log.read_text().splitlines() if log.exists() else []
     if ckpt:
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):       # cut short by a kill, or edited
-                record = json.loads(line)
-                if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
-                    kept += line + "\n"
+            with contextlib.suppress(ValueError):   # cut short by a kill
+                kept += [line + "\n"] if json.loads(line)["step"] < ckpt["step"] else []
     else:
         if lines and '"final"' in lines[-1]:
-            old = json.loads(config.read_text()) if config.exists() else {}
-            old, new = old | old.get("hyper", {}), vars(s) | s.hyper
+            old = json.loads(config.read_text())
+            old, new = old | old["hyper"], vars(s) | s.hyper
             other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
             if other:
                 fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
                      "delete that folder")
         (out_dir / "ckpt.pt").unlink(missing_ok=True)           # an older run's must not be taken for this one's
     write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
-    write(log, kept.encode())
+    write(log, "".join(kept).encode())
 
 
 def save(path, s, model, optimizer, bar, **progress):
@@ -801,36 +720,16 @@ def save(path, s, model, optimizer, bar, **progress):
 
 
 def load_checkpoint(path):
-    if not path.exists():
-        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
-        with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        config = ckpt["config"]
-        good = [ckpt["script"] == SCRIPT, 0 <= ckpt["step"] == int(ckpt["step"]), ckpt["seconds"] >= 0,
-                math.isfinite(sum(ckpt["losses"])), config["opt"] in optim.OPTIMIZERS, config["hyper"]["lr"] >= 0,
-                config["lr_from"],
-                not zipfile.ZipFile(path).testzip()]            # torch.load compares no checksums
-        for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
-            good.append(config[key] == getattr(Settings, key) or config[key] == convert(key, config[key]))
-        if not all(good):
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()   # torch.load compares no checksums
+        if damaged or ckpt["script"] != SCRIPT or not LIMITS.keys() - HYPER <= ckpt["config"].keys():
             raise ValueError
         return ckpt
+    except FileNotFoundError:
+        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     except Exception:                               # torch.load raises half a dozen kinds, by what is broken
-        fail(f"{path} is not a whole checkpoint of this script as it is now: name another --out_dir, or delete it and "
-             "start again")
-
-
-def restore(ckpt, s, model, optimizer):
-    """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
-    if s.steps < ckpt["step"]:
-        fail(f"--steps {s.steps}: {s.out_dir} has done {ckpt['step']} steps already, give at least as many")
-    try:
-        model.load_state_dict(ckpt["model"])
-        optimizer.load_state_dict(ckpt["optimizer"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{s.out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): start without --resume")
-    return ckpt["step"], ckpt["seconds"], ckpt["losses"]
+        fail(f"{path} is not a whole checkpoint of this script as it is now: name another --out_dir, or delete it")
 
 
 def diverged(what, step, bar, s):
@@ -858,29 +757,19 @@ def make_model(s, n_vocab):
         fail(f"--n_embd {s.n_embd} is not a multiple of --n_head {s.n_head}: try --n_embd "
              f"{max(s.n_embd // s.n_head, 1) * s.n_head}")
     shape = n_vocab, s.n_layer, s.n_head, s.n_embd, s.block_size, s.dropout
-    return ModularGPT(*shape) if s.arch == "modular" else GPT(*shape, s.bias, s.gains)
+    return ModularGPT(*shape) if s.arch == "modular" else GPT(*shape, s.gains)
 
 
 def make_optimizer(s, model):
-    hyper = dict(s.hyper)
-    if "beta1" in hyper:
-        hyper["betas"] = hyper.pop("beta1"), hyper.pop("beta2")
+    hyper, takes = dict(s.hyper), optim.OPTIMIZERS[s.opt].takes()
+    if "betas" in takes:
+        hyper["betas"] = tuple(hyper.pop(f"beta{i}", default) for i, default in enumerate(takes["betas"], start=1))
     if "dtype" in hyper:                            # a word, as in --opt_kwargs dtype=bfloat16
         hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
     try:
-        return optim.build(s.opt, model, compile=s.compile, **hyper)
+        return optim.build(s.opt, model, compile=bool(s.compile), **hyper)
     except (ValueError, TypeError) as error:        # a value out of its range
         fail(error)
-
-
-def set_up_gpu(s):
-    """One GPU for each process of torchrun."""
-    number, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-    if number >= count:
-        fail(f"more processes than GPUs: use torchrun --nproc_per_node={count}")
-    torch.cuda.set_device(number)
-    # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
-    torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
 
 
 @torch.no_grad()
@@ -891,8 +780,9 @@ def evaluate(model, val, s, autocast, stopped_by=()):
     for _ in range(s.eval_batches):
         if stopped_by:
             return None
+        windows = get_windows(val, rng, s.batch_size, s)
         with autocast:
-            losses.append(model(*inputs_and_targets(get_windows(val, rng, s.batch_size, s.block_size), s.device)))
+            losses.append(model(windows[:, :-1], windows[:, 1:]))
     model.train()
     return torch.stack(losses).float().mean().item()
 
@@ -902,27 +792,16 @@ def gradients(network, windows, s, autocast):
     the gradients are in .grad."""
     total, parts = 0.0, windows.split(s.batch_size)
     for i, part in enumerate(parts):
-        x, y = inputs_and_targets(part, s.device)
         if WORLD > 1:                               # the processes exchange their gradients once a step
             network.require_backward_grad_sync = i == len(parts) - 1
         with autocast:
-            loss = network(x, y) * (len(x) / len(windows))
+            loss = network(part[:, :-1], part[:, 1:]) * (len(part) / len(windows))
         loss.backward()
         total = total + loss.detach()
+    if WORLD > 1:                                   # the mean over all processes
+        torch.distributed.all_reduce(total)
+        total /= WORLD
     return total
-
-
-def read_losses(pending, step, bar, s):
-    """The losses of the last steps, still on the device -> floats, means over all processes. It waits for the GPU."""
-    losses = torch.stack(pending).float()
-    if WORLD > 1:
-        torch.distributed.all_reduce(losses)
-        losses /= WORLD
-    for number, loss in enumerate(losses.tolist(), start=step - len(losses) + 1):
-        if not math.isfinite(loss):
-            diverged(f"the loss is {loss}", number, bar, s)
-    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-    return losses.tolist()
 
 
 def rotation_record(step, optimizer, probe):
@@ -943,11 +822,11 @@ def catch_signals():
 def main():
     given = parse()
     s, ckpt = resumed(given) if given.get("resume") else (settle(given), None)
-    if s.eval_only and not ckpt:
-        fail("--eval_only needs --resume: there is nothing trained to evaluate")
     out_dir, say = pathlib.Path(s.out_dir), print if RANK == 0 else lambda *words: None
     if s.device == "cuda":
-        set_up_gpu(s)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
+        torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
     autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
 
     # ---- data
@@ -961,17 +840,20 @@ def main():
     if sequences % WORLD:
         fail(f"batch_size * grad_accum = {sequences} sequences cannot be shared by {WORLD} processes: use a multiple")
     mine = slice(RANK * sequences // WORLD, (RANK + 1) * sequences // WORLD)
-    try:
-        prompt = tokenizer.encode(s.prompt) if s.prompt else train[:1].tolist()
-    except KeyError as error:
-        fail(f"--prompt: the character {error.args[0]!r} does not occur in the text")
+    prompt = tokenizer.encode(s.prompt) if s.prompt else train[:1].tolist()
 
     # ---- model and optimizer
     torch.manual_seed(s.seed)
     model = make_model(s, tokenizer.n_vocab).to(s.device)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, spent, losses = restore(ckpt, s, model, optimizer) if ckpt else (0, 0.0, [])
+    step, spent, losses = 0, 0.0, []                # losses: of every step since the last evaluation, on the device
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        step, spent, losses = ckpt["step"], ckpt["seconds"], list(torch.tensor(ckpt["losses"], device=s.device))
+        if s.steps < step:
+            fail(f"--steps {s.steps}: {out_dir} has done {step} steps already, give at least as many")
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model) if s.compile else model
     hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
@@ -979,7 +861,9 @@ def main():
         f"{tokenizer.n_vocab}; {type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
         f"{', gains' if s.gains else ''}; {s.device}, {s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
     if s.bench:
-        return bench(model, network, optimizer, train, s, autocast)
+        windows = get_windows(train, np.random.default_rng(0), sequences, s)
+        return bench(windows[:, 1:].numel(), "tokens", optimizer=optimizer.step,
+                     forward_and_backward=lambda: gradients(network, windows, s, autocast))
 
     # ---- processes, files, signals
     if WORLD > 1:                                   # not before: each process has found by itself what is wrong so far
@@ -988,37 +872,32 @@ def main():
         except ValueError as error:
             fail(f"WORLD_SIZE is {WORLD}, but: {error}. Start the script with torchrun, or unset WORLD_SIZE")
         network = nn.parallel.DistributedDataParallel(network)
-    if RANK == 0 and not s.eval_only:
+    if RANK == 0:
         only_one = lock(out_dir, "--out_dir")       # held until the process ends
         start_files(out_dir, s, ckpt)
-    # the processes of torchrun would stop at different steps
-    stopped_by = catch_signals() if WORLD == 1 and not s.eval_only else []
+    stopped_by = catch_signals() if WORLD == 1 else []          # torchrun's would stop at different steps
 
-    # ---- the loop: evaluate and save where it is time to, then take a step. pending: losses still on the device
-    began, pending = time.time() - spent, []
+    # ---- the loop: evaluate and save where it is time to, then take a step
+    began = time.time() - spent
     with tqdm(total=s.steps, initial=step, disable=RANK > 0, unit="step",
               mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while True:
             last, leave = step == s.steps, bool(stopped_by)
-            evaluate_now = last or s.eval_only or step % s.eval_every == 0
-            save_now = last or step % s.save_every == 0
-            if pending and (evaluate_now or save_now or leave or step % 10 == 0):
-                losses, pending = losses + read_losses(pending, step, bar, s), []
+            evaluate_now = last or step % s.eval_every == 0
             if evaluate_now:
                 val_loss = evaluate(model, val, s, autocast, stopped_by)
                 leave = val_loss is None
                 if not (leave or math.isfinite(val_loss)):
                     diverged(f"the validation loss is {val_loss}", step, bar, s)
-            if s.eval_only:
-                break
-            if save_now or leave:
-                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses, fingerprint=fingerprint,
-                     seconds=time.time() - began)
+            if last or leave or step % s.save_every == 0:
+                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, seconds=time.time() - began,
+                     losses=[loss.tolist() for loss in losses], fingerprint=fingerprint)
             if evaluate_now and not leave:
                 record = {"step": step, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
                 if losses:
-                    record |= {"train_loss": sum(losses) / len(losses), "tokens": step * sequences * s.block_size}
+                    record |= {"train_loss": torch.stack(losses).mean().item(),
+                               "tokens": step * sequences * s.block_size}
                     if RANK == 0:
                         bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
                                   f"{record['seconds']:6.1f} s", file=sys.stdout)
@@ -1033,19 +912,24 @@ def main():
                 group["lr"] = lr_at(step, peak, s)
             if s.dropout:                           # as the batch, it depends on (seed, step) alone: nothing to restore
                 torch.manual_seed(int(np.random.SeedSequence([s.seed, step, RANK]).generate_state(1)[0]))
-            windows = get_windows(train, np.random.default_rng([s.seed, step]), sequences, s.block_size)
-            pending.append(gradients(network, windows[mine], s, autocast))
+            windows = get_windows(train, np.random.default_rng([s.seed, step]), sequences, s)
+            losses.append(gradients(network, windows[mine], s, autocast))
+            if step % 10 == 0:                      # not oftener: it waits for the device
+                loss = losses[-1].item()
+                if not math.isfinite(loss):
+                    diverged(f"the loss is {loss}", step + 1, bar, s)
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             if s.grad_clip:
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-            measure = RANK == 0 and s.track and (step + 1) % s.track == 0 and step + 1 < s.steps    # the last lr is ~0
+            measure = RANK == 0 and s.track and step and step % s.track == 0
             if measure:
                 probe.measure_next_step()
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            bar.update()
             if measure:
                 append(out_dir / "log.jsonl", rotation_record(step, optimizer, probe))
+            step += 1
+            bar.update()
 
     # ---- the result
     if leave:
@@ -1066,29 +950,13 @@ def main():
         os._exit(0)                                 # freeing DDP can deadlock with gloo's threads
 
 
-def bench(model, network, optimizer, train, s, autocast):
-    """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
-    if WORLD > 1:
-        fail("--bench times one process: leave out torchrun")
-    rng, sequences, times = np.random.default_rng(0), s.batch_size * s.grad_accum, []
-    windows = get_windows(train, rng, sequences, s.block_size)
-    phases = (lambda: get_windows(train, rng, sequences, s.block_size),
-              lambda: gradients(network, windows, s, autocast),
-              lambda: s.grad_clip and nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip),
-              optimizer.step, optimizer.zero_grad)
-    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
-    for _ in range(68):
-        marks = [time.perf_counter()]
-        for phase in phases:
-            phase()
-            wait()
-            marks.append(time.perf_counter())
-        times.append(np.diff(marks))
-    times = np.median(times[8:], axis=0)            # the first ones warm up
-    step, passes, update = times.sum(), times[1], times[3]
-    print(f"{sequences * s.block_size / step:,.0f} tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
-          f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward "
-          f"and backward {100 * (1 - passes / step):.1f} %")
+def bench(count, what, **parts):
+    """Print how long the parts of a step take: medians of some seconds each."""
+    timers = {name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in parts.items()}
+    ms = {name: 1e3 * timer.blocked_autorange(min_run_time=2).median for name, timer in timers.items()}
+    step = sum(ms.values())
+    print(f"{1e3 * count / step:,.0f} {what}/s, {step:.2f} ms a step: "
+          + ", ".join(f"{name} {t:.2f} ({t / step:.0%})" for name, t in ms.items()))
 
 
 if __name__ == "__main__":

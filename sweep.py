@@ -996,7 +996,7 @@ BASE = {
                          warmup=100, eval_every=1000, eval_batches=100, track=0),
     ("gpu", "gpt"): dict(device="cuda", preset="shakespeare", data="python_docs", dropout=0, compile=0, steps=1000,
                          warmup=100, eval_every=1000, eval_batches=100, track=0),
-    ("cpu", "resnet"): dict(device="cpu", model="resnet18", width_mult=0.0625, split=0.9, batch_size=32, track=0),
+    ("cpu", "resnet"): dict(device="cpu", model="resnet18", width=4, split=0.9, batch_size=32, track=0),
     # 1000 images, seen 13 times: so few that optimizers differ in accuracy
     ("cpu", "vgg"): dict(device="cpu", model="vgg16", width=8, split=0.05, crop=0, flip=0, batch_size=32, steps=400,
                          warmup=20, eval_every=400, track=0),
@@ -1004,7 +1004,7 @@ BASE = {
                             steps=300, eval_every=240, track=0),
 }
 BASE |= {("gpu", net): BASE["cpu", net] | {"device": "cuda", "compile": 0} | larger for net, larger in {
-    "resnet": dict(width_mult=0.5, batch_size=64),
+    "resnet": dict(width=32, batch_size=64),
     "vgg": dict(width=32, split=0.25, batch_size=128, steps=2000, warmup=100, eval_every=2000),
     "resmlp": dict(width=128, batch_size=128, steps=2000, eval_every=1600)}.items()}
 LOSS, ACCURACY = "validation loss (nats)", "validation accuracy"

@@ -2120,7 +2120,7 @@ def temporary_folder():
 # Flags of small runs.
 TINY = ("--n_layer 1 --n_head 2 --n_embd 16 --block_size 16 --batch_size 4 --dropout 0.1 --steps 24 --warmup 2 "
         "--eval_every 8 --save_every 6 --eval_batches 2").split()
-CIFAR_TINY = "--width 4 --batch_size 20 --steps 24 --warmup 3 --eval_every 8 --save_every 6 --cutout 6".split()
+CIFAR_TINY = "--width 4 --batch_size 20 --steps 24 --warmup 3 --eval_every 8 --save_every 6".split()
 TINY_TRANSLATE = ("--n_layer 1 --n_head 2 --n_embd 16 --n_ffn 32 --vocab 300 --max_tokens 200 --dropout 0.1 --steps 24 "
                   "--warmup 2 --eval_every 8 --save_every 6 --beam 2").split()
 
@@ -2145,7 +2145,7 @@ def write_corpus(folder, train=200, zipped=False):
     folder.mkdir(exist_ok=True)
     numbers = iter(random.Random(0).sample(range(10_000), train + 35))
     pairs = {part: [(translate_train.german(n), translate_train.english(n)) for n in itertools.islice(numbers, count)]
-             for part, count in (("train", train), ("val", 20), ("test", 15))}
+             for part, count in (("train", train), ("valid", 20), ("test", 15))}
     for part, (i, language) in itertools.product(pairs, enumerate(("de", "en"))):
         data = "".join(f"{pair[i]}\n" for pair in pairs[part]).encode()
         (folder / f"{part}.{language}{'.gz' * zipped}").write_bytes(gzip.compress(data) if zipped else data)
@@ -2160,7 +2160,7 @@ def tiny(script, folder, model=("resmlp", "--depth", "1")):
         cifar_folder(folder)
         return [*CIFAR_TINY, "--data", folder / "bins", "--model", *model]
     write_corpus(folder / "corpus")
-    return [*TINY_TRANSLATE, "--data", folder / "corpus/train", "--data_dir", folder / "data"]
+    return [*TINY_TRANSLATE, "--data", folder / "corpus", "--data_dir", folder / "data"]
 
 
 def flags_of(**settings):
@@ -2273,19 +2273,19 @@ def test_nanogpt_data_parallel():
 
 
 def test_scripts_diverge():
-    """A loss that is no number: status 3, one line names the step, though losses are read many together, and the last
-    good checkpoint stays."""
+    """A loss that is no number: status 3, one line names a step at most ten later, since one loss in ten is read, and
+    the last good checkpoint stays."""
     for script in SCRIPTS:
         with temporary_folder() as folder:
             status, _, err = call_main(script, *tiny(script, folder), *flags_of(
                 opt="sgd", lr=1e25, warmup=0, grad_clip=0, save_every=24, eval_every=24, out_dir=folder / "run"))
-            assert status == 3 and re.search(r"step [1-6]\b.*diverged.*--lr.*ckpt\.pt$", err.strip()), err
+            assert status == 3 and re.search(r"step 1?1\b.*diverged.*--lr.*ckpt\.pt$", err.strip()), err
             assert "Traceback" not in err and checkpoint(folder / "run")["step"] == 0, script.__name__
 
 
 def test_scripts_replace_and_go_on():
-    """A longer run goes on in the log, with one last line, to the --steps or --epochs it was last told; --eval_only
-    gives the result again; the old checkpoint is gone before a new run's first. --bench writes nothing."""
+    """A longer run goes on in the log, with one last line, to the --steps or --epochs it was last told; --resume
+    alone gives the result again; the old checkpoint is gone before a new run's first. --bench writes nothing."""
     with temporary_folder() as folder:
         for script in SCRIPTS:
             run = folder / script.__name__
@@ -2293,7 +2293,7 @@ def test_scripts_replace_and_go_on():
             out = succeed(script, *flags, "--bench")
             assert re.search(r"[\d,]+ (English )?(tokens|images)/s.*forward", out) and not run.exists(), out
             result = last_line.search(succeed(script, *flags))[1]
-            assert last_line.search(succeed(script, "--resume", "--eval_only", "--out_dir", run))[1] == result, result
+            assert last_line.search(succeed(script, "--resume", "--out_dir", run))[1] == result, result
             before = [record for record in records(run) if record["step"] < 24]
             succeed(script, "--resume", "--steps", 48, "--out_dir", run)
             after = records(run)
@@ -2303,7 +2303,7 @@ def test_scripts_replace_and_go_on():
             with unittest.mock.patch.object(script, "evaluate", side_effect=KeyboardInterrupt):
                 refused(KeyboardInterrupt, [], lambda: call_main(script, *flags, "--steps", 48))
             assert not (run / "ckpt.pt").exists(), "an older run's would be taken for this one's"
-        for script in (cifar_train, translate_train):
+        for script in (cifar_train,):
             run, flags = folder / "epochs" / script.__name__, tiny(script, folder)
             for unwanted in ("--steps", "--warmup"):
                 del flags[(i := flags.index(unwanted)):i + 2]
@@ -2313,9 +2313,6 @@ def test_scripts_replace_and_go_on():
                                 ("--epochs 2", 2 * s.steps), ("", 2 * s.steps)):
                 succeed(script, "--resume", "--out_dir", run, *more.split())
                 assert read_log(run)[-1]["step"] == config(run).steps == steps, f"{script.__name__} {more}"
-        codec, corpus = translate_train.BytePairs(checkpoint(run)["bpe"]), write_corpus(folder / "corpus")["train"]
-        tokens = sum(len(ids) + 1 for ids in codec.encode([en for _, en in corpus]))
-        assert s.hyper["batch_size"] == round(tokens / s.steps), "root-free: the tokens of the usual batch"
 
 
 def test_scripts_compile_and_bfloat16():
@@ -2342,19 +2339,19 @@ def test_scripts_compile_and_bfloat16():
 # ======================================================================================================================
 
 # Initials of the scripts: flags, or several of them; what the line must hold. @ is a folder with FILES and a finished
-# run, @/run. The flags come after those of a small run; with --resume, --eval_only or --translate they stand alone.
+# run, @/run. The flags come after those of a small run; with --resume or --translate they stand alone.
 BAD = {
     "NCT": (
-        ("--lr -1; --lr nan; --eps inf; --grad_clip -1", "[0, inf)"), ("--lr fast", "not a number"),
+        ("--lr -1; --lr nan; --eps inf; --grad_clip -1", "[0, inf)"), ("--lr fast", "invalid float"),
         ("--beta1 1; --beta2 nan; --opt sgd --momentum 2", "[0, 1)"), ("--track -1; --seed -1", "[0, "),
-        ("--save_every 0; --batch_size 0; --steps 0", "[1, "), ("--steps 1.5", "not a whole number"),
+        ("--save_every 0; --steps 0", "[1, "), ("--steps 1.5", "invalid int"),
         ("--schedule exp; --preset gpt3; --compile 2", "invalid choice"), ("--opt Adamw", "did you mean 'adamw'?"),
         ("--optt adam", "did you mean --opt?"), ("--learning_rate 1", "did you mean --lr?"),
         ("--opt if_shampoo --opt_kwargs damping=-1", "damping"), ("--opt_kwargs dtype=float", "dtype"),
         ("--opt_kwargs eps={1}", "eps"), ("--opt_kwargs lr", "KEY=VALUE"), ("--opt sgd --beta1 0.9", "takes no beta1"),
         ("--opt_kwargs per_neuron=True", "takes no per_neuron"), ("--lr 1 --opt_kwargs lr=2", "twice"),
-        ("--warmup 24", "make it smaller"), ("--opt rotational_lion --weight_decay 0", "weight_decay > 0"),
-        ("--eval_only", "--resume"), ("--device mps" if torch.cuda.is_available() else "--device cuda", "--device cpu"),
+        ("--opt rotational_lion --weight_decay 0", "weight_decay > 0"),
+        ("--device mps" if torch.cuda.is_available() else "--device cuda", "--device cpu"),
         ("--out_dir ''", "empty"), ("--out_dir @/file", "--out_dir"), ("--out_dir @/used", "another run is writing"),
         ("--out_dir @/run --lr 1", "finished run with another"), ("--out_dir @/run --steps 25", "another steps"),
         ("--resume --out_dir @/none", "there is no"), ("--resume --out_dir @/elsewhere", "is not the"),
@@ -2363,63 +2360,59 @@ BAD = {
     "NT": (
         ("--dropout 1.5", "[0, 1]"), ("--n_layer 0", "[1, "), ("--n_head 3", "not a multiple"),
         ("--data_dir @/file", "--data_dir"), ("--resume --out_dir @/run --n_layer 2", "is not what")),
-    "CT": (("--steps 9 --epochs 1; --resume --out_dir @/run --steps 30 --epochs 2", "give one"),),
     "N": (
         ("--prompt ''", "empty"), ("--data shakespear", "shakespeare"), ("--block_size 100000", "smaller block"),
         ("--data @; --data @/none.txt", "no such text file"), ("--data @/short.txt; --data @/file", "too few"),
-        ("--data @/latin1.txt; --data @/binary.txt", "UTF-8"), ("--data @/damaged.txt", "is damaged: delete it"),
+        ("--data @/latin1.txt; --data @/binary.txt", "UTF-8"), ("--batch_size 0", "[1, "),
         ("--data shakespeare --data_dir @/stale", "delete it"), ("--data shakespeare --data_dir @/file", "--data_dir"),
-        ("--arch modular --bias 1", "--bias"), ("--arch lstm --opt modular_lion", "every time step"),
-        ("--resume --out_dir @/run --eval_only --prompt 日", "does not occur")),
+        ("--arch modular --gains 1", "--gains"), ("--arch lstm --opt modular_lion", "every time step"),
+        ("--resume --out_dir @/run --prompt 日", "does not occur")),
     "C": (
-        ("--modle vit", "did you mean --model?"), ("--epochs 0", "[1, "), ("--split 0", "(0, 1]"),
+        ("--modle vit", "did you mean --model?"), ("--epochs 0; --batch_size 0", "[1, "), ("--split 0", "(0, 1]"),
         ("--model resnet21", "invalid choice"), ("--show ''", "empty"), ("--batch_size 101", "make it smaller"),
         ("--show @/none/sheet.png; --show @/sheet.foo", "--show"), ("--data shape", "shapes"),
         ("--data cifar-10", "cifar10"), ("--data @/file", "no such folder"), ("--data @/labels", "label"),
         ("--data @; --data @/empty", "data_batch_1.bin"), ("--data @/cut", "damaged"), ("--data @/larger", "32 x 32"),
         ("--data @/lacking", "data_batch_2.bin is missing"), ("--data cifar10 --data_dir @/stale", "delete it"),
         ("--data cifar100 --data_dir @/file", "cannot download"), ("--data shapes --data_dir @/file", "--data_dir"),
-        ("--width 9 --width_mult 1", "give one"), ("--model resnet18", "only the depth in its name"),
-        ("--model resmlp --norm group", "resmlp has"), ("--model vit --width 200", "multiple of 64"),
-        ("--loss mse --label_smoothing 0.1", "leave it out"), ("--model focalnet --opt modular_adam", "product"),
+        ("--steps 9 --epochs 1; --resume --out_dir @/run --steps 30 --epochs 2", "give one"),
+        ("--model resnet18 --depth 2", "only the depth in its name"), ("--model vit --width 200", "multiple of 64"),
+        ("--loss mse30 --label_smoothing 0.1", "leave it out"), ("--model focalnet --opt modular_adam", "product"),
         ("--model vmamba --opt modular_adam", "depthwise"), ("--model gcvit --opt modular_adam", "query"),
         ("--resume --out_dir @/run --model vit", "is not what")),
     "T": (
         ("--warmup-updates 1", "did you mean --warmup?"), ("--vocab 200", "[260, "), ("--beam 0", "[1, "),
         ("--label_smoothing 2", "[0, 1]"), ("--length_penalty 1000", "[0, 10]"), ("--max_tokens 2", "make it larger"),
         ("--data number", "numbers"), ("--data multi30k", "delete it"), ("--data @/zip", "cannot read"),
-        ("--data iwslt14 --data_dir @/file", "cannot download"), ("--data @/unequal", "has 2 lines"),
-        ("--data @/hollow", "line 2: empty"), ("--data @/void", "void.de"), ("--data @/latin", "line 2: not UTF-8"),
-        ("--data @/alone", "alone.en"), ("--data @/lonely", "valid.de"), ("--test @/tset", "tset.de"),
-        ("--translate x --out_dir @/none", "train one first"), ("--translate \udcff --out_dir @/run", "UTF-8"),
-        ("--translate x --eval_only --out_dir @/run", "without --translate")),
+        ("--data iwslt14 --data_dir @/file", "cannot download"), ("--data @/unequal", "line 2: empty"),
+        ("--data @/hollow", "line 2: empty"), ("--data @/void", "line 1: empty"), ("--test @/tset", "tset.de"),
+        ("--data @/latin", "line 2: not UTF-8"), ("--data @/alone", "train.en"), ("--data @/lonely", "valid.de"),
+        ("--translate x --out_dir @/none", "train one first"), ("--translate \udcff --out_dir @/run", "UTF-8")),
 }
 FILES = {
     "file": b"", "short.txt": b"too short", "used/.lock": b"",
     "latin1.txt": "Zwölf Boxkämpfer".encode("latin-1") * 100, "binary.txt": random.Random(0).randbytes(5000),
-    "damaged.txt": b"To be, or not to be. " * 20, "my.txt": b"To be, or not to be. " * 20,
+    "my.txt": b"To be, or not to be. " * 20,
     "stale/shakespeare.txt": b"To be, or not to be.\n", "stale/cifar-10-binary.tar.gz": b"<html>Please log in</html>",
-    "data/multi30k/train.de.gz": b"something else", "unequal.de": b"a\nb\n", "unequal.en": b"a\n",
-    "hollow.de": b"a\n \nb\n", "hollow.en": b"a\nb\nc\n", "void.de": b"", "void.en": b"", "alone.de": b"a\n",
-    "latin.de": "gut\nfünf\n".encode("latin-1"), "latin.en": b"good\nfive\n", "lonely.de": b"a\n", "lonely.en": b"a\n",
+    "data/multi30k/train.de.gz": b"something else", "unequal/train.de": b"a\nb\n", "unequal/train.en": b"a\n",
+    "hollow/train.de": b"a\n \nb\n", "hollow/train.en": b"a\nb\nc\n", "void/train.de": b"", "void/train.en": b"",
+    "alone/train.de": b"a\n", "lonely/train.de": b"a\n", "lonely/train.en": b"a\n",
+    "latin/train.de": "gut\nfünf\n".encode("latin-1"), "latin/train.en": b"good\nfive\n",
     "empty/data_batch_1.bin": b"", "lacking/data_batch_1.bin": bytes(3073),
-    "zip.de.gz": gzip.compress(b"a line\n" * 999)[:-9], "zip.en.gz": gzip.compress(b"a line\n" * 999)[:-9],
+    "zip/train.de.gz": gzip.compress(b"a line\n" * 999)[:-9],
 } | {f"{name}/data_batch_{i}.bin": data for i in range(1, 6)
      for name, data in (("labels", b"\x0a" * 3073), ("cut", bytes(3072)), ("larger", bytes(1 + 3 * 64 * 64)))}
 
 
 def spoil(script, folder, flags):
-    """A damaged token file, and a run, `elsewhere`, whose data changes afterwards."""
+    """A run, `elsewhere`, whose data changes afterwards."""
     if script is nanogpt_train:
-        succeed(script, *flags, "--data", folder / "damaged.txt", "--out_dir", folder / "other")
-        tokens, = folder.glob("data/damaged-*/val*.bin")
-        tokens.write_bytes(tokens.read_bytes()[:-1] + b"\1")    # of the same size
         data = changed = folder / "my.txt"
     elif script is cifar_train:
         data, changed = shutil.copytree(folder / "bins", folder / "moved"), folder / "moved/test_batch.bin"
     else:
         write_corpus(folder / "moved")
-        data, changed = folder / "moved/train", folder / "moved/val.en"
+        data, changed = folder / "moved", folder / "moved/valid.en"
     succeed(script, *flags, "--data", data, "--out_dir", folder / "elsewhere")
     changed.write_bytes(changed.read_bytes()[:-2] + b"\1\n")    # two characters, or one pixel of a test image
 
@@ -2434,12 +2427,9 @@ def foreign_checkpoints(path):
     damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1:]
     found = {"one bit of a tensor": damaged, "no checkpoint": archive.getvalue(), "code": b"cos\nmkdir\n(S'never'\ntR.",
              "a folder": None} | {f"{n} bytes": whole[:n] for n in (0, 100, len(whole) // 2, len(whole) - 1)}
-    for key, value in (
-            ("step", -1), ("step", "x"), ("step", 1.5), ("seconds", None), ("config", {}), ("model", {}),
-            ("losses", ["x"]), ("optimizer", {}), ("script", "other_train.py"), ("config", {"schedule": "x"}),
-            ("config", {"opt": "x"}), ("config", {"warmup": -1}), ("config", {"hyper": {"lr": "x"}})):
-        ckpt, edited = checkpoint(path.parent), io.BytesIO()
-        torch.save(ckpt | {key: ckpt[key] | value if key == "config" and value else value}, edited)
+    for key, value in (("config", {}), ("script", "other_train.py")):
+        edited = io.BytesIO()
+        torch.save(checkpoint(path.parent) | {key: value}, edited)
         found[f"{key}: {value}"] = edited.getvalue()
     return found
 
@@ -2473,7 +2463,7 @@ def test_scripts_bad_input():
             for line, message in [row for initials, rows in BAD.items() if script.__name__[0].upper() in initials
                                   for row in rows if fcntl or "@/used" not in row[0]]:
                 for words in map(shlex.split, line.replace("@", str(folder)).split("; ")):
-                    flags = words if {"--resume", "--eval_only", "--translate"} & set(words) else [*common, *words]
+                    flags = words if {"--resume", "--translate"} & set(words) else [*common, *words]
                     with collected(problems):
                         check_refused(script, folder, [*flags, *["--out_dir", "never"] * ("--out_dir" not in words)],
                                       message)
@@ -2489,7 +2479,7 @@ def test_scripts_bad_input():
                     check_refused(script, folder, ["--resume", "--out_dir", "foreign"], "")
                     assert os.listdir("foreign") == ["ckpt.pt"]
                 shutil.rmtree("foreign")
-            for flags in ([], ["--resume"], ["--resume", "--lr", script.TUNED["adamw"]["lr"], "--gains", "auto"]):
+            for flags in ([], ["--resume"], ["--resume", "--lr", script.TUNED["adamw"]["lr"], "--gains", "0"]):
                 with collected(problems):
                     succeed(script, *common, *flags, "--out_dir", folder / "run")
     assert not problems, "\n".join(problems)
@@ -2532,7 +2522,7 @@ def check_by_hand(folder, model, optimizer, losses_of, evaluate, watch, noise):
         before = named[watch].detach().clone()
         optimizer.step()
         optimizer.zero_grad()
-        turned[step + 1] = angles(before, named[watch]).mean().item()
+        turned[step] = angles(before, named[watch]).mean().item()
         if (step + 1) % s.eval_every == 0:
             means = dict(zip(("train_loss", "train_acc"), np.mean(seen, 0)))
             expected.append({"step": step + 1, "lr": optimizer.param_groups[0]["lr"], **means, **evaluate()})
@@ -2561,10 +2551,10 @@ def test_nanogpt_equals_a_loop_by_hand():
         (folder / "my.txt").write_text(text)
         run = folder / "run"
         out = succeed(nanogpt_train, *TINY, *flags_of(
-            grad_accum=2, bias=1, gains=1, opt="adamw", lr=0.02, weight_decay=0.5, seed=7, beta1=0.8, beta2=0.9,
+            grad_accum=2, gains=1, opt="adamw", lr=0.02, weight_decay=0.5, seed=7, beta1=0.8, beta2=0.9,
             eps=0.003, grad_clip=0.3, track=5, data=folder / "my.txt", data_dir=folder / "data", out_dir=run))
         torch.manual_seed(7)
-        model = nanogpt_train.GPT(9, 1, 2, 16, 16, 0.1, True, True)
+        model = nanogpt_train.GPT(9, 1, 2, 16, 16, 0.1, True)
 
         def windows(part, rng, count):
             return torch.stack([part[i:i + 17] for i in rng.integers(0, len(part) - 16, size=count)])
@@ -2585,7 +2575,7 @@ def test_nanogpt_equals_a_loop_by_hand():
         assert log[-1]["tokens"] == 24 * 8 * 16
         assert f"val_loss {log[-1]['val_loss']:.4f} (perplexity {math.exp(log[-1]['val_loss']):.2f})" in out, out
 
-        out = succeed(nanogpt_train, "--resume", "--eval_only", *flags_of(
+        out = succeed(nanogpt_train, "--resume", *flags_of(
             sample=30, temperature=0.3, prompt="bad", out_dir=run))
         model.load_state_dict(checkpoint(run)["model"])
         model.eval()
@@ -2602,13 +2592,13 @@ def test_cifar_equals_a_loop_by_hand():
     label smoothing and --split reach where they should, and the test set is left alone by --split."""
     with temporary_folder() as folder:
         images = cifar_train.Images(*map(torch.from_numpy, cifar_folder(folder, 2200, 1030)), [""] * 10, "")
-        for own in (dict(loss="mse", tta=0, split=1), dict(loss="ce", label_smoothing=0.3, tta=1, split=0.5)):
-            run = folder / own["loss"]
+        for own in (dict(loss="ce", split=1), dict(loss="ce", label_smoothing=0.3, split=0.5)):
+            run = folder / str(own["split"])
             if own["split"] < 1:                    # other test images
                 (folder / "bins/test_batch.bin").write_bytes(bytes(3073 * 7))
             succeed(cifar_train, *flags_of(
-                data=folder / "bins", model="vgg16", width=2, norm="none", batch_size=20, steps=12, eval_every=6,
-                warmup=2, opt="sgd", lr=0.1, weight_decay=0.02, grad_clip=0.05, seed=7, cutout=6, schedule="linear",
+                data=folder / "bins", model="vgg16", width=2, batch_size=20, steps=12, eval_every=6,
+                warmup=2, opt="sgd", lr=0.1, weight_decay=0.02, grad_clip=0.05, seed=7, schedule="linear",
                 track=5, out_dir=run, **own))
             s = config(run)
             train, train_labels, held_out, labels = cifar_train.split(images, own["split"], 7)
@@ -2626,12 +2616,14 @@ def test_cifar_equals_a_loop_by_hand():
             def losses_of(step):
                 x, y = batches(step)
                 logits = model(x)
-                return [loss_of(logits, y, own.get("label_smoothing"))], (logits.argmax(1) == y).double().mean().item()
+                return [loss_of(logits, y, own.get("label_smoothing", 0))], (logits.argmax(1) == y).double().mean().item()
 
             @torch.no_grad()
             def evaluate():
                 x = ((held_out - mean) / std).permute(0, 3, 1, 2)
-                logits = (model(x) + model(x.flip(3))) / 2 if own["tta"] else model(x)
+                model.eval()
+                logits = model(x)
+                model.train()
                 name = "val" if own["split"] < 1 else "test"
                 return {f"{name}_loss": loss_of(logits, labels, 0.0).item(),
                         f"{name}_acc": (logits.argmax(1) == labels).double().mean().item()}
@@ -2646,11 +2638,11 @@ def test_translate_equals_a_loop_by_hand():
         with temporary_folder() as folder:
             pairs, run = write_corpus(folder / "corpus", train=60), folder / "run"
             succeed(translate_train, *TINY_TRANSLATE, *flags_of(
-                data=folder / "corpus/train", data_dir=folder / "data", opt="sgd", lr=0.4, momentum=0.5, weight_decay=0,
+                data=folder / "corpus", data_dir=folder / "data", opt="sgd", lr=0.4, momentum=0.5, weight_decay=0,
                 schedule=schedule, grad_clip=clip, label_smoothing=smoothing, seed=seed, max_tokens=150, steps=12,
-                warmup=4, eval_every=6, batch_size=most, track=5, out_dir=run))
+                warmup=4, eval_every=6, track=5, out_dir=run))
             codec = translate_train.BytePairs(checkpoint(run)["bpe"])
-            batches, valid = (translate_train.Batches(pairs[part], codec, 150, most) for part in ("train", "val"))
+            batches, valid = (translate_train.Batches(pairs[part], codec, 150) for part in ("train", "valid"))
             torch.manual_seed(seed)
             model, held = translate_train.make_model(config(run), codec), len(batches.sizes)
             assert codec.n_vocab == 300 and 12 > held > 2 and len(valid.sizes) > 2, f"{held} batches"
@@ -2716,7 +2708,7 @@ def test_translate_translations():
             (folder / f"corpus/few.{language}").write_text("".join(line + "\n" for line in lines))
         run = ["--out_dir", folder / "run"]
         succeed(translate_train, *TINY_TRANSLATE, *run, *flags_of(
-            data=folder / "corpus/train", test=folder / "corpus/few", data_dir=folder / "data", dropout=0.5, steps=3,
+            data=folder / "corpus", test=folder / "corpus/few", data_dir=folder / "data", dropout=0.5, steps=3,
             warmup=1))
         ckpt, found = checkpoint(folder / "run"), set()
         codec = translate_train.BytePairs(ckpt["bpe"])
@@ -2733,12 +2725,11 @@ def test_translate_translations():
             assert out.split("\n") == [*hypotheses, ""], how
             found |= set(hypotheses)
         assert len(found) > 5, "it says little"
-        for only in ([], ["--eval_only"]):
-            out = succeed(translate_train, "--resume", *only, *run, *how)
-            score = translate_train.bleu(hypotheses, list(test.values()))
-            assert f"BLEU {score:.2f} on 5 test pairs" in out and out.count("\n  -> ") == 5, out
-            assert (folder / "run/hypotheses.en").read_text().split("\n") == [*hypotheses, ""], how
-            assert read_log(folder / "run")[-1]["bleu"] == score
+        out = succeed(translate_train, "--resume", *run, *how)
+        score = translate_train.bleu(hypotheses, list(test.values()))
+        assert f"BLEU {score:.2f} on 5 test pairs" in out and out.count("\n  -> ") == 5, out
+        assert (folder / "run/hypotheses.en").read_text().split("\n") == [*hypotheses, ""], how
+        assert read_log(folder / "run")[-1]["bleu"] == score
         shutil.rmtree(folder / "corpus")        # not needed any more
         first, last = [*test][0], [*test][-1]
         for spelling in (f"\ufeff{first}\r\n\r\n{last}\r\n",
@@ -2812,7 +2803,7 @@ def test_scripts_presets():
             script.make_optimizer(s, Single(3, 4))
     for script, flags, settings, hyper in (
             (nanogpt_train, "--opt rf_rmsprop --batch_size 6 --grad_accum 5 --block_size 7 --steps 90",
-             dict(warmup=9), dict(batch_size=6 * 5 * 7)),           # a preset's warmup in a short run
+             dict(warmup=45), dict(batch_size=6 * 5 * 7)),           # a preset's warmup in a short run
             (nanogpt_train, "--preset shakespeare --dropout 0 --opt modular_adam",
              dict(dropout=0, n_layer=6, data="shakespeare", arch="modular", steps=5000), {}),
             (nanogpt_train, "--preset modular_gpt",
@@ -2883,8 +2874,6 @@ def test_nanogpt_text():
                 assert os.listdir(folder / "other") == [".lock"] and not found.done()
                 fcntl.flock(lock, fcntl.LOCK_UN)
                 assert len(found.result(20)[0]) == 4500
-    pieces = list(nanogpt_train.read_text(io.BytesIO((text * 1000).encode()), 7, 4_500_123))
-    assert len(pieces) > 1 and "".join(pieces) == (text * 1000)[7:4_500_123], "texts larger than memory"
 
 
 def test_nanogpt_large_texts():
@@ -3028,29 +3017,27 @@ def test_cifar_show():
 
 
 def test_cifar_batches():
-    """A batch equals a per-image transcription of crop, mirror, normalise and cutout; an epoch shows no image twice; a
-    part held out is random, and disjoint."""
+    """A batch equals a per-image transcription of crop, mirror and normalise; an epoch shows no image twice; a part
+    held out is random, and disjoint."""
     images = torch.from_numpy(np.random.default_rng(3).integers(0, 256, (50, 32, 32, 3), np.uint8))
     labels = torch.arange(50)
     mean, std = (getattr(images.double(), kind)((0, 1, 2)).numpy() for kind in ("mean", "std"))
 
     def batches(pixels=images, **how):
-        s = dict(crop=4, flip=1, cutout=8, batch_size=12, seed=9, device="cpu") | how
+        s = dict(crop=4, flip=1, batch_size=12, seed=9, device="cpu") | how
         return cifar_train.Batches(pixels, labels, types.SimpleNamespace(**s))
-    for pad, flip, cutout in ((4, 1, 7), (0, 0, 0), (2, 1, 8)):
-        ours, seen = batches(crop=pad, flip=flip, cutout=cutout), []
+    for pad, flip in ((4, 1), (0, 0), (2, 1)):
+        ours, seen = batches(crop=pad, flip=flip), []
         for step in range(8):                       # two epochs of 4 batches; two images are left over
             (x, y), draws = ours(step), ours.draw(step)
             assert x.shape == (12, 3, 32, 32) and x.is_contiguous(memory_format=torch.channels_last)
             seen += y.tolist()
-            for i, (n, top, left, mirrored, *middle) in enumerate(draws.T.tolist()):
+            for i, (n, top, left, mirrored) in enumerate(draws.T.tolist()):
                 image = F.pad(images[n].permute(2, 0, 1), (pad,) * 4)[:, top:top + 32, left:left + 32].numpy()
                 by_hand = (image.transpose(1, 2, 0)[:, ::-1 if mirrored else 1] - mean) / std
-                rows, columns = (slice(max(0, math.ceil(m - cutout / 2)), math.ceil(m + cutout / 2)) for m in middle)
-                by_hand[rows, columns] = 0
                 close(x[i], by_hand.transpose(2, 0, 1), 1e-4, f"step {step}, image {i}")
         assert len({*seen[:48]}) == len({*seen[48:]}) == 48 and seen[:48] != seen[48:]
-    assert (batches(seed=1).draw(0) != batches(seed=2).draw(0)).any(1).all(), "all six draws depend on the seed"
+    assert (batches(seed=1).draw(0) != batches(seed=2).draw(0)).any(1).all(), "all four draws depend on the seed"
     draws = torch.cat([batches().draw(step) for step in range(200)], dim=1)
     for shifts in draws[1:3]:
         assert shifts.bincount(minlength=9).min() > 0 and shifts.max() == 8, "a crop can begin in any of 9 places"
@@ -3107,28 +3094,27 @@ def test_translate_text():
     odd = (f"\ufeff{plain}", f"{plain}\r", " Grüße  um halb acht ", "Gru\u0308ße\u00a0um\u2009halb\tacht",
            f"\u3000{plain}\u00a0")
     with temporary_folder() as folder:
-        for part, language in itertools.product(("train", "val", "test"), ("de", "en")):
+        for part, language in itertools.product(("train", "valid", "test"), ("de", "en")):
             (folder / f"{part}.{language}").write_bytes("".join(line + "\n" for line in odd).encode())
-        pairs = translate_train.load_corpus(str(folder / "train"), folder, None)
+        pairs = translate_train.load_corpus(str(folder), folder, None)
     assert [pairs[part] for part in ("train", "valid", "test")] == [[(plain, plain)] * 5] * 3
     others = ("GRÜSSE um halb acht", "Grüßeum halb acht", "Grüsse um halb acht", "Grüße um halb acht.", plain)
     assert len({translate_train.sentence(text) for text in others}) == 5
 
 
 def test_translate_corpora():
-    """multi30k's parts are train, val, test_2016_flickr; --test is another test set; each text has its vocabulary.
-    IWSLT'14 is cleaned as the recipe says. (Tried on a made-up archive of the same layout.)"""
+    """--test is another test set than that of the folder; each text has its vocabulary. IWSLT'14 is cleaned as the recipe says. (Tried on a made-up archive of the same layout.)"""
     with temporary_folder() as folder, unittest.mock.patch.object(translate_train, "download",
                                                                   lambda url, checksum, path: path):
-        parts = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
+        parts = "train", "valid", "test"
         (folder / "multi30k").mkdir()
-        for name, language in itertools.product(parts.values(), ("de", "en")):
+        for name, language in itertools.product(parts, ("de", "en")):
             data = gzip.compress("".join(f"{name} {i} ein Wort {language}\n" for i in range(4)).encode())
             (folder / f"multi30k/{name}.{language}.gz").write_bytes(data)
         plain = translate_train.load_corpus("multi30k", folder, None)
-        other = translate_train.load_corpus("multi30k", folder, str(folder / "multi30k/val"))
-        for part, name in parts.items():
-            assert plain[part] == [(f"{name} {i} ein Wort de", f"{name} {i} ein Wort en") for i in range(4)], part
+        other = translate_train.load_corpus("multi30k", folder, str(folder / "multi30k/valid"))
+        for part in parts:
+            assert plain[part] == [(f"{part} {i} ein Wort de", f"{part} {i} ein Wort en") for i in range(4)], part
         assert other == plain | {"test": plain["valid"]}
         for pairs in (plain["train"], plain["train"] + plain["test"]) * 2:
             bpe = translate_train.byte_pairs_of(pairs, 270, folder, "x")
@@ -3142,8 +3128,9 @@ def test_translate_corpora():
             for i, name in enumerate("TED.dev2010 TEDX.dev2012 TED.tst2010 TED.tst2011 TED.tst2012".split()):
                 files[f"de-en/IWSLT14.{name}.de-en.{language}.xml"] = (
                     f'<doc>\n<seg id="1"> Test {i} &amp; so’s {language} </seg>\n<seg id="2">Zwei</seg>\n').encode()
-        (folder / "iwslt14-de-en.tgz").write_bytes(tar_of(files, "w:gz"))
-        pairs = translate_train.load_corpus("iwslt14", folder, None)
+        (folder / "iwslt14-de-en.tgz").write_bytes(data := tar_of(files, "w:gz"))
+        with unittest.mock.patch.object(translate_train, "IWSLT14_MD5", hashlib.md5(data).hexdigest()):
+            pairs = translate_train.load_corpus("iwslt14", folder, None)
     right = [("der titel", "der titel")] + [(f"satz {i} de ({i}).", f"satz {i} en ({i}).") for i in range(60)]
     assert pairs["valid"] == [right[22], right[45]]
     assert pairs["train"] == [pair for i, pair in enumerate(right) if i not in (22, 45)]
@@ -3209,7 +3196,7 @@ def test_translate_batches():
                 assert bpe.decode(row[row != bpe.pad].tolist()) == side and row[row != bpe.pad][-1] == bpe.end
         real += (source != bpe.pad).sum().item() + (y != bpe.pad).sum().item()
         held += source.numel() + y.numel()
-    assert abs(batches.padding - (1 - real / held)) < 1e-12 and batches.padding < 0.15 and batches.too_long == 1
+    assert 1 - real / held < 0.15 and batches.too_long == 1
     assert all(sorted(i for batch in epoch for i in batch) == list(range(500)) for epoch in (one, two))
     assert sorted(map(len, one)) == sorted(map(len, two)) == sorted(batches.sizes) != [*map(len, one)]
     assert all(np.array_equal(a, b) for a, b in zip(one, batches.epoch([1, 0]), strict=True))
@@ -3251,14 +3238,15 @@ def test_scripts_downloads():
         return reply(b"", "302 Found", Location=to, **headers)
     answers = {                                     # what the server says to /KIND, and the script to that
         "good": (reply(body, Content_Length=len(body)), None), "moved": (moved("/good"), None),
-        "wrong": (reply(body.upper()), "did not give"), "page": (reply(b"<html>Log in</html>"), "did not give"),
+        "wrong": (reply(body.upper()), "invalid hash"), "page": (reply(b"<html>Log in</html>"), "invalid hash"),
         "missing": (reply(b"", "404 Not Found"), "Not Found"), "loop": (moved("/loop"), "cannot download"),
-        "short": (reply(body[:-10], Content_Length=len(body)), "did not give|broke off"),
+        "short": (reply(body[:-10], Content_Length=len(body)), "invalid hash"),
         "garbage": (b"this is no HTTP\r\n" * 9, "cannot download"),
         "chunked": (reply(b"4\r\nabcd\r\nff\r\nabc", Transfer_Encoding="chunked"), "cannot download")}  # breaks off
-    hub = {"announced": (moved("/good", X_Linked_Etag=f'"{right}"'), None),     # the Hugging Face hub states the sha256
-           "lied": (moved("/wrong", X_Linked_Etag=f'"{right}"'), "did not give"), "page": answers["page"],
-           "good": (answers["good"][0], "did not give")}
+    hub = {f"resolve/{kind}": (answers["good"][0], words) for kind, words in (      # git's pointers hold the sha256
+        ("told", None), ("lied", "invalid hash"), ("mute", "cannot download"))}
+    pointers = {f"raw/{kind}": reply(f"oid sha256:{sum256}".encode()) for kind, sum256 in (
+        ("told", right), ("lied", right[::-1]), ("mute", ""))}
 
     def fetch(script, kind, checksum, path):        # -> the path, or what went wrong
         stderr = io.StringIO()
@@ -3270,11 +3258,10 @@ def test_scripts_downloads():
             TALLY["bad inputs tried"] += 1
             return stderr.getvalue().splitlines()[-1]
 
-    said = {kind: answer for kind, (answer, _) in (hub | answers).items()}
+    said = {kind: answer for kind, (answer, _) in (hub | answers).items()} | pointers
     with server(said) as address, temporary_folder() as folder:
         path = folder / "deep/er/file"
-        for script, checksum, table in ((nanogpt_train, right, answers), (nanogpt_train, None, hub),
-                                        (cifar_train, right, answers), (translate_train, f"sha256:{right}", answers)):
+        for script, checksum, table in ((nanogpt_train, None, hub), *((script, right, answers) for script in SCRIPTS)):
             for kind, (_, words) in table.items():
                 found = fetch(script, kind, checksum, path)
                 if words is None:
@@ -3284,9 +3271,9 @@ def test_scripts_downloads():
                     assert re.search(f"({words}).*Fetch it by hand and put it at {path}", str(found)), (kind, found)
                 assert not os.listdir(path.parent), f"{script.__name__}: {kind} left something behind"
         (folder / "file").write_text("an older download")
-        for script, checksum in zip(SCRIPTS, (right, right, f"sha256:{right}")):
+        for script in SCRIPTS:
             for path, words in ((folder / "file", "delete it"), (folder / "file/x", "by hand"), (folder, "by hand")):
-                assert words in fetch(script, "good", checksum, path)
+                assert words in fetch(script, "good", right, path)
         assert sorted(os.listdir(folder)) == ["deep", "file"]
         assert (folder / "file").read_text() == "an older download"
 
@@ -3301,9 +3288,12 @@ def torchs_layer(heads, norm1, qkv, out, norm2, up, down):
     layer = nn.TransformerEncoderLayer(up.in_features, heads, up.out_features, 0.0, F.gelu, batch_first=True,
                                        norm_first=True, dtype=torch.float64)
     names = {"self_attn.in_proj_": qkv, "self_attn.out_proj.": out, "linear1.": up, "linear2.": down}
-    state = {f"norm{i}.{key}": x for i, norm in ((1, norm1), (2, norm2)) for key, x in norm.state_dict().items()}
+    state = {key: torch.zeros_like(x) for key, x in layer.state_dict().items()}         # no bias is a bias of 0
+    state |= {f"norm{i}.{key}": x for i, norm in ((1, norm1), (2, norm2)) for key, x in norm.state_dict().items()}
     for name, linear in names.items():
-        state |= {f"{name}weight": linear.gain[:, None] * linear.weight, f"{name}bias": linear.bias}
+        state[f"{name}weight"] = linear.gain[:, None] * linear.weight
+        if linear.bias is not None:
+            state[f"{name}bias"] = linear.bias
     layer.load_state_dict(state)
     return layer.train()                            # in eval() torch takes another path
 
@@ -3312,12 +3302,13 @@ def test_scripts_sizes():
     """Models have as many parameters as published."""
     s = settled(translate_train, "--preset iwslt")
     with torch.device("meta"):
-        models = [(cifar_train.make_model(settled(cifar_train, f"--model {name} --width_mult 1"), 10), size, 0.01e6)
-                  for name, size in (("resnet20", 0.27e6), ("resnet18", 11.17e6), ("resnet34", 21.28e6),
+        models = [(cifar_train.make_model(settled(cifar_train, f"--model {name}"), 10), size, 0.01e6)
+                  for name, size in (("resnet20", 0.27e6), ("resnet18 --width 64", 11.17e6), ("resnet34", 21.28e6),
                                      ("resnet50", 23.52e6), ("vgg16", 14.72e6), ("vit", 5.36e6))]
         models.append((cifar_train.make_model(settled(cifar_train, "--model densenet121 --width 32 --depth 6"), 1000),
                        7_978_856 - 64 * 3 * 7 * 7 - 2 * 64 + 64 * 3 * 3 * 3, 0))        # torchvision's, another stem
-        models += [(nanogpt_train.GPT(50257, 12, 12, 768, 1024, 0.0, True, False), 124_439_808, 0),     # GPT-2's own
+        models += [(nanogpt_train.GPT(50257, 12, 12, 768, 1024, 0.0, False),
+                    124_439_808 - 12 * 11 * 768 - 768, 0),      # GPT-2's own, without the biases
                    (translate_train.Translator((8848 + 6632) // 2, 0, s.n_layer, s.n_head, s.n_embd, s.n_ffn, 0, False),
                     39_469_056, 0)]        # fairseq's, with two vocabularies
     for model, size, tolerance in models:
@@ -3348,7 +3339,7 @@ def test_nanogpt_models():
     LSTM its gates; dropout is where it should be; a gain of 1 changes nothing, one of 3 triples its neuron."""
     torch.manual_seed(0)
     V, L, H, C, T = 11, 3, 2, 8, 5
-    gpt = nanogpt_train.GPT(V, L, H, C, T + 1, 0.4, True, True).double().eval()
+    gpt = nanogpt_train.GPT(V, L, H, C, T + 1, 0.4, True).double().eval()
     lstm = nanogpt_train.LSTM(V, L, C, T, 0.4, True).double().eval()
     for p in (*gpt.parameters(), *lstm.parameters()):
         nn.init.normal_(p)                          # so that no part is too small to matter
@@ -3386,7 +3377,7 @@ def test_nanogpt_models():
         assert len(dropped) == drops and 0.2 < np.mean(dropped) < 0.6, f"{name}: after embeddings and each part: 0.4"
         assert [how["is_causal"] for how in in_attention] == [True] * attentions, name
     assert lstm.lstm.dropout == 0.4, "between its layers"
-    gpt = nanogpt_train.GPT(500, 8, 2, 48, 64, 0.0, True, False)
+    gpt = nanogpt_train.GPT(500, 8, 2, 48, 64, 0.0, False)
     for name, p in gpt.named_parameters():          # 0.02 at width 768: 0.08 at a sixteenth; 2 x 8 terms are added up
         if p.dim() == 2:
             close(p.std(), 0.08 / 4 if name.endswith(("out.weight", "down.weight")) else 0.08, 0.08, name)
@@ -3456,13 +3447,6 @@ def test_cifar_models():
     last = F.layer_norm(h[:, 0], (128,), model.norm.weight, model.norm.bias)
     close(model(x), linear(model.head, last), 1e-9, "vit")
 
-    layer, h = make("--model resnet18 --width 4 --weight_standardization 1").double().conv, normal(3, 2, 48, 5, 5)
-    rows = [(row - row.mean()) / (row.std(correction=0) + 1e-5) / row.numel()**0.5 for row in layer.weight.flatten(1)]
-    close(layer(x), F.conv2d(x, torch.stack(rows).view_as(layer.weight), padding=1), 1e-12, "standardised")
-    for name, groups in (("group", 16), ("layer", 1)):
-        close(cifar_train.NORMS[name](48).double()(h), F.group_norm(h, groups), 1e-9, f"{name} norm")
-    kinds = [type(make("--model resnet20 --norm", norm).norm) for norm in cifar_train.NORMS]
-    assert kinds == [nn.BatchNorm2d, nn.GroupNorm, nn.GroupNorm, nn.Identity]
     first = make("--model resnet20 --width 16").blocks[3].convs[0].weight        # from 16 to 32 channels
     close(first.std(), math.sqrt(2 / (9 * 32)), 0.05, "He's deviation by fan-out")
     sizes = torch.linalg.svdvals(make("--model resnet20 --width 4 --opt modular_adam").blocks[3].convs[0].weight

@@ -7,12 +7,12 @@ data, byte pairs, BLEU, model, beam search, files, training. The training loop i
     python translate_train.py --translate "halb acht"         with the trained model; --translate - reads lines
     python translate_train.py --opt rotational_lion --resume  goes on after a kill, a crash, Ctrl-C: the same command
     python translate_train.py --preset multi30k               image captions: a quarter of an hour on a CPU, and more
-    python translate_train.py --preset multi30k --data corpus/train     your own text: corpus/train.de, corpus/train.en
+    python translate_train.py --preset multi30k --data corpus     text of your own: corpus/train.de, corpus/train.en, ...
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
     python translate_train.py --bench                         tokens per second, and where the time of a step goes
 
-A run writes config.json, ckpt.pt, log.jsonl, bpe.json (the vocabulary) and hypotheses.en (its translation of the test
-set) under --out_dir. log.jsonl has one JSON object a line, of three kinds:
+A run writes config.json, ckpt.pt, log.jsonl and hypotheses.en (its translation of the test set) under --out_dir.
+log.jsonl has one JSON object a line, of three kinds:
 
     {"step": 250, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}       an evaluation
     {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}        every --track steps
@@ -25,8 +25,8 @@ stopped by Ctrl-C or SIGTERM after saving.
 The default data, `numbers`, comes out of a grammar in this file: numbers, ordinals, dates, times, prices and sentences
 about them. German turns numbers round (einundzwanzig: one-and-twenty), counts half hours up to the next hour (halb
 acht: half past seven) and puts verbs last. A number, date or time of the test set is never one of the training set;
-only minutes and cents may repeat. Text of your own is corpus/train.de and corpus/train.en, or their .gz. Line n of one
-translates line n of the other. Beside them are valid, val or dev, and test, named the same way.
+only minutes and cents may repeat. Text of your own is a folder with train.de and train.en, or their .gz, and with valid
+and test named the same way. Line n of one language translates line n of the other.
 
 References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
 Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
@@ -37,13 +37,13 @@ import collections
 import contextlib
 import difflib
 import errno
-import functools
 import gzip
 import hashlib
 import html
 import http.client
 import inspect
 import io
+import itertools
 import json
 import math
 import os
@@ -51,15 +51,12 @@ import pathlib
 import random
 import re
 import shlex
-import shutil
 import signal
 import sys
 import tarfile
 import time
 import types
 import unicodedata
-import urllib.request
-import warnings
 import zipfile
 import zlib
 
@@ -67,6 +64,7 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import optim
@@ -103,9 +101,7 @@ class Settings:
     schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
     warmup: int = 100               # [0, 1e9] steps over which lr rises linearly
     steps: int = 1000               # [1, 1e9] optimizer steps
-    epochs: int = None              # [1, 1e9] instead of steps: passes over the training set
     max_tokens: int = 1024          # [1, 1e9] of a batch, in each language, padding counted
-    batch_size: int = None          # [1, 1e9] at most so many pairs in a batch; default: no other limit
     label_smoothing: float = 0.1    # [0, 1] of the training loss
     grad_clip: float = 1.0          # [0, inf) largest gradient norm; 0: no clipping
     seed: int = 1337                # [0, 1e18] of weights, batches and dropout
@@ -115,9 +111,9 @@ class Settings:
     n_embd: int = 128               # [1, 1e5] width
     n_ffn: int = 256                # [1, 1e6] width inside the feed-forward part
     dropout: float = 0.0            # [0, 1]
-    gains: bool = None              # {auto, 0, 1} a learnable gain per output neuron; auto: with rotational optimizers
+    gains: bool = None              # {0, 1} a learnable gain per output neuron; default: with rotational optimizers
     # data and files
-    data: str = "numbers"           # numbers, multi30k, iwslt14, or PREFIX of your own PREFIX.de and PREFIX.en (or .gz)
+    data: str = "numbers"           # numbers, multi30k, iwslt14, or a folder with your own train.de, train.en, ...
     test: str = None                # another test set: PREFIX of PREFIX.de and PREFIX.en (or .gz)
     vocab: int = 1000               # [260, 1e6] tokens, both languages together: bytes, byte pairs, 3 marks
     data_dir: str = "data"          # where downloads and byte pairs are kept
@@ -126,16 +122,15 @@ class Settings:
     save_every: int = None          # [1, 1e9] steps between checkpoints; default: as eval_every
     eval_every: int = 250           # [1, 1e9] steps between evaluations
     # machine
-    device: str = None              # {auto, cpu, cuda, mps} auto: the best there is
-    dtype: str = None               # {auto, float32, bfloat16} of autocast; auto: bfloat16 on GPUs that compute in it
-    compile: bool = None            # {auto, 0, 1} torch.compile the model and the optimizer; auto: with CUDA
+    device: str = None              # {cpu, cuda, mps} default: the best there is
+    dtype: str = None               # {float32, bfloat16} of autocast; default: bfloat16 on GPUs that compute in it
+    compile: bool = None            # {0, 1} torch.compile the model and the optimizer; default: with CUDA
     track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
     bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
     # translation
     beam: int = 5                   # [1, 1000] hypotheses kept for every sentence; 1: greedy
     length_penalty: float = 1.0     # [0, 10] score = log-probability / length^this; 0 favours short translations
     translate: str = None           # translate this text with the model in out_dir; -: the lines of standard input
-    eval_only: bool = False         # {0, 1} with resume: translate the test set, do not train
 
 
 # Every line of Settings as (name, comment, its range or choices). A heading has an empty name.
@@ -143,11 +138,10 @@ FLAGS = re.findall(r"^    (?:(\w+): .*?)?# (([\[(].+?[])]|\{.+?\})?.*)", inspect
 LIMITS = {name: limits for name, _, limits in FLAGS if name}
 # HYPER are the optimizer's. COMMAND are of one command, not of the run. ASIDE leave what is learned unchanged.
 HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"}
-COMMAND = {"resume", "bench", "translate", "eval_only"}
+COMMAND = {"resume", "bench", "translate"}
 ASIDE = COMMAND | {"test", "data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track", "beam",
                    "length_penalty"}
-SAID_TWICE = ({"steps", "epochs"},)                     # two ways to say one thing
-ALIASES = {"learning_rate": "lr", "max_update": "steps", "max_epoch": "epochs", "warmup_updates": "warmup",
+ALIASES = {"learning_rate": "lr", "max_update": "steps", "warmup_updates": "warmup",
            "lenpen": "length_penalty", "clip_norm": "grad_clip", "save_dir": "out_dir"}      # fairseq's
 
 
@@ -156,44 +150,31 @@ def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False, argument_default=argparse.SUPPRESS)
     p.error, group = fail, p                        # an error is one line, without the usage
-    for name, words, _ in FLAGS:
-        if name:
-            kind, default = Settings.__annotations__[name], getattr(Settings, name)
-            how = {bool: {"nargs": "?", "const": True}, list: {"nargs": "+", "action": "extend"}}.get(kind, {})
-            words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
-            group.add_argument(f"--{name}", type=functools.partial(convert, name), help=words, **how)
-        else:
+    for name, words, limits in FLAGS:
+        if not name:
             group = p.add_argument_group(words)
+            continue
+        kind, default = Settings.__annotations__[name], getattr(Settings, name)
+        how = {bool: {"type": int, "nargs": "?", "const": 1}, list: {"nargs": "+", "action": "extend"}}
+        how = how.get(kind, {"type": kind})
+        if limits.startswith("{"):
+            how["choices"] = [how["type"](word) for word in limits[1:-1].split(", ")]
+        words = words.replace("%", "%%") + (f" (default {default})" if default is not None else "")
+        group.add_argument(f"--{name}", help=words, **how)
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        fail(f"unknown argument {unknown[0]}: did you mean --{ALIASES.get(name) or nearest(name, LIMITS)}? (--help "
-             "lists them all)")
-    return {name: value for name, value in vars(given).items() if value is not None}       # auto: as if not given
-
-
-def convert(name, value):
-    """Text, or a value of a checkpoint -> the value of a setting, if its comment allows it; None for auto."""
-    kind, limits = Settings.__annotations__[name], LIMITS[name]
-    text = str(int(value) if isinstance(value, bool) else value)
-    if limits[:1] == "{" and text not in limits[1:-1].split(", "):
-        raise argparse.ArgumentTypeError(f"invalid choice {text!r}: it must be one of {limits}")
-    if text == "":
-        raise argparse.ArgumentTypeError("it is empty: give at least one character, or leave the flag out")
-    if kind in (str, list, bool):
-        return None if text == "auto" and limits else text == "1" if kind is bool else text
-    try:
-        x = kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not {'a whole number' if kind is int else 'a number'}") from None
-    low, high = map(float, limits[1:-1].split(", "))
-    if not (low < x < high or x == low and limits[0] == "[" or x == high and limits[-1] == "]"):
-        raise argparse.ArgumentTypeError(f"{text} is out of range: it must be in {limits}")
-    return x
-
-
-def nearest(word, known):
-    return difflib.get_close_matches(word, known, n=1, cutoff=0)[0]
+        near = ALIASES.get(name) or difflib.get_close_matches(name, LIMITS, 1, 0)[0]
+        fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
+    for name, value in vars(given).items():
+        if value == "":
+            fail(f"--{name} is empty: give at least one character, or leave the flag out")
+        limits = LIMITS[name]
+        if limits[:1] in ("[", "("):
+            low, high = map(float, limits[1:-1].split(", "))
+            if not (low < value < high or value == low and "[" in limits or value == high and "]" in limits):
+                fail(f"--{name} {value} is out of range: it must be in {limits}")
+    return vars(given)
 
 
 # `tuned` comes before the table TUNED, whose values nobody has tried at other sizes.
@@ -211,16 +192,10 @@ PRESETS = {
                          "rotational_adamw": dict(lr=5e-4, weight_decay=0.4, beta1=0.9, beta2=0.98)}),
 }
 
-# Tuned for the main job (the cpu preset on numbers), which is easier on optimizers than language is: the values of
-# nanogpt_train.py with another lr. That of each NAME was swept in octaves around what a small search by hand had found,
-# further where the best lay at the edge; one seed, by validation loss, the test set untouched by the choice:
-#     python sweep.py --script translate_train.py --metric val_loss --grid opt=NAME lr=1e-3,2e-3,4e-3 \
-#         --fixed "steps=1000 beam=1"
-# (The best lr of rotational_sgd and of rotational_rf_rmsprop is still the smallest tried, by less than 0.001.)
-# max_dim: the Shampoos keep a diagonal for the vocabulary, whose matrix would take most of their time. modular_lion
-# wants a shorter memory than lion: with betas (0.9, 0.99) it reached BLEU 36 (with a long warmup 86), with these 99.
-# Those of the three muon are the best of 4, 3 and 3 runs of 500 steps, on grids of lr, weight_decay, adamw_lr_scale; the
-# best lr of modular_muon is the smallest tried.
+# Tuned for the cpu preset on numbers, one seed, by validation loss. The lr of each NAME was swept in octaves:
+#     python sweep.py --script translate_train.py --metric val_loss --grid opt=NAME lr=1e-3,2e-3 --fixed "beam=1"
+# The other numbers are those of nanogpt_train.py. With max_dim the Shampoos keep a diagonal for the vocabulary, whose
+# matrix would take most of their time. modular_lion with betas (0.9, 0.99) reached BLEU 36, with these 99.
 TUNED = {}
 for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
         ("sgd", (0.2, 1e-4), (0.25, 1.2e-4), (0.08, 0.0), dict(momentum=0.9)),
@@ -246,55 +221,36 @@ TUNED["modular_lion"]["beta2"] = 0.9
 
 
 def settle(given):
-    """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper.
-    What depends on the training set is left to settle_by_data."""
+    """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper."""
     device = pick_device(given.get("device"))
     name = given.get("preset", "cpu")
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
     chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
     s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
-    kind = optim.OPTIMIZERS.get(s.opt) or fail(
-        f"--opt {s.opt}: did you mean {nearest(s.opt, optim.OPTIMIZERS)!r}? (README.md lists them all)")
+    try:
+        kind = optim.find_optimizer(s.opt)
+    except ValueError as error:
+        fail(error)
 
     said, tuned = said_by_hand(given), preset.get("tuned", {})
-    takes = {key: x for key, x in kind.takes().items() if key not in optim.PER_GROUP | {"compile"}}
-    takes |= zip(("beta1", "beta2"), takes.pop("betas", ()))
-    for key in said.keys() - takes.keys():
-        fail(f"{s.opt} takes no {key}; it takes {', '.join(takes)}")
     s.lr_from = ("given" if "lr" in said else f"preset {name}" if s.opt in tuned else
                  "tuned for preset cpu" if s.opt in TUNED else "default of its class, tuned by nobody")
-    s.hyper = {key: takes[key] for key in ("lr", "beta1", "beta2") if key in takes}
-    s.hyper |= tuned.get(s.opt, TUNED.get(s.opt, {})) | said
+    s.hyper = {"lr": kind.takes()["lr"]} | tuned.get(s.opt, TUNED.get(s.opt, {})) | said
 
     if s.gains is None:
         s.gains = kind.geometry is optim.ROTATIONAL
+    if "warmup" not in given:
+        s.warmup = min(s.warmup, s.steps // 2)      # a preset's warmup, in a much shorter run
     s.save_every = s.save_every or s.eval_every
     if s.compile is None:
         s.compile = device == "cuda"                # compiling for a CPU takes half a minute
     if s.dtype is None:                             # older GPUs have bfloat16, but only emulate it
         native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         s.dtype = "bfloat16" if native else "float32"
-    words = ["translate", s.opt, short_name(s.data), *given.get("opt_kwargs", [])]
+    words = ["translate", s.opt, pathlib.Path(s.data).name, *given.get("opt_kwargs", [])]
     words += [f"{key}={value}" for key, value in given.items() if key not in ASIDE | {"opt", "data", "opt_kwargs"}]
     s.out_dir = s.out_dir or "out/" + re.sub(r"[^\w.=+-]", "_", "-".join(words))
     return s
-
-
-def settle_by_data(s, given, train):
-    """What depends on the training set: the steps of --epochs, the warmup, a root-free batch_size."""
-    if s.epochs:
-        s.steps = s.epochs * len(train.sizes)
-    if s.warmup >= s.steps and "warmup" in given:
-        fail(f"--warmup {s.warmup} leaves nothing of {s.steps} steps: make it smaller")
-    s.warmup = s.warmup if s.warmup < s.steps else s.steps // 10        # a preset's warmup, in a much shorter run
-    if "batch_size" in optim.find_optimizer(s.opt).takes():
-        # Over how many tokens the loss is a mean. That varies from batch to batch; the formula knows one number.
-        s.hyper.setdefault("batch_size", round(train.tokens_per_batch))
-
-
-def short_name(data):
-    """What to call files made of --data: corpus/train is "corpus", which says more than "train"."""
-    return pathlib.Path(data).parent.name or pathlib.Path(data).name
 
 
 def said_by_hand(given):
@@ -316,10 +272,8 @@ def resumed(given):
     unless it is the length, the dtype or one of ASIDE."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
-    length = {"steps", "epochs"}                    # where one is given, the other no longer counts
     s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
-                              | dict.fromkeys(length if given.keys() & length else ())
-                              | {key: given[key] for key in given.keys() & (ASIDE | length | {"dtype"})})
+                              | {key: given[key] for key in given.keys() & (ASIDE | {"steps", "dtype"})})
     s.out_dir, s.device = out_dir, pick_device(s.device)
     other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
     for key in other + [key for key in said if s.hyper.get(key) != said[key]]:
@@ -534,46 +488,29 @@ def numbers(part):
 # ---- Data, 2: texts. -> {"train": [(German, English), ...], "valid": ..., "test": ...} -------------------------------
 
 MULTI30K = "https://raw.githubusercontent.com/multi30k/dataset/master/data/task1/raw/"
-MULTI30K_FILES = {
-    "train.de.gz": "sha256:726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6",
-    "train.en.gz": "sha256:d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f",
-    "val.de.gz": "sha256:f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a",
-    "val.en.gz": "sha256:14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28",
-    "test_2016_flickr.de.gz": "sha256:9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8",
-    "test_2016_flickr.en.gz": "sha256:611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"}
-IWSLT14 = ("https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz", "md5:10936dfdf616504ddbd844e91b94ef4a")
+MULTI30K_FILES = (                                  # there, here, sha256
+    ("train.de.gz", "train.de.gz", "726e39b2fa9eb9ffb6dc763fb35a179f80fae06ffc5d28b6ace5faa883de28a6"),
+    ("train.en.gz", "train.en.gz", "d79cfa999dd4c51d2cb42499b6796d5a882c3a8a961923c25a898c90f8bbd56f"),
+    ("val.de.gz", "valid.de.gz", "f0cba2f995189cf5770f29a8a9a537a3ad3f51657ad873405082ff6863a5e75a"),
+    ("val.en.gz", "valid.en.gz", "14f7d25ddd868909a9213e361768460edcacdd6ab9d1e77b92560dc10c10dc28"),
+    ("test_2016_flickr.de.gz", "test.de.gz", "9204244e408ccb38d2a55cfcd344df15005fc42a07a6e55ca6c52b6ababb8cc8"),
+    ("test_2016_flickr.en.gz", "test.en.gz", "611d361c6334bc7246101d48097c13cf5c4413c5befc793cc629934359d532d9"))
+IWSLT14 = "https://dl.fbaipublicfiles.com/fairseq/data/iwslt14/de-en.tgz"
+IWSLT14_MD5 = "10936dfdf616504ddbd844e91b94ef4a"
 
 
-def download(url, checksum, path):
-    """Fetch url to path, unless it is there: beside it, checked, then renamed. checksum: "sha256:..." or so."""
-    by_hand = f"Fetch it by hand and put it at {path} (--data_dir), or use --data numbers, which needs none"
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")       # two may fetch it at once
+def download(url, sha256, path):
+    """Fetch url to path, unless it is there. It is checked before it counts."""
     try:
-        if path.exists():
-            if file_checksum(path, checksum) != checksum:
-                fail(f"{path} is not the file that {url} should give: delete it, then start again")
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        request = urllib.request.Request(url, headers={"User-Agent": SCRIPT})
-        with urllib.request.urlopen(request, timeout=60) as reply, open(part, "wb") as file, \
-                tqdm.wrapattr(reply, "read", total=reply.length, desc=path.name) as body:
-            shutil.copyfileobj(body, file)
-        if file_checksum(part, checksum) != checksum:
-            fail(f"{url} did not give the expected file ({checksum}). {by_hand}")
-        os.replace(part, path)
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, path, sha256)
+        elif sha256 and hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            fail(f"{path} is not the file that {url} should give: delete it, then start again")
         return path
-    except (OSError, http.client.HTTPException) as error:           # no network, no such file, no HTTP, ...
-        fail(f"cannot download {url}: {' '.join(str(getattr(error, 'reason', error)).split())}. {by_hand}")
-    finally:                                        # also after Ctrl-C
-        with contextlib.suppress(OSError):
-            part.unlink()
-
-
-def file_checksum(path, like):
-    """The checksum of a file, of the same kind as `like`, which begins with the kind and a colon."""
-    kind = like.partition(":")[0]
-    with open(path, "rb") as file:
-        return f"{kind}:{hashlib.file_digest(file, kind).hexdigest()}"
+    except (OSError, RuntimeError, http.client.HTTPException) as error:    # no network, no such file, another file, ...
+        fail(f"cannot download {url}: {' '.join(str(error).split())}. Fetch it by hand and put it at {path} "
+             "(--data_dir), or use --data numbers, which needs none")
 
 
 def sentence(text):
@@ -594,38 +531,21 @@ def sentences(data, where):
     return [sentence(line) for line in text.removesuffix("\n").split("\n")] if text else []
 
 
-def find_file(prefix, language):
-    """PREFIX.de or PREFIX.de.gz, whichever there is; None if neither."""
-    paths = (pathlib.Path(f"{prefix}.{language}{ending}") for ending in ("", ".gz"))
-    return next((path for path in paths if path.is_file()), None)
-
-
 def read_pairs(prefix):
     """The line-aligned files PREFIX.de and PREFIX.en, or their .gz -> pairs."""
     sides = []
     for language in ("de", "en"):
-        path = find_file(prefix, language) or fail(f"there is no {prefix}.{language} nor {prefix}.{language}.gz")
+        path = pathlib.Path(f"{prefix}.{language}")
         try:
-            with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-                sides.append(sentences(file.read(), path))
-        except (OSError, EOFError, zlib.error) as error:        # no permission; not a gzip file, or half of one
-            fail(f"cannot read {path}: {getattr(error, 'strerror', None) or error}")
-    if not len(sides[0]) == len(sides[1]) > 0:
-        fail(f"{prefix}.de has {len(sides[0])} lines, {prefix}.en has {len(sides[1])}: line n of one must translate "
-             "line n of the other")
-    empty = [n for n, pair in enumerate(zip(*sides), start=1) if not all(pair)]
-    if empty:
-        fail(f"{prefix}, line {empty[0]}: empty, as {len(empty) - 1} more: take these pairs out of both files")
+            data = path.read_bytes() if path.exists() else gzip.decompress(
+                path.with_name(f"{path.name}.gz").read_bytes())
+        except (OSError, EOFError, zlib.error) as error:        # no such file; not a gzip file, or half of one
+            fail(f"cannot read {path} nor {path}.gz: {error}")
+        sides.append(sentences(data, path))
+    empty = [n for n, pair in enumerate(itertools.zip_longest(*sides), start=1) if not all(pair)]
+    if empty or not sides[0]:
+        fail(f"{prefix}, line {(empty or [1])[0]}: empty in one language. Line n of {prefix}.de must translate line n of .en")
     return list(zip(*sides))
-
-
-def beside(train, names):
-    """Where the validation or test set of a corpus is: the first of these names in the folder of its training set."""
-    for name in names:
-        if find_file(prefix := pathlib.Path(train).parent / name, "de"):
-            return prefix
-    fail(f"beside {train}.de there is none of {', '.join(f'{name}.de' for name in names)} (or .gz): "
-         + ("one is needed for validation" if "valid" in names else "name the test set with --test PREFIX"))
 
 
 def iwslt14(data_dir):
@@ -633,7 +553,9 @@ def iwslt14(data_dir):
     long in one language; every 23rd pair is for validation, five sets of talks for the test. The recipe counts words
     and trains on text after Moses' tokenizer. Here a regular expression counts words, and the text stays as it is,
     since byte pairs need no tokenizer. So BLEU is on other words than in papers that follow the recipe."""
-    path, pairs = download(*IWSLT14, data_dir / "iwslt14-de-en.tgz"), {"train": [], "valid": [], "test": []}
+    path, pairs = download(IWSLT14, None, data_dir / "iwslt14-de-en.tgz"), {"train": [], "valid": [], "test": []}
+    if hashlib.md5(path.read_bytes()).hexdigest() != IWSLT14_MD5:
+        fail(f"{path} is not the file that {IWSLT14} should give: delete it, then start again")
     tests = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
     with tarfile.open(path) as archive:
         train, *tests = ([sentences(archive.extractfile(f"de-en/{name.format(language)}").read(), path)
@@ -656,22 +578,19 @@ def iwslt14(data_dir):
 
 def load_corpus(name, data_dir, test):
     """--data and --test -> the pairs of train, valid and test."""
-    data_dir = pathlib.Path(data_dir)
+    folder, parts = pathlib.Path(name), ("train", "valid", "test")
     if name == "numbers":
-        pairs = {part: numbers(part) for part in NUMBERS}
-    elif name == "multi30k":
-        for file, checksum in MULTI30K_FILES.items():
-            download(MULTI30K + file, checksum, data_dir / "multi30k" / file)
-        parts = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
-        pairs = {part: read_pairs(data_dir / "multi30k" / file) for part, file in parts.items()}
+        pairs = {part: numbers(part) for part in parts}
     elif name == "iwslt14":
-        pairs = iwslt14(data_dir)
-    elif find_file(name, "de") or find_file(name, "en"):
-        pairs = {"train": read_pairs(name), "valid": read_pairs(beside(name, ("valid", "val", "dev")))}
-        if not test:
-            pairs["test"] = read_pairs(beside(name, ("test", "test_2016_flickr")))
+        pairs = iwslt14(pathlib.Path(data_dir))
     else:
-        fail(f"--data {name}: there is no {name}.de; the data sets are numbers, multi30k, iwslt14")
+        if name == "multi30k":
+            folder = pathlib.Path(data_dir) / name
+            for there, here, sha256 in MULTI30K_FILES:
+                download(MULTI30K + there, sha256, folder / here)
+        elif not folder.is_dir():
+            fail(f"--data {name}: there is no such folder; the data sets are numbers, multi30k, iwslt14")
+        pairs = {part: read_pairs(folder / part) for part in parts[:2 if test else 3]}
     return pairs | ({"test": read_pairs(test)} if test else {})
 
 
@@ -776,14 +695,13 @@ class Batches:
     """Token ids of one part of the data, in batches of pairs sorted by length. In every epoch pairs of exactly the same
     lengths trade places and the batches come in another order, so there are as many batches, of the same sizes.
 
-    Args     pairs: of strings; max_tokens: of a batch, in each language, padding counted; batch_size: most pairs, None
+    Args     pairs: of strings; max_tokens: of a batch, in each language, padding counted
     Holds    source[i]: ids and end; target[i]: begin, ids and end; sizes: how many pairs are in each batch
-             padding: share of what a batch holds that is only there to make it rectangular, both languages together
              too_long: how many pairs are longer than a batch may be; they are left out
              tokens_per_batch: English tokens of the mean batch, padding left out
     """
 
-    def __init__(self, pairs, bpe, max_tokens, batch_size=None):
+    def __init__(self, pairs, bpe, max_tokens):
         self.pad = bpe.pad
         sources, targets = (bpe.encode(side) for side in zip(*pairs))
         self.source = [torch.tensor([*ids, bpe.end]) for ids in sources]
@@ -795,13 +713,12 @@ class Batches:
         for pair in self.lengths[self.order()]:
             grown = np.maximum(shapes[-1], pair) if shapes else pair
             size = self.sizes[-1] + 1 if shapes else math.inf
-            if size <= (batch_size or math.inf) and size * grown.max() <= max_tokens:
+            if size * grown.max() <= max_tokens:
                 self.sizes[-1], shapes[-1] = size, grown
             else:
                 self.sizes.append(1)
                 shapes.append(pair)
         if self.sizes:
-            self.padding = 1 - self.lengths.sum() / (np.array(self.sizes) @ np.sum(shapes, axis=1))
             self.tokens_per_batch = self.lengths[:, 1].sum() / len(self.sizes)
 
     def order(self, rng=None):
@@ -874,13 +791,9 @@ def bleu(hypotheses, references):
 
 # ---- Model: Transformer. Shapes: B sentences, S source and T target tokens each, C = n_embd, H heads, V tokens in all
 
-
 class Linear(nn.Linear):
-    """nn.Linear, with a learnable gain per output neuron if asked for:  y = (gain * W) x + b.
-
-    A rotational optimizer keeps every row of W at the norm it started with; the gain can still make the neuron louder.
-    It multiplies W, not y: the same function, but W is the smaller of the two.
-    """
+    """nn.Linear, with a learnable gain per output neuron if asked for:  y = (gain * W) x + b.  A rotational optimizer
+    keeps the norm of every row of W. The gain can still make the neuron louder."""
 
     def __init__(self, n_in, n_out, bias, gain):
         super().__init__(n_in, n_out, bias=bias)
@@ -1114,11 +1027,9 @@ def write(path, data):
 
 
 def append(path, record):
-    """One line of JSON more, on the disk when this returns."""
+    """One line of JSON more."""
     with open(path, "a") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def lock(folder, flag, wait=False):
@@ -1138,18 +1049,16 @@ def lock(folder, flag, wait=False):
 def start_files(out_dir, s, ckpt):
     """Write config.json, and log.jsonl as it was before the evaluation at the checkpoint, which comes again. A new run
     replaces an old one, unless that is finished and has other settings."""
-    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", ""
-    lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", []
+    lines = log.read_text().splitlines() if log.exists() else []
     if ckpt:
         for line in lines:
-            with contextlib.suppress(ValueError, TypeError, KeyError):       # cut short by a kill, or edited
-                record = json.loads(line)
-                if record["step"] < ckpt["step"] + ("rotation" in record):      # one of that step came before it
-                    kept += line + "\n"
+            with contextlib.suppress(ValueError):   # cut short by a kill
+                kept += [line + "\n"] if json.loads(line)["step"] < ckpt["step"] else []
     else:
         if lines and '"final"' in lines[-1]:
-            old = json.loads(config.read_text()) if config.exists() else {}
-            old, new = old | old.get("hyper", {}), vars(s) | s.hyper
+            old = json.loads(config.read_text())
+            old, new = old | old["hyper"], vars(s) | s.hyper
             other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
             if other:
                 fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
@@ -1157,7 +1066,7 @@ def start_files(out_dir, s, ckpt):
         for name in ("ckpt.pt", "hypotheses.en"):   # an older run's must not be taken for this one's
             (out_dir / name).unlink(missing_ok=True)
     write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
-    write(log, kept.encode())
+    write(log, "".join(kept).encode())
 
 
 def save(path, s, model, optimizer, bar, **progress):
@@ -1172,37 +1081,16 @@ def save(path, s, model, optimizer, bar, **progress):
 
 
 def load_checkpoint(path):
-    if not path.exists():
-        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     try:
-        with warnings.catch_warnings(action="ignore"):          # torch's thoughts on foreign files
-            ckpt = torch.load(path, map_location="cpu", weights_only=True)
-        config = ckpt["config"]
-        good = [ckpt["script"] == SCRIPT, 0 <= ckpt["step"] == int(ckpt["step"]), ckpt["seconds"] >= 0,
-                math.isfinite(sum(ckpt["losses"])), config["opt"] in optim.OPTIMIZERS, config["hyper"]["lr"] >= 0,
-                config["lr_from"],
-                not zipfile.ZipFile(path).testzip()]            # torch.load compares no checksums
-        for key in LIMITS.keys() - HYPER - COMMAND:             # edited by hand, or of an older version of this script
-            good.append(config[key] == getattr(Settings, key) or config[key] == convert(key, config[key]))
-        if not all(good):
+        ckpt = torch.load(path, map_location="cpu", weights_only=True)
+        damaged = zipfile.ZipFile(path).testzip()   # torch.load compares no checksums
+        if damaged or ckpt["script"] != SCRIPT or not LIMITS.keys() - HYPER <= ckpt["config"].keys():
             raise ValueError
         return ckpt | {"bpe": BytePairs(ckpt["bpe"])}
+    except FileNotFoundError:
+        fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     except Exception:                               # torch.load raises half a dozen kinds, by what is broken
-        fail(f"{path} is not a whole checkpoint of this script as it is now: name another --out_dir, or delete it and "
-             "start again")
-
-
-def restore(ckpt, s, model, optimizer=None):
-    """Put the weights and the optimizer's state back. -> steps done, seconds, losses since the last evaluation."""
-    if optimizer and s.steps < ckpt["step"]:
-        fail(f"--steps {s.steps}: {s.out_dir} has done {ckpt['step']} steps already, give at least as many")
-    try:
-        model.load_state_dict(ckpt["model"])
-        if optimizer:
-            optimizer.load_state_dict(ckpt["optimizer"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        fail(f"{s.out_dir}/ckpt.pt does not fit its own settings ({type(error).__name__}): start without --resume")
-    return ckpt["step"], ckpt["seconds"], ckpt["losses"]
+        fail(f"{path} is not a whole checkpoint of this script as it is now: name another --out_dir, or delete it")
 
 
 def diverged(what, step, bar, s):
@@ -1232,21 +1120,15 @@ def make_model(s, bpe):
 
 
 def make_optimizer(s, model):
-    hyper = dict(s.hyper)
-    if "beta1" in hyper:
-        hyper["betas"] = hyper.pop("beta1"), hyper.pop("beta2")
+    hyper, takes = dict(s.hyper), optim.OPTIMIZERS[s.opt].takes()
+    if "betas" in takes:
+        hyper["betas"] = tuple(hyper.pop(f"beta{i}", default) for i, default in enumerate(takes["betas"], start=1))
     if "dtype" in hyper:                            # a word, as in --opt_kwargs dtype=bfloat16
         hyper["dtype"] = getattr(torch, str(hyper["dtype"]), hyper["dtype"])
     try:
-        return optim.build(s.opt, model, compile=s.compile, **hyper)
+        return optim.build(s.opt, model, compile=bool(s.compile), **hyper)
     except (ValueError, TypeError) as error:        # a value out of its range
         fail(error)
-
-
-def set_up_gpu(s):
-    # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
-    torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
-    torch.backends.cuda.enable_cudnn_sdp(False)     # cuDNN's attention makes a plan for every shape: most batches
 
 
 @torch.no_grad()
@@ -1274,16 +1156,6 @@ def gradients(network, batch, s, autocast):
     return loss.detach()
 
 
-def read_losses(pending, step, bar, s):
-    """The losses of the last steps, still on the device -> floats. It waits for the GPU."""
-    losses = torch.stack(pending).float().tolist()
-    for number, loss in enumerate(losses, start=step - len(losses) + 1):
-        if not math.isfinite(loss):
-            diverged(f"the loss is {loss}", number, bar, s)
-    bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-    return losses
-
-
 def rotation_record(step, optimizer, probe):
     """What the probe measured, as a line of log.jsonl. Where theory says nothing there is null."""
     rows = {row.pop("name"): {key: x if math.isfinite(x) else None for key, x in row.items()} for row in probe.rows}
@@ -1304,22 +1176,19 @@ def translate_text(s, ckpt, autocast):
     data = sys.stdin.buffer.read() if s.translate == "-" else s.translate.encode("utf-8", "surrogatepass")
     lines = sentences(data, "standard input" if s.translate == "-" else "--translate")
     model = make_model(s, ckpt["bpe"]).to(s.device)
-    restore(ckpt, s, model)
+    model.load_state_dict(ckpt["model"])
     for line in translate(model, ckpt["bpe"], lines, s, autocast):
         print(line)
 
 
 def main():
     given = parse()
-    for pair in SAID_TWICE:
-        if pair <= given.keys():
-            fail(f"--{' and --'.join(sorted(pair))} say the same thing: give one of them")
-    s, ckpt = resumed(given) if given.keys() & {"resume", "translate"} else (settle(given), None)
-    if s.eval_only and (s.translate or not ckpt):
-        fail("--eval_only is for --resume, without --translate: it translates the test set with a trained model")
+    s, ckpt = resumed(given) if given.get("resume") or given.get("translate") else (settle(given), None)
     out_dir = pathlib.Path(s.out_dir)
     if s.device == "cuda":
-        set_up_gpu(s)
+        # TF32 where autocast leaves float32; but Shampoo's matrices need all of float32's digits
+        torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for every shape: most batches
     autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
     if s.translate:
         return translate_text(s, ckpt, autocast)
@@ -1329,63 +1198,66 @@ def main():
     fingerprint = hashlib.sha256(json.dumps([pairs["train"], pairs["valid"]]).encode()).hexdigest()
     if ckpt and fingerprint != ckpt["fingerprint"]:
         fail(f"--data {s.data} is not the text that this run began with: bring it back, or start without --resume")
-    bpe = ckpt["bpe"] if ckpt else byte_pairs_of(pairs["train"], s.vocab, s.data_dir, short_name(s.data))
-    train, valid = (Batches(pairs[part], bpe, s.max_tokens, s.batch_size) for part in ("train", "valid"))
+    bpe = ckpt["bpe"] if ckpt else byte_pairs_of(pairs["train"], s.vocab, s.data_dir, pathlib.Path(s.data).name)
+    train, valid = (Batches(pairs[part], bpe, s.max_tokens) for part in ("train", "valid"))
     for part, batches in (("training", train), ("validation", valid)):
         if not batches.sizes:
             fail(f"none of the {part} pairs is short enough for --max_tokens {s.max_tokens}: make it larger")
         if batches.too_long:
             print(f"{batches.too_long} {part} pairs are longer than --max_tokens {s.max_tokens} and left out")
-    settle_by_data(s, given, train)
+    if "batch_size" in optim.OPTIMIZERS[s.opt].takes():         # over how many tokens the loss is a mean
+        s.hyper.setdefault("batch_size", round(train.tokens_per_batch))
 
     # ---- model and optimizer
     torch.manual_seed(s.seed)
     model = make_model(s, bpe).to(s.device)
     optimizer = make_optimizer(s, model)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, spent, losses = restore(ckpt, s, model, optimizer) if ckpt else (0, 0.0, [])
+    step, spent, losses = 0, 0.0, []                # losses: of every step since the last evaluation, on the device
+    if ckpt:
+        model.load_state_dict(ckpt["model"])
+        optimizer.load_state_dict(ckpt["optimizer"])
+        step, spent, losses = ckpt["step"], ckpt["seconds"], list(torch.tensor(ckpt["losses"], device=s.device))
+        if s.steps < step:
+            fail(f"--steps {s.steps}: {out_dir} has done {step} steps already, give at least as many")
     probe = optim.RotationProbe(optimizer)
     network = torch.compile(model, dynamic=True) if s.compile else model       # batches come in many shapes
     hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
     print(f"{s.opt} ({hyper}; lr: {s.lr_from}) on {s.data}: {' + '.join(f'{len(part):,}' for part in pairs.values())} "
           f"pairs, {len(train.sizes)} batches of {train.tokens_per_batch:,.0f} English tokens, "
-          f"{100 * train.padding:.1f} % padding, vocabulary {bpe.n_vocab}; Transformer with "
+          f"vocabulary {bpe.n_vocab}; Transformer with "
           f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s.gains else ''}; {s.device}, "
           f"{s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
     if s.bench:
-        return bench(network, optimizer, train, s, autocast)
+        batch = train.get(train.epoch([s.seed, 0])[0], s.device)
+        return bench((batch[2] != bpe.pad).sum().item(), "English tokens", optimizer=optimizer.step,
+                     forward_and_backward=lambda: gradients(network, batch, s, autocast))
 
     # ---- files, signals
-    if not s.eval_only:
-        only_one = lock(out_dir, "--out_dir")       # held until the process ends
-        start_files(out_dir, s, ckpt)
-        write(out_dir / "bpe.json", json.dumps(bpe.tokens).encode())
-    stopped_by = catch_signals() if not s.eval_only else []
+    only_one = lock(out_dir, "--out_dir")           # held until the process ends
+    start_files(out_dir, s, ckpt)
+    stopped_by = catch_signals()
 
-    # ---- the loop: evaluate and save where it is time to, then take a step. pending: losses still on the device
-    start, began, pending = step, time.time() - spent, []
+    # ---- the loop: evaluate and save where it is time to, then take a step
+    start, began = step, time.time() - spent
     with tqdm(total=s.steps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while True:
             last, leave = step == s.steps, bool(stopped_by)
-            evaluate_now = last or s.eval_only or step % s.eval_every == 0
-            save_now = last or step % s.save_every == 0
-            if pending and (evaluate_now or save_now or leave or step % 10 == 0):
-                losses, pending = losses + read_losses(pending, step, bar, s), []
+            evaluate_now = last or step % s.eval_every == 0
             if evaluate_now:
                 val_loss = evaluate(model, valid, s, autocast, stopped_by)
                 leave = val_loss is None
                 if not (leave or math.isfinite(val_loss)):
                     diverged(f"the validation loss is {val_loss}", step, bar, s)
-            if s.eval_only:
-                break
-            if save_now or leave:
-                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, losses=losses, fingerprint=fingerprint,
-                     seconds=time.time() - began, bpe=bpe.tokens)
+            if last or leave or step % s.save_every == 0:
+                save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, seconds=time.time() - began,
+                     losses=[loss.tolist() for loss in losses], fingerprint=fingerprint, bpe=bpe.tokens)
             if evaluate_now and not leave:
                 record = {"step": step, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
                 if losses:
-                    record |= {"train_loss": sum(losses) / len(losses), "tokens": round(step * train.tokens_per_batch)}
+                    record |= {"train_loss": torch.stack(losses).mean().item(),
+                               "tokens": round(step * train.tokens_per_batch)}
                     bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
                               f"{record['seconds']:6.1f} s", file=sys.stdout)
                 append(out_dir / "log.jsonl", record)
@@ -1400,18 +1272,23 @@ def main():
                 torch.manual_seed(int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0]))
             epoch, i = divmod(step, len(train.sizes))
             batches = train.epoch([s.seed, epoch]) if i == 0 or step == start else batches
-            pending.append(gradients(network, train.get(batches[i], s.device), s, autocast))
+            losses.append(gradients(network, train.get(batches[i], s.device), s, autocast))
+            if step % 10 == 0:                      # not oftener: it waits for the device
+                loss = losses[-1].item()
+                if not math.isfinite(loss):
+                    diverged(f"the loss is {loss}", step + 1, bar, s)
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             if s.grad_clip:
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
-            measure = s.track and (step + 1) % s.track == 0 and step + 1 < s.steps          # the last lr is ~0
+            measure = s.track and step and step % s.track == 0
             if measure:
                 probe.measure_next_step()
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            bar.update()
             if measure:
                 append(out_dir / "log.jsonl", rotation_record(step, optimizer, probe))
+            step += 1
+            bar.update()
 
     # ---- the result
     if leave:
@@ -1421,7 +1298,7 @@ def main():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)       # all is saved: nothing to wait for any more
     record = {"step": step, "val_loss": val_loss, "seconds": round(time.time() - began, 3)}
-    result(model, bpe, pairs["test"], s, autocast, record | {"padding": round(train.padding, 4)})
+    result(model, bpe, pairs["test"], s, autocast, record)
 
 
 def result(model, bpe, pairs, s, autocast, record):
@@ -1429,10 +1306,9 @@ def result(model, bpe, pairs, s, autocast, record):
     began, out_dir = time.time(), pathlib.Path(s.out_dir)
     hypotheses = translate(model, bpe, [de for de, _ in pairs], s, autocast)
     seconds, score = time.time() - began, bleu(hypotheses, [en for _, en in pairs])
-    if not s.eval_only:
-        write(out_dir / "hypotheses.en", "".join(line + "\n" for line in hypotheses).encode())
-        append(out_dir / "log.jsonl", record | {"bleu": score, "beam": s.beam, "length_penalty": s.length_penalty,
-                                                "decode_seconds": round(seconds, 3), "final": True})
+    write(out_dir / "hypotheses.en", "".join(line + "\n" for line in hypotheses).encode())
+    append(out_dir / "log.jsonl", record | {"bleu": score, "beam": s.beam, "length_penalty": s.length_penalty,
+                                            "decode_seconds": round(seconds, 3), "final": True})
     for i in random.Random(s.seed).sample(range(len(pairs)), min(10, len(pairs))):
         de, en = pairs[i]
         print(f"  {de}\n  -> {hypotheses[i]}" + ("" if hypotheses[i] == en else f"\n     (reference: {en})"))
@@ -1441,27 +1317,13 @@ def result(model, bpe, pairs, s, autocast, record):
           f"{out_dir}")
 
 
-def bench(network, optimizer, train, s, autocast):
-    """Print how long a step takes, its forward and backward passes, and its optimizer: medians of 60 steps."""
-    first, times = train.epoch([s.seed, 0])[0], []
-    batch = train.get(first, s.device)
-    tokens = (batch[2] != train.pad).sum().item()
-    phases = (lambda: train.get(first, s.device), lambda: gradients(network, batch, s, autocast),
-              lambda: s.grad_clip and nn.utils.clip_grad_norm_(network.parameters(), s.grad_clip),
-              optimizer.step, optimizer.zero_grad)
-    wait = torch.cuda.synchronize if s.device == "cuda" else lambda: None
-    for _ in range(68):
-        marks = [time.perf_counter()]
-        for phase in phases:
-            phase()
-            wait()
-            marks.append(time.perf_counter())
-        times.append(np.diff(marks))
-    times = np.median(times[8:], axis=0)            # the first ones warm up
-    step, passes, update = times.sum(), times[1], times[3]
-    print(f"{tokens / step:,.0f} English tokens/s, {1e3 * step:.2f} ms a step: forward and backward "
-          f"{1e3 * passes:.2f}, optimizer {1e3 * update:.2f} ({100 * update / step:.1f} %), all that is not forward "
-          f"and backward {100 * (1 - passes / step):.1f} %")
+def bench(count, what, **parts):
+    """Print how long the parts of a step take: medians of some seconds each."""
+    timers = {name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in parts.items()}
+    ms = {name: 1e3 * timer.blocked_autorange(min_run_time=2).median for name, timer in timers.items()}
+    step = sum(ms.values())
+    print(f"{1e3 * count / step:,.0f} {what}/s, {step:.2f} ms a step: "
+          + ", ".join(f"{name} {t:.2f} ({t / step:.0%})" for name, t in ms.items()))
 
 
 if __name__ == "__main__":
