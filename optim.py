@@ -171,9 +171,9 @@ class Direction:
     decoupled = False       # True: decay shrinks the weight itself. False: decay goes through `update`
     by_entry = False        # True: an entry of d depends on the same entry of g alone, so large tensors may be cut
     turning_decay = False   # True: `update` wants the decay under the rotational geometry, too (adam)
-    applies = lambda self, p, group: True               # does the row take parameter p? If not, p takes the row
-    instead = None                                      # `instead`, with the hyperparameters for_others(h)
-    for_others = lambda self, h: h
+    applies = lambda self, p, group: True               # does the row take parameter p? (muon: matrices alone)
+    instead = None                                      # the row of the other parameters,
+    for_others = lambda self, h: h                      # and their hyperparameters
     scalars = lambda self, h, t: {}                     # numbers that depend on the step, for h
     objection = lambda self, h: None                    # what is wrong with a combination of hyperparameters, in words
     # These five predict where weight decay leads. Skip them until section 5.
@@ -313,8 +313,8 @@ class adamw(Average):
     Formula  m <- b1 m + (1-b1) g;   v <- b2 v + (1-b2) g^2
              d  = m / (1-b1^t)  /  (sqrt(v) / sqrt(1-b2^t) + eps)
     Shapes   all: the parameter's                   State   exp_avg = m = 0, exp_avg_sq = v = 0 at first
-    Units    d has none. Its entries have size 1 while gradients agree, and about kappa when gradients are noise. The
-             scale of the loss does not matter, until eps is felt
+    Units    d has none. Its entries have size 1 while gradients agree, and about kappa (section 5) when gradients are
+             noise. The scale of the loss does not matter, until eps is felt
     Source   [Adam], algorithm 1; equal to torch.optim.AdamW. ([AdamW]'s own decay is not multiplied by lr)
     """
     formula = "d = mean(g) / rms(g)"
@@ -397,8 +397,8 @@ class lion(Direction):
         return (1 - b1) ** 2 + b1**2 * (1 - b2) / (1 + b2)
 
     def contribution(self, h, sigma, C):
-        """sqrt(2 / (pi S)).  The sign is replaced by the line that fits it best: for a Gaussian x of RMS size s,
-        sign(x) ~ sqrt(2/pi) x/s. Here s = sqrt(S) sigma, and the c_j add up to 1, so sigma cancels."""
+        """sqrt(2 / (pi S)).  The sign is replaced by the line that fits it best: for a Gaussian x of RMS size r,
+        sign(x) ~ sqrt(2/pi) x/r. Here r = sqrt(S) sigma, and the c_j add up to 1, so sigma cancels."""
         return math.sqrt(2 / (math.pi * self.power(h)))
 
     def kappa(self, h):
