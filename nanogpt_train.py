@@ -16,18 +16,14 @@ A run writes config.json, ckpt.pt and log.jsonl under --out_dir. log.jsonl has o
     {"step": 550, "lr": ..., "rotation": {"blocks.0.up.weight": {"angle": ..., "norm": ...}, ...}}   every --track steps
 
 The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
-predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
-stopped by Ctrl-C or SIGTERM after saving. (Under torchrun a signal saves nothing. The run goes on from its last
-checkpoint.)
+predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is no number any more, 130 or 143 stopped
+by Ctrl-C or SIGTERM after saving (not under torchrun).
 
-The model is GPT-2 as in nanoGPT. With rotational optimizers every Linear has a learnable gain per output neuron, since
-their weights keep their norm. Modular optimizers train the GPT of the modular norm paper. References: Radford et al.
-2019 (GPT-2); Karpathy's nanoGPT, for sizes and spirit; Kosson et al. 2024 (Rotational Equilibrium); Large et al. 2024
-(Scalable Optimization in the Modular Norm).
+References: Radford et al. 2019 (GPT-2); Karpathy's nanoGPT, for sizes and spirit; Kosson et al. 2024 (Rotational
+Equilibrium); Large et al. 2024 (Scalable Optimization in the Modular Norm), whose GPT modular optimizers train.
 """
 import argparse
 import ast
-import contextlib
 import difflib
 import errno
 import hashlib
@@ -45,7 +41,6 @@ import signal
 import sys
 import tarfile
 import time
-import types
 import urllib.request
 import zipfile
 
@@ -154,7 +149,7 @@ def parse(argv=None):
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        near = ALIASES.get(name) or difflib.get_close_matches(name, LIMITS, 1, 0)[0]
+        near = ALIASES.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
         fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
     for name, value in vars(given).items():
         if value == "":
@@ -183,22 +178,20 @@ PRESETS = {
                  grad_accum=40, steps=5000, warmup=250, eval_every=250, eval_batches=100,
                  tuned={"adamw": dict(lr=4.8e-3, weight_decay=0.1, beta1=0.9, beta2=0.95),
                         "rotational_adamw": dict(lr=9.6e-3, weight_decay=0.1, beta1=0.9, beta2=0.95)}),
-    # Kosson et al. 2024, GPT on Wikitext-103: 84,480 tokens a step. The paper leaves embeddings without decay and
-    # evaluates on the test split. Here embeddings are decayed like every matrix, and the validation split is used.
+    # Kosson et al. 2024, GPT on Wikitext-103: 84,480 tokens a step. Unlike the paper we decay embeddings, and evaluate
+    # on the validation split.
     "wikitext": dict(data="wikitext", n_layer=12, n_head=12, n_embd=768, block_size=512, dropout=0.2, batch_size=55,
                      grad_accum=3, steps=15000, warmup=300, grad_clip=0.0, eval_every=250, eval_batches=24,
                      tuned={"adamw": dict(lr=5e-3, weight_decay=0.5, beta1=0.9, beta2=0.95),
                             "rotational_adamw": dict(lr=5e-3, weight_decay=0.5, beta1=0.9, beta2=0.95)}),
-    # Large et al. 2024, the GPT of the sweeps over width (--n_embd 32 to 1024) and depth (--n_layer 2 to 64), in
-    # float32. The best lr of modular_adam on OpenWebText was 2^-2 at every size.
+    # Large et al. 2024, the GPT of the sweeps over width (--n_embd 32 to 1024) and depth (--n_layer 2 to 64).
     "modular_gpt": dict(opt="modular_adam", data="shakespeare", n_layer=3, n_head=8, n_embd=128, block_size=128,
                         dropout=0.0, batch_size=128, steps=10000, warmup=0, schedule="linear", grad_clip=0.0,
                         eval_every=100, eval_batches=100, dtype="float32",
                         tuned={"modular_adam": dict(lr=0.25, beta1=0.9, beta2=0.99, weight_decay=0.0),
                                "modular_sgd": dict(lr=0.25, momentum=0.9, weight_decay=0.0)}),
 }
-# Tuned for the cpu preset on python_docs, one seed. The lr of each NAME was swept in octaves with a quarter of the
-# steps, and the best two were compared in full where it was close:
+# Tuned for the cpu preset on python_docs, one seed. The lr of each NAME was swept in octaves:
 #     python sweep.py --grid opt=NAME lr=1e-3,2e-3,4e-3,8e-3 --fixed "steps=500 warmup=50 eval_every=500"
 # The other numbers are by hand. For the rotational ones they give angles of 0.01 to 0.024.
 TUNED = {}
@@ -230,7 +223,7 @@ def settle(given):
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
     preset = preset | ({} if "preset" in given else {"data": Settings.data})       # nobody asked for a download
     chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
-    s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
+    s = argparse.Namespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
     try:
         kind = optim.find_optimizer(s.opt)
     except ValueError as error:
@@ -272,7 +265,7 @@ def said_by_hand(given):
     for pair in given.get("opt_kwargs", []):
         key, equals, text = pair.partition("=")
         if not equals or key in said:
-            fail(f"--opt_kwargs {pair}: " + (f"{key} is given twice, leave one out" if equals else "write KEY=VALUE"))
+            fail(f"--opt_kwargs {pair}: write KEY=VALUE, and give no KEY twice")
         try:
             said[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -285,8 +278,8 @@ def resumed(given):
     unless it is the length, the dtype or one of ASIDE."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
-    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
-                              | {key: given[key] for key in given.keys() & (ASIDE | {"steps", "dtype"})})
+    s = argparse.Namespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
+                           | {key: given[key] for key in given.keys() & (ASIDE | {"steps", "dtype"})})
     s.out_dir, s.device = out_dir, pick_device(s.device)
     other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
     for key in other + [key for key in said if s.hyper.get(key) != said[key]]:
@@ -308,15 +301,15 @@ SHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/data/
                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed")
 WIKITEXT = ("https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
             "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794")
-HUB = "https://huggingface.co/datasets/"            # states the sha256 of its large files in a header
+HUB = "https://huggingface.co/datasets/"
 TINYSTORIES = HUB + "roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4-{}.txt"
 OPENWEBTEXT = HUB + "Skylion007/openwebtext/resolve/main/subsets/urlsf_subset{:02d}.tar"        # 00 to 20
-LARGE = {"tinystories": TINYSTORIES, "wikitext": WIKITEXT[0], "openwebtext": OPENWEBTEXT}
+LARGE = ("tinystories", "wikitext", "openwebtext")  # do not fit in memory
 END = "<|endoftext|>"                               # GPT-2's mark between documents
 
 
 def download(url, sha256, path):
-    """Fetch url to path, unless it is there. It is checked before it counts. sha256=None: what the hub says."""
+    """Fetch url to path, unless it is there. It is checked before it counts. sha256=None: what Hugging Face says."""
     try:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -329,12 +322,12 @@ def download(url, sha256, path):
         return path
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:     # no network, another file, ...
         fail(f"cannot download {url}: {' '.join(str(error).split())}. Fetch it by hand and put it at {path} "
-             "(--data_dir), or use --data python_docs, which is here already")
+             "(--data_dir), or leave out --data: the default needs none")
 
 
 def openwebtext_documents(folder, validation):
     """Documents of OpenWebText, straight from the 21 archives (a tar of .xz files, each a tar of texts). Every 2000th
-    one is validation: 0.05 %, the share that nanoGPT holds out."""
+    one is for validation, as many as nanoGPT holds out."""
     count = 0
     for i in range(21):
         with tarfile.open(download(OPENWEBTEXT.format(i), None, folder / f"urlsf_subset{i:02d}.tar")) as outer:
@@ -425,39 +418,31 @@ def whole_words(pieces):
 
 def load_data(name, data_dir, tokenizer):
     """-> train and val, 1-D uint16 arrays mapped from files; the tokenizer; a hash of the text. The first run makes the
-    files, in a folder named by that hash. So no file is ever out of date."""
+    files. Their folder is named by that hash, so they are never out of date. It has this name only when it is whole."""
     data_dir = pathlib.Path(data_dir)
     text = name if name in LARGE else single_text(name, data_dir)
     if len(text) < 2:
         fail(f"--data {name} is empty: too few tokens")
     key = hashlib.sha256(f"{text} {tokenizer}".encode()).hexdigest()[:12]
     folder = data_dir / f"{pathlib.Path(name).stem}-{tokenizer}-{key}"
+    only_one = None if folder.exists() else lock(data_dir, "--data_dir", wait=True)         # another run may make them
     if not folder.exists():
-        make_token_files(folder, name, tokenizer)
+        unfinished, parts, chars = folder.with_name(f"{folder.name}.part"), ("train", "valid"), ""
+        unfinished.mkdir(exist_ok=True)
+        if tokenizer == "char":
+            pieces = (piece for part in parts for piece in read_part(name, part, data_dir))
+            chars = "".join(sorted(set().union(*pieces)))
+        codec = Characters(chars) if chars else GPT2Tokens()
+        for part in parts:
+            pieces = read_part(name, part, data_dir)
+            with open(unfinished / f"{part}.bin", "wb") as file:
+                for piece in tqdm(pieces if chars else whole_words(pieces), desc=f"tokens, {part}", delay=2):
+                    file.write(np.array(codec.encode(piece), np.uint16).tobytes())
+        (unfinished / "chars.txt").write_bytes(chars.encode())
+        os.rename(unfinished, folder)
     train, val = (np.memmap(folder / f"{part}.bin", np.uint16, "r") for part in ("train", "valid"))
     codec = GPT2Tokens() if tokenizer == "gpt2" else Characters((folder / "chars.txt").read_bytes().decode())
     return train, val, codec, key
-
-
-def make_token_files(folder, name, tokenizer):
-    """Tokenize both parts into FOLDER.part, and rename it when all is there. An interrupted folder keeps its .part
-    name, so it is never mistaken for a finished one. Of several processes that come here at once, all but one wait."""
-    only_one = lock(folder.parent, "--data_dir", wait=True)         # until we return or die
-    if folder.exists():
-        return
-    own, parts, chars = folder.with_name(f"{folder.name}.part"), ("train", "valid"), ""
-    own.mkdir(exist_ok=True)
-    if tokenizer == "char":
-        pieces = (piece for part in parts for piece in read_part(name, part, folder.parent))
-        chars = "".join(sorted(set().union(*pieces)))
-    codec = Characters(chars) if chars else GPT2Tokens()
-    for part in parts:
-        pieces = read_part(name, part, folder.parent)
-        with open(own / f"{part}.bin", "wb") as file:
-            for piece in tqdm(pieces if chars else whole_words(pieces), desc=f"tokens, {part}", delay=2):
-                file.write(np.array(codec.encode(piece), np.uint16).tobytes())
-    (own / "chars.txt").write_bytes(chars.encode())
-    os.rename(own, folder)
 
 
 def get_windows(data, rng, count, s):
@@ -469,7 +454,7 @@ def get_windows(data, rng, count, s):
     return windows.to(s.device, non_blocking=s.device == "cuda")
 
 
-# ---- Model: GPT-2. Shapes: B sequences, T tokens each, C = n_embd, H heads, V tokens in the vocabulary --------------
+# ---- Models. Shapes: B sequences, T tokens each, C = n_embd, H heads, V tokens in the vocabulary --------------------
 
 
 class Linear(nn.Linear):
@@ -515,7 +500,18 @@ class Block(nn.Module):
         return x + self.dropout(self.down(F.gelu(self.up(self.norm2(x)))))
 
 
-class GPT(nn.Module):
+class Model(nn.Module):
+    """What all three have in common. self.hidden(x): what the head reads, (B, T, C)."""
+
+    def forward(self, x, y=None):
+        """x, y: (B, T) tokens -> logits of the last token (B, V) without y; with y the mean cross-entropy in nats."""
+        h = self.hidden(x)
+        if y is None:
+            return self.head(h[:, -1])
+        return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
+
+
+class GPT(Model):
     def __init__(self, n_vocab, n_layer, n_head, n_embd, block_size, dropout, gain):
         super().__init__()
         self.block_size = block_size
@@ -526,8 +522,8 @@ class GPT(nn.Module):
         self.norm = nn.LayerNorm(n_embd, bias=False)
         self.head = Linear(n_embd, n_vocab, False, gain)
         self.head.weight = self.tokens.weight       # tied: one parameter with two uses (the gain belongs to the head)
-        # GPT-2's 0.02 at GPT-2's width, and in proportion to 1/sqrt(width) at others: a narrow model that starts at
-        # 0.02 starts too quiet, which matters most where weights keep their norm.
+        # GPT-2's 0.02 at GPT-2's width, and in proportion to 1/sqrt(width) at others. A narrow model would start too
+        # quiet, which matters most where weights keep their norm.
         std = 0.02 * math.sqrt(768 / n_embd)
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -537,21 +533,16 @@ class GPT(nn.Module):
                 block.attention.out.weight /= math.sqrt(2 * n_layer)
                 block.down.weight /= math.sqrt(2 * n_layer)
 
-    def forward(self, x, y=None):
-        """x, y: (B, T) tokens -> logits of the last token (B, V) without y; with y the mean cross-entropy in nats."""
+    def hidden(self, x):
         h = self.dropout(self.tokens(x) + self.positions.weight[:x.shape[1]])       # (B, T, C)
         for block in self.blocks:
             h = block(h)
-        if y is None:
-            return self.head(self.norm(h[:, -1]))
-        logits = self.head(self.norm(h))                                            # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+        return self.norm(h)
 
 
-class LSTM(nn.Module):
+class LSTM(Model):
     """An LSTM language model (Hochreiter, Schmidhuber 1997; Zaremba et al. 2014). The state starts at zero in every
-    window. Lin et al. 2024 name an LSTM as a test bed, but do not publish theirs. A gain belongs to one gate of one
-    unit."""
+    window. A gain belongs to one gate of one unit."""
 
     def __init__(self, n_vocab, n_layer, n_embd, block_size, dropout, gain):
         super().__init__()
@@ -562,16 +553,12 @@ class LSTM(nn.Module):
         self.head.weight = self.tokens.weight       # tied
         nn.init.normal_(self.tokens.weight, std=0.02 * math.sqrt(768 / n_embd))             # as in GPT
 
-    def forward(self, x, y=None):
-        """As GPT.forward."""
+    def hidden(self, x):
         weights = {name: p for name, p in self.lstm.named_parameters() if p.dim() == 2}     # (4 C, C) each
         louder = {name: gain[:, None] * p for (name, p), gain in zip(weights.items(), self.gains)}
         h = self.dropout(self.tokens(x))                                            # (B, T, C)
         with torch.autocast("cpu", enabled=False):  # most CPUs have no LSTM in bfloat16
-            h = self.dropout(torch.func.functional_call(self.lstm, louder, (h,))[0])
-        if y is None:
-            return self.head(h[:, -1])
-        return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten())
+            return self.dropout(torch.func.functional_call(self.lstm, louder, (h,))[0])
 
 
 class ModularBlock(nn.Module):
@@ -601,10 +588,9 @@ def parameter_free_norm(x):
     return F.layer_norm(x, x.shape[-1:], eps=1e-12)
 
 
-class ModularGPT(nn.Module):
+class ModularGPT(Model):
     """The GPT of the modular norm paper (Large et al. 2024): every part has sensitivity 1, whatever width and depth
-    are. The authors keep weights of norm 1 and multiply by their usual size in the forward pass; here that size is in
-    the weight itself, and in optim.py's update: the same function, step for step."""
+    are. The authors multiply weights of norm 1 by their usual size in the forward pass. Here they have that size."""
 
     def __init__(self, n_vocab, n_layer, n_head, n_embd, block_size, dropout):
         super().__init__()
@@ -615,14 +601,11 @@ class ModularGPT(nn.Module):
         self.head = nn.Linear(n_embd, n_vocab, bias=False)
         optim.initialise(self.modular_tree())
 
-    def forward(self, x, y=None):
-        """As GPT.forward."""
+    def hidden(self, x):
         h = self.dropout((self.tokens(x) + self.positions.weight[:x.shape[1]]) / 2)
         for block in self.blocks:
             h = block(h)
-        if y is None:
-            return self.head(parameter_free_norm(h[:, -1]))
-        return F.cross_entropy(self.head(parameter_free_norm(h)).flatten(0, 1), y.flatten())
+        return parameter_free_norm(h)
 
     def modular_tree(self):
         """The expression of this network; print it for the share of every weight. A half-block is the average
@@ -686,23 +669,21 @@ def lock(folder, flag, wait=False):
 
 
 def start_files(out_dir, s, ckpt):
-    """Write config.json, and log.jsonl as it was before the evaluation at the checkpoint, which comes again. A new run
-    replaces an old one, unless that is finished and has other settings."""
-    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", []
-    lines = log.read_text().splitlines() if log.exists() else []
-    if ckpt:
-        for line in lines:
-            with contextlib.suppress(ValueError):   # cut short by a kill
-                kept += [line + "\n"] if json.loads(line)["step"] < ckpt["step"] else []
-    else:
-        if lines and '"final"' in lines[-1]:
-            old = json.loads(config.read_text())
-            old, new = old | old["hyper"], vars(s) | s.hyper
-            other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
-            if other:
-                fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
-                     "delete that folder")
-        (out_dir / "ckpt.pt").unlink(missing_ok=True)           # an older run's must not be taken for this one's
+    """Write config.json and log.jsonl. A resumed run keeps the log up to its checkpoint, whose evaluation is repeated.
+    A new run replaces an old one, unless that is finished and has other settings."""
+    config, log = out_dir / "config.json", out_dir / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    if not ckpt and lines and '"final"' in lines[-1]:
+        old = json.loads(config.read_text())
+        old, new = old | old["hyper"], vars(s) | s.hyper
+        other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
+        if other:
+            fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
+                 "delete that folder")
+    if not ckpt:                                    # an older run's must not be taken for this one's
+        (out_dir / "ckpt.pt").unlink(missing_ok=True)
+    # A kill can cut the last line short. It then lacks its end.
+    kept = [line for line in lines if ckpt and line.endswith("\n") and json.loads(line)["step"] < ckpt["step"]]
     write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
     write(log, "".join(kept).encode())
 
@@ -712,11 +693,10 @@ def save(path, s, model, optimizer, bar, **progress):
     held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
     if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
         diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)
-    if RANK == 0:
-        buffer = io.BytesIO()
-        torch.save({"script": SCRIPT, "config": vars(s), "model": model.state_dict(),
-                    "optimizer": optimizer.state_dict(), **progress}, buffer)
-        write(path, buffer.getbuffer())
+    buffer = io.BytesIO()
+    torch.save({"script": SCRIPT, "config": vars(s), "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), **progress}, buffer)
+    write(path, buffer.getbuffer())
 
 
 def load_checkpoint(path):
@@ -788,8 +768,7 @@ def evaluate(model, val, s, autocast, stopped_by=()):
 
 
 def gradients(network, windows, s, autocast):
-    """Forward and backward passes over this process's windows, batch_size at a time. -> the mean loss, on the device;
-    the gradients are in .grad."""
+    """Forward and backward passes over this process's windows, batch_size at a time -> the mean loss, on the device."""
     total, parts = 0.0, windows.split(s.batch_size)
     for i, part in enumerate(parts):
         if WORLD > 1:                               # the processes exchange their gradients once a step
@@ -811,8 +790,7 @@ def rotation_record(step, optimizer, probe):
 
 
 def catch_signals():
-    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. The same signal again
-    kills."""
+    """-> a list that gets the first Ctrl-C or SIGTERM, after which the loop saves and leaves. A second one kills."""
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -862,8 +840,8 @@ def main():
         f"{', gains' if s.gains else ''}; {s.device}, {s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
     if s.bench:
         windows = get_windows(train, np.random.default_rng(0), sequences, s)
-        return bench(windows[:, 1:].numel(), "tokens", optimizer=optimizer.step,
-                     forward_and_backward=lambda: gradients(network, windows, s, autocast))
+        return bench(windows[:, 1:].numel(), "tokens",
+                     forward_and_backward=lambda: gradients(network, windows, s, autocast), optimizer=optimizer.step)
 
     # ---- processes, files, signals
     if WORLD > 1:                                   # not before: each process has found by itself what is wrong so far
@@ -889,7 +867,7 @@ def main():
                 leave = val_loss is None
                 if not (leave or math.isfinite(val_loss)):
                     diverged(f"the validation loss is {val_loss}", step, bar, s)
-            if last or leave or step % s.save_every == 0:
+            if RANK == 0 and (last or leave or step % s.save_every == 0):
                 save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, seconds=time.time() - began,
                      losses=[loss.tolist() for loss in losses], fingerprint=fingerprint)
             if evaluate_now and not leave:

@@ -815,7 +815,7 @@ def fill(axes, panel, lines, labels):
     if panel.band:
         axes.axhspan(*panel.band, color="grey", alpha=0.2, linewidth=0)
     if names:
-        axes.set_xticks(range(len(names)), [escaped(textwrap.fill(name, 14, break_long_words=False)) for name in names],
+        axes.set_xticks(range(len(names)), [escaped(textwrap.fill(name, 11, break_long_words=False)) for name in names],
                         **(dict(rotation=30, ha="right") if len(names) > 6 else {}))
         axes.set_xlim(-0.5, len(names) - 0.5)
     elif "x" not in panel.log:

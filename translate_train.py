@@ -7,7 +7,7 @@ data, byte pairs, BLEU, model, beam search, files, training. The training loop i
     python translate_train.py --translate "halb acht"         with the trained model; --translate - reads lines
     python translate_train.py --opt rotational_lion --resume  goes on after a kill, a crash, Ctrl-C: the same command
     python translate_train.py --preset multi30k               image captions: a quarter of an hour on a CPU, and more
-    python translate_train.py --preset multi30k --data corpus     text of your own: corpus/train.de, corpus/train.en, ...
+    python translate_train.py --preset multi30k --data corpus     text of your own: corpus/train.de, train.en, ...
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
     python translate_train.py --bench                         tokens per second, and where the time of a step goes
 
@@ -19,14 +19,12 @@ log.jsonl has one JSON object a line, of three kinds:
     {"step": 1000, "val_loss": ..., "bleu": ..., "beam": 5, "length_penalty": 1.0, ..., "final": true}        the result
 
 The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
-predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is not a number any more, 130 or 143
-stopped by Ctrl-C or SIGTERM after saving.
+predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is no number any more, 130 or 143 stopped
+by Ctrl-C or SIGTERM after saving.
 
-The default data, `numbers`, comes out of a grammar in this file: numbers, ordinals, dates, times, prices and sentences
-about them. German turns numbers round (einundzwanzig: one-and-twenty), counts half hours up to the next hour (halb
-acht: half past seven) and puts verbs last. A number, date or time of the test set is never one of the training set;
-only minutes and cents may repeat. Text of your own is a folder with train.de and train.en, or their .gz, and with valid
-and test named the same way. Line n of one language translates line n of the other.
+The default data, `numbers`, comes out of a grammar in this file. A number, date or time of its test set is never one of
+the training set. Only minutes and cents may repeat. Text of your own is a folder with train.de and train.en, or their
+.gz, and with valid and test named the same way. Line n of one language translates line n of the other.
 
 References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
 Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
@@ -34,7 +32,6 @@ Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotationa
 import argparse
 import ast
 import collections
-import contextlib
 import difflib
 import errno
 import gzip
@@ -55,7 +52,6 @@ import signal
 import sys
 import tarfile
 import time
-import types
 import unicodedata
 import zipfile
 import zlib
@@ -141,8 +137,8 @@ HYPER = {"lr", "weight_decay", "beta1", "beta2", "momentum", "eps", "opt_kwargs"
 COMMAND = {"resume", "bench", "translate"}
 ASIDE = COMMAND | {"test", "data_dir", "out_dir", "save_every", "eval_every", "device", "compile", "track", "beam",
                    "length_penalty"}
-ALIASES = {"learning_rate": "lr", "max_update": "steps", "warmup_updates": "warmup",
-           "lenpen": "length_penalty", "clip_norm": "grad_clip", "save_dir": "out_dir"}      # fairseq's
+ALIASES = {"learning_rate": "lr", "max_update": "steps", "warmup_updates": "warmup", "lenpen": "length_penalty",
+           "clip_norm": "grad_clip", "save_dir": "out_dir"}     # fairseq's
 
 
 def parse(argv=None):
@@ -164,7 +160,7 @@ def parse(argv=None):
     given, unknown = p.parse_known_args(argv)
     if unknown:
         name = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
-        near = ALIASES.get(name) or difflib.get_close_matches(name, LIMITS, 1, 0)[0]
+        near = ALIASES.get(name) or difflib.get_close_matches(name, LIMITS, n=1, cutoff=0)[0]
         fail(f"unknown argument {unknown[0]}: did you mean --{near}? (--help lists them all)")
     for name, value in vars(given).items():
         if value == "":
@@ -226,7 +222,7 @@ def settle(given):
     name = given.get("preset", "cpu")
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
     chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
-    s = types.SimpleNamespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
+    s = argparse.Namespace(**{key: chosen[key] for key in LIMITS if key not in HYPER})
     try:
         kind = optim.find_optimizer(s.opt)
     except ValueError as error:
@@ -259,7 +255,7 @@ def said_by_hand(given):
     for pair in given.get("opt_kwargs", []):
         key, equals, text = pair.partition("=")
         if not equals or key in said:
-            fail(f"--opt_kwargs {pair}: " + (f"{key} is given twice, leave one out" if equals else "write KEY=VALUE"))
+            fail(f"--opt_kwargs {pair}: write KEY=VALUE, and give no KEY twice")
         try:
             said[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -272,8 +268,8 @@ def resumed(given):
     unless it is the length, the dtype or one of ASIDE."""
     out_dir = given.get("out_dir") or settle(given).out_dir
     ckpt, said = load_checkpoint(pathlib.Path(out_dir) / "ckpt.pt"), said_by_hand(given)
-    s = types.SimpleNamespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
-                              | {key: given[key] for key in given.keys() & (ASIDE | {"steps", "dtype"})})
+    s = argparse.Namespace(**ckpt["config"] | {key: getattr(Settings, key) for key in COMMAND}
+                           | {key: given[key] for key in given.keys() & (ASIDE | {"steps", "dtype"})})
     s.out_dir, s.device = out_dir, pick_device(s.device)
     other = [key for key in given.keys() - HYPER if getattr(s, key) != given[key]]
     for key in other + [key for key in said if s.hyper.get(key) != said[key]]:
@@ -321,8 +317,7 @@ PEOPLE = [(f"{de}|{verbs_de}".split("|"), f"{en}|{verbs_en}".split("|")) for de,
     *((de, en, "hat|ist|muss|will|weiß", "has|is|has to|wants|knows") for de, en in [
         ("er", "he"), ("Jürgen", "Jürgen"), ("Anna", "Anna"), ("der Lehrer", "the teacher"),
         ("die Ärztin", "the doctor"), ("mein Bruder", "my brother"), ("ihre Tochter", "her daughter")])]]
-# Every {name} is drawn, {who} together with the verbs; {time2} is a second time. German puts the verb last in a
-# subordinate clause, the participle last in a main clause, and the subject behind the verb after another beginning.
+# Every {name} is drawn, {who} together with the verbs. {time2} is a second time.
 SENTENCES = [
     ("der Zug nach {city} fährt um {time} ab.", "the train to {city} leaves at {time}."),
     ("{who} {know}, dass der Zug aus {city} um {time} ankommt.",
@@ -347,8 +342,8 @@ SENTENCES = [
 
 
 def german(n, one="eins", ein="ein"):
-    """n in German words, 0 <= n < 10^8. one: what a 1 at the end is called. ein: what stands before the first hundert
-    or tausend if there is only one of them, since tausend and eintausend are both right."""
+    """n in German words, 0 <= n < 10^8. one: what a 1 at the end is called. ein: what stands before a single hundert or
+    tausend, since tausend and eintausend are both right."""
     if n >= 10**6:
         millions, rest = divmod(n, 10**6)
         head = "eine Million" if millions == 1 else f"{german(millions)} Millionen"
@@ -393,7 +388,7 @@ def year(y):
 
 def clock(h, m):
     """The time as people say it in (German, English), h = 1 .. 12, m = 5, 10, .. 55. From 25 past on, German counts
-    from the next hour: halb acht, half eight, is half past seven."""
+    to the next hour. Halb acht is half past seven."""
     following, distance = h % 12 + 1, min(m, 60 - m)
     de = "Viertel" if distance == 15 else german(distance)
     de = {25: "fünf vor halb", 30: "halb", 35: "fünf nach halb"}.get(m) or f"{de} {'nach' if m < 30 else 'vor'}"
@@ -416,12 +411,12 @@ class Grammar:
         self.part, self.random, self.contents = part, random.Random(seed), set()
 
     def draw(self, name, *choices):
-        """A content that belongs to our part: a value from each range or function in `choices`. The hash of a content,
-        as of ("number", 1983) or ("date", (21, "März")), decides about its part."""
+        """A value from each range or function in `choices`. The hash of the name and values decides whose part they
+        are."""
         while True:
             content = (name, *(choice() if callable(choice) else self.random.choice(choice) for choice in choices))
             hashed = hashlib.sha256(repr(content).encode()).digest()[0] % 16
-            if {0: "test", 1: "valid"}.get(hashed, "train") == self.part:
+            if self.part == {0: "test", 1: "valid"}.get(hashed, "train"):
                 self.contents.add(content)
                 return content[1:]
 
@@ -474,13 +469,10 @@ class Grammar:
         return self.sentence() if kind == "sentence" else self.slot(kind)
 
 
-NUMBERS = dict(train=24_000, valid=500, test=1000)
-
-
 def numbers(part):
     """The pairs of one part, every German side once: the same for everybody, whatever the seed of the run."""
     grammar, pairs = Grammar(part, seed=part), {}
-    while len(pairs) < NUMBERS[part]:
+    while len(pairs) < {"train": 24_000, "valid": 500, "test": 1000}[part]:
         pairs.setdefault(*grammar.pair())
     return list(pairs.items())
 
@@ -510,19 +502,18 @@ def download(url, sha256, path):
         return path
     except (OSError, RuntimeError, http.client.HTTPException) as error:    # no network, no such file, another file, ...
         fail(f"cannot download {url}: {' '.join(str(error).split())}. Fetch it by hand and put it at {path} "
-             "(--data_dir), or use --data numbers, which needs none")
+             "(--data_dir), or leave out --data: the default needs none")
 
 
 def sentence(text):
-    """A sentence as the model sees it, however it was typed: letters in composed form (NFC: an umlaut is one letter),
-    one space between words and none around them, without byte-order marks. A carriage return, a no-break space and
-    the other white space of Unicode all count as white space."""
+    """A sentence as the model sees it, however it was typed. Letters are in composed form (an umlaut is one letter).
+    White space of any kind is one space between words. Byte-order marks go."""
     return " ".join(unicodedata.normalize("NFC", text.replace("\ufeff", "")).split())
 
 
 def sentences(data, where):
-    """Bytes of UTF-8 -> a sentence for every line. All text comes in here: files, --translate, standard input. Only \\n
-    ends a line: str.splitlines would also cut at rarer characters, and put the two languages out of step."""
+    """Bytes of UTF-8 -> a sentence for every line. str.splitlines would also cut at rarer characters than \\n, and put
+    the two languages out of step."""
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -544,15 +535,14 @@ def read_pairs(prefix):
         sides.append(sentences(data, path))
     empty = [n for n, pair in enumerate(itertools.zip_longest(*sides), start=1) if not all(pair)]
     if empty or not sides[0]:
-        fail(f"{prefix}, line {(empty or [1])[0]}: empty in one language. Line n of {prefix}.de must translate line n of .en")
+        fail(f"{prefix}, line {(empty or [1])[0]}: empty in one language. Line n of .de must translate line n of .en")
     return list(zip(*sides))
 
 
 def iwslt14(data_dir):
     """IWSLT'14, cleaned as fairseq's recipe does: tags dropped, lower case, no pair over 175 words or over 1.5 times as
-    long in one language; every 23rd pair is for validation, five sets of talks for the test. The recipe counts words
-    and trains on text after Moses' tokenizer. Here a regular expression counts words, and the text stays as it is,
-    since byte pairs need no tokenizer. So BLEU is on other words than in papers that follow the recipe."""
+    long in one language; every 23rd pair is for validation, five sets of talks for the test. The recipe has a tokenizer
+    before byte pairs, and we have none. So BLEU is on other words than in papers that follow the recipe."""
     path, pairs = download(IWSLT14, None, data_dir / "iwslt14-de-en.tgz"), {"train": [], "valid": [], "test": []}
     if hashlib.md5(path.read_bytes()).hexdigest() != IWSLT14_MD5:
         fail(f"{path} is not the file that {IWSLT14} should give: delete it, then start again")
@@ -605,14 +595,12 @@ def learn_byte_pairs(lines, count):
     """Byte-pair encoding (Sennrich et al. 2016) of the lines -> at most `count` tokens, in the order learned.
 
     Every word is a list of tokens, single bytes at first. The pair of neighbours that is most frequent in the text (of
-    equals the one with the smaller bytes) is joined wherever it occurs; then the next. Equal words are treated once,
-    and only words that hold the pair (`where`) are counted anew. A pair is known by its bytes together: a + bc and
-    ab + c give the same token, and tiktoken, which knows nothing but bytes, joins both. A token is a string with one
-    character (of Latin-1) for each byte, since JSON holds no bytes.
-    """
+    equals the one with the smaller bytes) is joined wherever it occurs; then the next. A pair is known by its bytes
+    together, as to tiktoken: a + bc and ab + c give the same token. A token is a string with one character (of Latin-1)
+    for each byte, since JSON holds no bytes."""
     frequency = collections.Counter(word for line in lines for word in re.findall(WORD, " " + line))
     words, weights = [list(word.encode().decode("latin-1")) for word in frequency], list(frequency.values())
-    pairs, where, tokens = collections.Counter(), collections.defaultdict(set), []
+    pairs, where, tokens = collections.Counter(), collections.defaultdict(set), []  # where: the words that hold a pair
 
     def count_pairs(i, word, weight):
         for pair in map(str.__add__, word, word[1:]):
@@ -631,29 +619,21 @@ def learn_byte_pairs(lines, count):
         best = min([pair for pair, n in pairs.items() if n == most])
         tokens.append(best)
         for i in where.pop(best):
-            old, words[i] = words[i], join(words[i], best)
+            old, words[i] = words[i], []
+            for part in old:                        # joined from left to right
+                if words[i] and words[i][-1] + part == best:
+                    words[i][-1] = best
+                else:
+                    words[i].append(part)
             count_pairs(i, words[i], weights[i])
             count_pairs(i, old, -weights[i])
     return tokens
 
 
-def join(word, token):
-    """The word with neighbours that together are `token` joined, from left to right."""
-    new = []
-    for part in word:
-        if new and new[-1] + part == token:
-            new[-1] = token
-        else:
-            new.append(part)
-    return new
-
-
 class BytePairs:
-    """Text <-> lists of token ids, by tiktoken with our own byte pairs. Any Unicode text comes back unchanged.
-
-    Ids: 256 single bytes, then `tokens` in the order learned, then the marks pad, begin, end. `encode` puts a space in
-    front of a line, so that a word is the same token at its beginning as within; `decode` takes the space away.
-    """
+    """Text <-> lists of token ids, by tiktoken with our own byte pairs. Ids: 256 single bytes, `tokens` in the order
+    learned, then the marks pad, begin, end. `encode` puts a space in front of a line, so that a word is the same token
+    at its beginning as within. `decode` takes it away."""
 
     def __init__(self, tokens):
         import tiktoken
@@ -664,7 +644,7 @@ class BytePairs:
             "<pad>": self.pad, "<begin>": self.begin, "<end>": self.end})
 
     def encode(self, lines):
-        """-> a list of ids for every line, without marks: "<end>" in a text is just five signs."""
+        """-> a list of ids for every line, without marks."""
         return self.core.encode_ordinary_batch([" " + line for line in lines])
 
     def decode(self, ids):
@@ -678,14 +658,10 @@ def byte_pairs_of(pairs, vocab, data_dir, name):
     lines = [line for pair in pairs for line in pair]
     key = hashlib.sha256("\n".join([str(vocab), WORD, *lines]).encode()).hexdigest()[:12]
     path = pathlib.Path(data_dir) / f"bpe-{name}-{vocab}-{key}.json"
+    only_one = None if path.exists() else lock(path.parent, "--data_dir", wait=True)        # another run may learn them
     if not path.exists():
-        only_one = lock(path.parent, "--data_dir", wait=True)       # of several runs that come here at once, one learns
-        if not path.exists():
-            write(path, json.dumps(learn_byte_pairs(lines, vocab - 259)).encode())
-    try:
-        return BytePairs(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, AttributeError):
-        fail(f"{path} is damaged: delete it, and it will be made again")
+        write(path, json.dumps(learn_byte_pairs(lines, vocab - 259)).encode())
+    return BytePairs(json.loads(path.read_text()))
 
 
 # ---- Batches: pairs of like length together, as many as fit into max_tokens ------------------------------------------
@@ -693,13 +669,8 @@ def byte_pairs_of(pairs, vocab, data_dir, name):
 
 class Batches:
     """Token ids of one part of the data, in batches of pairs sorted by length. In every epoch pairs of exactly the same
-    lengths trade places and the batches come in another order, so there are as many batches, of the same sizes.
-
-    Args     pairs: of strings; max_tokens: of a batch, in each language, padding counted
-    Holds    source[i]: ids and end; target[i]: begin, ids and end; sizes: how many pairs are in each batch
-             too_long: how many pairs are longer than a batch may be; they are left out
-             tokens_per_batch: English tokens of the mean batch, padding left out
-    """
+    lengths trade places and the batches come in another order, so there are as many batches, of the same `sizes`. The
+    pairs that are `too_long` for a batch are left out. tokens_per_batch: English ones, on average, without padding."""
 
     def __init__(self, pairs, bpe, max_tokens):
         self.pad = bpe.pad
@@ -709,17 +680,15 @@ class Batches:
         lengths = np.array([(len(s), len(t) - 1) for s, t in zip(self.source, self.target)])
         self.fits = np.flatnonzero(lengths.max(axis=1) <= max_tokens)
         self.too_long, self.lengths = len(pairs) - len(self.fits), lengths[self.fits]
-        self.sizes, shapes = [], []
-        for pair in self.lengths[self.order()]:
-            grown = np.maximum(shapes[-1], pair) if shapes else pair
-            size = self.sizes[-1] + 1 if shapes else math.inf
-            if size * grown.max() <= max_tokens:
-                self.sizes[-1], shapes[-1] = size, grown
-            else:
+        self.sizes, longest = [], 0
+        for length in self.lengths[self.order()].max(axis=1).tolist():
+            longest = max(longest, length)
+            if self.sizes and (self.sizes[-1] + 1) * longest <= max_tokens:
+                self.sizes[-1] += 1
+            else:                                   # a new batch
                 self.sizes.append(1)
-                shapes.append(pair)
-        if self.sizes:
-            self.tokens_per_batch = self.lengths[:, 1].sum() / len(self.sizes)
+                longest = length
+        self.tokens_per_batch = self.lengths[:, 1].sum() / max(len(self.sizes), 1)
 
     def order(self, rng=None):
         """Indices of `fits`, from short to long; equal lengths in the order of the text, or by chance."""
@@ -767,10 +736,9 @@ def bleu(hypotheses, references):
 
         BP * exp( 1/4 sum over n = 1..4 of log p_n )        BP = min(1, exp(1 - reference words / hypothesis words))
 
-    p_n: how many of all n-grams of the hypotheses are found in their own reference, each n-gram at most as often as it
-    occurs there. Counts of the whole corpus are summed before they are divided: this is not a mean over sentences. If
-    no n-gram of a length is found, the first such p_n is taken as half an n-gram, the next as a quarter, and so on.
-    """
+    p_n: how many of all n-grams of the hypotheses are found in their own reference, each at most as often as it occurs
+    there. Counts of the whole corpus are summed before they are divided. If no n-gram of a length is found, the first
+    such p_n is taken as half an n-gram, the next as a quarter, and so on."""
     found, total, said, wanted = [0] * 4, [0] * 4, 0, 0
     for hypothesis, reference in zip(hypotheses, references, strict=True):
         words, right = tokenize_13a(hypothesis), tokenize_13a(reference)
@@ -805,7 +773,7 @@ class Linear(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Attention of x to keys and values, which are made of x itself, of tokens before it, or of another sequence."""
+    """Attention of x to keys and values, which are of x itself, of tokens before it, or of another sequence."""
 
     def __init__(self, n_head, n_embd, gain):
         super().__init__()
@@ -865,8 +833,8 @@ class Translator(nn.Module):
         self.decoder = nn.ModuleList(Layer(*sizes, decoder=True) for _ in range(n_layer))
         self.head = Linear(n_embd, n_vocab, False, gain)
         self.head.weight = self.target.weight       # tied: one parameter with two uses (the gain belongs to the head)
-        # fairseq's start: rows of embeddings have norm 1 (and are multiplied by sqrt(C) where they are read), matrices
-        # are Glorot's, those of queries, keys and values as if they were one.
+        # fairseq's start: rows of embeddings have norm 1 (times sqrt(C) where they are read). Matrices are Glorot's,
+        # those of queries, keys and values as if they were one.
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, gain=2**-0.5 if name[-2:] in (".q", ".k", ".v") else 1.0)
@@ -881,10 +849,9 @@ class Translator(nn.Module):
 
     def modular_tree(self):
         """The modular tree (see optim.py) of a network that was not made for it. Updates are balanced between layers,
-        but no bound holds, and the best lr may move with width and depth, for five reasons. Every decoder layer reads
-        the encoder's output, which comes in once here, beside the target's embedding. A sum x + f(x) is written as if
-        it were an average, and only the norms around it make that harmless. Their gains are outside of the tree.
-        Attention is sharper than its bond says. The tied weight is the head's, and its other use is a bond."""
+        but no bound holds, and the best lr may move with width and depth. Every decoder layer reads the encoder's
+        output, which comes in once here. A sum x + f(x) is written as an average. Gains of norms are outside of the
+        tree. Attention is sharper than its bond says. The tied weight is the head's, and its other use is a bond."""
         def layers(stack, *names):                  # all of them together of mass 5, as in the paper's GPT
             s, tree, norm = 1 / (len(names) * len(stack)), optim.bond("x"), optim.bond("layernorm")
             for name in names:
@@ -901,14 +868,11 @@ class Translator(nn.Module):
         read = (optim.bond("tied embedding"), encoder @ optim.weight(self.source))
         return optim.weight(self.head) @ optim.bond("layernorm") @ decoder @ read
 
-    def embed(self, h, start, count):
-        """Embedded tokens h (.., C), at the positions start, .., start + count - 1 (count = 1: all at the same one)."""
-        return self.dropout(h + positions(start, count, h.shape[-1], h.device))
-
     def encode(self, source):
         """(B, S) tokens -> what the decoder looks at: keys and values for each of its layers; which are no padding."""
         mask = (source != self.pad)[:, None, None]                                  # (B, 1, 1, S)
-        h = self.embed(self.source(source) * self.source_scale, 0, source.shape[1])
+        h = self.source(source) * self.source_scale
+        h = self.dropout(h + positions(0, source.shape[1], h.shape[-1], h.device))
         for layer in self.encoder:
             h = layer(h, mask)
         return [layer.cross.keys_values(h) for layer in self.decoder], mask
@@ -920,7 +884,8 @@ class Translator(nn.Module):
     def decode(self, target, start, memory, mask, pasts=None):
         """Target tokens (B, T) from place `start` on, and what `encode` gave -> logits (B, T, V) of the next ones. With
         `pasts`, which Layer keeps, they are the tokens at one place of K hypotheses, (B, K) -> (B, K, V)."""
-        h = self.embed(self.target(target) * self.target_scale, start, 1 if pasts else target.shape[1])
+        h = self.target(target) * self.target_scale
+        h = self.dropout(h + positions(start, 1 if pasts else target.shape[1], h.shape[-1], h.device))
         for layer, keys_values, past in zip(self.decoder, memory, pasts or [None] * len(memory)):
             h = layer(h, mask, keys_values, past)
         return self.head(h)
@@ -934,8 +899,7 @@ def positions(start, count, width, device):
 
 
 def loss_of(model, pad, source, x, y, smoothing=0.0):
-    """Mean cross-entropy in nats per target token, padding left out; with smoothing, `smoothing` of the weight of each
-    token goes to all tokens of the vocabulary in equal parts."""
+    """Mean cross-entropy in nats per target token, padding left out."""
     logits = model(source, x)
     return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=pad, label_smoothing=smoothing)
 
@@ -948,12 +912,10 @@ def beam_search(model, source, begin, end, beam, length_penalty, longest=(1.2, 1
     """Translate a batch: source (B, S) tokens -> for each of the B the ids of the best hypothesis found, without marks.
 
     Every sentence has K = beam hypotheses, all of t tokens. Of the V * K ways to go on, the 2 K best (by the sum of
-    log-probabilities) are looked at: those of the first K that are `end` are finished, with score sum / length^penalty,
-    `end` counted; the K best of the others go on. A sentence is done when K of its hypotheses are finished and the best
-    of them scores at least as high as the best that goes on would if it ended here: K bad ones finish early when the
-    model is sure of itself. It is done in any case at a S + b tokens, (a, b) = longest, where all have to end. Beam 1
-    is greedy decoding.
-    """
+    log-probabilities) are looked at. Those of the first K that are `end` are finished, with score sum / length^penalty,
+    `end` counted. The K best of the others go on. A sentence is done when K of its hypotheses are finished and the best
+    of them scores at least as high as the best that goes on would if it ended here. It is done in any case at a S + b
+    tokens, (a, b) = longest, where all have to end."""
     B, K, device = len(source), beam, source.device
     memory, mask = model.encode(source)
     limits = ((source != model.pad).sum(1) * longest[0] + longest[1]).long()        # (B,)
@@ -1047,24 +1009,21 @@ def lock(folder, flag, wait=False):
 
 
 def start_files(out_dir, s, ckpt):
-    """Write config.json, and log.jsonl as it was before the evaluation at the checkpoint, which comes again. A new run
-    replaces an old one, unless that is finished and has other settings."""
-    config, log, kept = out_dir / "config.json", out_dir / "log.jsonl", []
-    lines = log.read_text().splitlines() if log.exists() else []
-    if ckpt:
-        for line in lines:
-            with contextlib.suppress(ValueError):   # cut short by a kill
-                kept += [line + "\n"] if json.loads(line)["step"] < ckpt["step"] else []
-    else:
-        if lines and '"final"' in lines[-1]:
-            old = json.loads(config.read_text())
-            old, new = old | old["hyper"], vars(s) | s.hyper
-            other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
-            if other:
-                fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
-                     "delete that folder")
-        for name in ("ckpt.pt", "hypotheses.en"):   # an older run's must not be taken for this one's
-            (out_dir / name).unlink(missing_ok=True)
+    """Write config.json and log.jsonl. A resumed run keeps the log up to its checkpoint, whose evaluation is repeated.
+    A new run replaces an old one, unless that is finished and has other settings."""
+    config, log = out_dir / "config.json", out_dir / "log.jsonl"
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    if not ckpt and lines and '"final"' in lines[-1]:
+        old = json.loads(config.read_text())
+        old, new = old | old["hyper"], vars(s) | s.hyper
+        other = [key for key in new.keys() - ASIDE - {"hyper", "lr_from"} if old.get(key) != new[key]]
+        if other:
+            fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
+                 "delete that folder")
+    if not ckpt:                                    # an older run's must not be taken for this one's
+        (out_dir / "ckpt.pt").unlink(missing_ok=True)
+    # A kill can cut the last line short. It then lacks its end.
+    kept = [line for line in lines if ckpt and line.endswith("\n") and json.loads(line)["step"] < ckpt["step"]]
     write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
     write(log, "".join(kept).encode())
 
@@ -1086,7 +1045,7 @@ def load_checkpoint(path):
         damaged = zipfile.ZipFile(path).testzip()   # torch.load compares no checksums
         if damaged or ckpt["script"] != SCRIPT or not LIMITS.keys() - HYPER <= ckpt["config"].keys():
             raise ValueError
-        return ckpt | {"bpe": BytePairs(ckpt["bpe"])}
+        return ckpt
     except FileNotFoundError:
         fail(f"there is no {path}: name the folder of a run with --out_dir, or train one first")
     except Exception:                               # torch.load raises half a dozen kinds, by what is broken
@@ -1163,21 +1122,20 @@ def rotation_record(step, optimizer, probe):
 
 
 def catch_signals():
-    """-> a list that gets the first Ctrl-C or SIGTERM. The loop looks at it, saves and leaves. The same signal again
-    kills."""
+    """-> a list that gets the first Ctrl-C or SIGTERM, after which the loop saves and leaves. A second one kills."""
     stopped_by = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: (stopped_by.append(number), signal.signal(number, signal.SIG_DFL)))
     return stopped_by
 
 
-def translate_text(s, ckpt, autocast):
-    """--translate: a text, or the lines of standard input, with the model of a checkpoint."""
+def translate_text(s, ckpt, bpe, autocast):
+    """--translate: print the translation of a text, or of the lines of standard input, by the model of a checkpoint."""
     data = sys.stdin.buffer.read() if s.translate == "-" else s.translate.encode("utf-8", "surrogatepass")
     lines = sentences(data, "standard input" if s.translate == "-" else "--translate")
-    model = make_model(s, ckpt["bpe"]).to(s.device)
+    model = make_model(s, bpe).to(s.device)
     model.load_state_dict(ckpt["model"])
-    for line in translate(model, ckpt["bpe"], lines, s, autocast):
+    for line in translate(model, bpe, lines, s, autocast):
         print(line)
 
 
@@ -1190,15 +1148,16 @@ def main():
         torch.set_float32_matmul_precision("highest" if s.opt.endswith("shampoo") else "high")
         torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention makes a plan for every shape: most batches
     autocast = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bfloat16")
+    bpe = BytePairs(ckpt["bpe"]) if ckpt else None
     if s.translate:
-        return translate_text(s, ckpt, autocast)
+        return translate_text(s, ckpt, bpe, autocast)
 
     # ---- data
     pairs = load_corpus(s.data, s.data_dir, s.test)
     fingerprint = hashlib.sha256(json.dumps([pairs["train"], pairs["valid"]]).encode()).hexdigest()
     if ckpt and fingerprint != ckpt["fingerprint"]:
         fail(f"--data {s.data} is not the text that this run began with: bring it back, or start without --resume")
-    bpe = ckpt["bpe"] if ckpt else byte_pairs_of(pairs["train"], s.vocab, s.data_dir, pathlib.Path(s.data).name)
+    bpe = bpe or byte_pairs_of(pairs["train"], s.vocab, s.data_dir, pathlib.Path(s.data).name)
     train, valid = (Batches(pairs[part], bpe, s.max_tokens) for part in ("train", "valid"))
     for part, batches in (("training", train), ("validation", valid)):
         if not batches.sizes:
@@ -1230,8 +1189,8 @@ def main():
           f"{s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
     if s.bench:
         batch = train.get(train.epoch([s.seed, 0])[0], s.device)
-        return bench((batch[2] != bpe.pad).sum().item(), "English tokens", optimizer=optimizer.step,
-                     forward_and_backward=lambda: gradients(network, batch, s, autocast))
+        return bench((batch[2] != bpe.pad).sum().item(), "English tokens",
+                     forward_and_backward=lambda: gradients(network, batch, s, autocast), optimizer=optimizer.step)
 
     # ---- files, signals
     only_one = lock(out_dir, "--out_dir")           # held until the process ends
@@ -1297,24 +1256,18 @@ def main():
         sys.exit(128 + stopped_by[0])
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)       # all is saved: nothing to wait for any more
-    record = {"step": step, "val_loss": val_loss, "seconds": round(time.time() - began, 3)}
-    result(model, bpe, pairs["test"], s, autocast, record)
-
-
-def result(model, bpe, pairs, s, autocast, record):
-    """Translate the test set; write it and its BLEU, and print ten of the translations."""
-    began, out_dir = time.time(), pathlib.Path(s.out_dir)
-    hypotheses = translate(model, bpe, [de for de, _ in pairs], s, autocast)
-    seconds, score = time.time() - began, bleu(hypotheses, [en for _, en in pairs])
+    seconds, (german_side, english_side) = time.time() - began, zip(*pairs["test"])
+    hypotheses = translate(model, bpe, german_side, s, autocast)
+    decoding, score = time.time() - began - seconds, bleu(hypotheses, english_side)
     write(out_dir / "hypotheses.en", "".join(line + "\n" for line in hypotheses).encode())
-    append(out_dir / "log.jsonl", record | {"bleu": score, "beam": s.beam, "length_penalty": s.length_penalty,
-                                            "decode_seconds": round(seconds, 3), "final": True})
-    for i in random.Random(s.seed).sample(range(len(pairs)), min(10, len(pairs))):
-        de, en = pairs[i]
-        print(f"  {de}\n  -> {hypotheses[i]}" + ("" if hypotheses[i] == en else f"\n     (reference: {en})"))
-    print(f"BLEU {score:.2f} on {len(pairs)} test pairs (beam {s.beam}, {len(pairs) / seconds:.0f} sentences/s), "
-          f"val_loss {record['val_loss']:.4f} after {record['step']} steps of {s.opt} in {record['seconds']:.0f} s: "
-          f"{out_dir}")
+    append(out_dir / "log.jsonl", {
+        "step": step, "val_loss": val_loss, "seconds": round(seconds, 3), "bleu": score, "beam": s.beam,
+        "length_penalty": s.length_penalty, "decode_seconds": round(decoding, 3), "final": True})
+    triples = list(zip(german_side, hypotheses, english_side))
+    for de, ours, en in random.Random(s.seed).sample(triples, min(10, len(triples))):
+        print(f"  {de}\n  -> {ours}" + ("" if ours == en else f"\n     (reference: {en})"))
+    print(f"BLEU {score:.2f} on {len(triples)} test pairs (beam {s.beam}, {len(triples) / decoding:.0f} sentences/s), "
+          f"val_loss {val_loss:.4f} after {step} steps of {s.opt} in {seconds:.0f} s: {out_dir}")
 
 
 def bench(count, what, **parts):
