@@ -48,7 +48,6 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import optim
@@ -244,6 +243,8 @@ def settle(given):
         fail(f"--arch {s.arch} has no modular norm{why}. Take --arch modular, or an --opt without modular_")
     if s.arch == "modular" and s.gains:
         fail("--arch modular has no gains: leave out --gains, or use --arch gpt2")
+    if s.bench and WORLD > 1:
+        fail("--bench times one process: leave out torchrun")
     if "warmup" not in given:
         s.warmup = min(s.warmup, s.steps // 2)      # a preset's warmup, in a much shorter run
     s.tokenizer = s.tokenizer or ("gpt2" if s.data in LARGE else "char")
@@ -445,9 +446,10 @@ def load_data(name, data_dir, tokenizer):
     return train, val, codec, key
 
 
-def get_windows(data, rng, count, s):
-    """`count` windows of block_size + 1 tokens from random places: (count, block_size + 1) int64, on the device."""
-    starts = rng.integers(0, len(data) - s.block_size, size=count)
+def get_windows(data, rng, count, s, mine=slice(None)):
+    """`count` windows of block_size + 1 tokens from random places, or only this process's share `mine` of them:
+    (count, block_size + 1) int64, on the device."""
+    starts = rng.integers(0, len(data) - s.block_size, size=count)[mine]
     windows = torch.from_numpy(data[starts[:, None] + np.arange(s.block_size + 1)].astype(np.int64))
     if s.device == "cuda":                          # pinned and asynchronous: copied while the GPU is still computing
         windows = windows.pin_memory()
@@ -869,7 +871,7 @@ def main():
                     diverged(f"the validation loss is {val_loss}", step, bar, s)
             if RANK == 0 and (last or leave or step % s.save_every == 0):
                 save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, seconds=time.time() - began,
-                     losses=[loss.tolist() for loss in losses], fingerprint=fingerprint)
+                     losses=torch.stack(losses).tolist() if losses else [], fingerprint=fingerprint)
             if evaluate_now and not leave:
                 record = {"step": step, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
@@ -890,8 +892,8 @@ def main():
                 group["lr"] = lr_at(step, peak, s)
             if s.dropout:                           # as the batch, it depends on (seed, step) alone: nothing to restore
                 torch.manual_seed(int(np.random.SeedSequence([s.seed, step, RANK]).generate_state(1)[0]))
-            windows = get_windows(train, np.random.default_rng([s.seed, step]), sequences, s)
-            losses.append(gradients(network, windows[mine], s, autocast))
+            windows = get_windows(train, np.random.default_rng([s.seed, step]), sequences, s, mine)
+            losses.append(gradients(network, windows, s, autocast))
             if step % 10 == 0:                      # not oftener: it waits for the device
                 loss = losses[-1].item()
                 if not math.isfinite(loss):
@@ -929,9 +931,9 @@ def main():
 
 
 def bench(count, what, **parts):
-    """Print how long the parts of a step take: medians of some seconds each."""
-    timers = {name: Timer("f()", globals={"f": f}, num_threads=torch.get_num_threads()) for name, f in parts.items()}
-    ms = {name: 1e3 * timer.blocked_autorange(min_run_time=2).median for name, timer in timers.items()}
+    """Print how long the parts of a step take, run in turn: medians of 60 steps."""
+    times = [[optim.milliseconds(part) for part in parts.values()] for _ in range(68)]
+    ms = dict(zip(parts, np.median(times[8:], axis=0)))             # the first ones warm up
     step = sum(ms.values())
     print(f"{1e3 * count / step:,.0f} {what}/s, {step:.2f} ms a step: "
           + ", ".join(f"{name} {t:.2f} ({t / step:.0%})" for name, t in ms.items()))

@@ -1364,7 +1364,6 @@ RANGES = {
     "share": "[0, inf)", "norm": ("spectral", "rows"), "scale": "None or in (0, inf)",
     "seed": "a whole number in [0, 9e18)",
 }
-PER_GROUP = {"rotational", "lr_cov_scale", "use_muon", "share", "norm", "scale"}    # what differs from weight to weight
 
 
 def within(value, allowed):

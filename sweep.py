@@ -1050,12 +1050,11 @@ def searched(lab, spaces, flags, stored):
     """The random search in two stages for each of {(net, opt): spaces}; flags(net, opt) are those of all its runs.
     -> {(net, opt): the flags of the best run}; text, which says where these lie near an edge of their space. At cpu
     scale the search is only done with --runs. Else its results are taken from {(net, opt): flags} in `stored`."""
-    n = lab.args.runs or 40
     if lab.args.scale == "cpu" and not lab.args.runs:
         return {case: flags(*case) | stored[case] for case in spaces}, ""
     results = two_stage(lab, {(net, opt): (
         lambda drawn, net=net, opt=opt: [model_run(lab, net, **flags(net, opt), **drawn)], space)
-        for (net, opt), space in spaces.items()}, n, lab.args.seeds or 0)
+        for (net, opt), space in spaces.items()}, lab.args.runs or 40, lab.args.seeds or 0)
     best = {case: by_setting(some)[0].flags for case, some in results.items()}
     edges = {case: at_edges(space, best[case]) for case, space in spaces.items()}
     return ({case: flags(*case) | {key: best[case][key] for key in space} for case, space in spaces.items()},
@@ -1595,8 +1594,7 @@ def half_precision(lab):
     checks += [(f"a step of {other} takes {times[other][1]:.2f} of the time of {HALF}", times[other][1] > 1)
                for other in (FULL, SHAMPOO) if times]
     rows = crossing({(kind, column): text for kind, s in final.items() for column, text in {
-        "val_loss": s.words(),
-        **({"ms a step": f"{times[kind][0]:.1f}"} if times else {}),
+        "val_loss": s.words(), **({"ms a step": f"{times[kind][0]:.1f}"} if times else {}),
         "at": phrase(s.flags, spaces["if_shampoo"])}.items()}, "")
     panels = {Panel("mean and standard deviation of three seeds", "", LOSS): {"": bars(final)}}
     if times:

@@ -2268,7 +2268,8 @@ def test_nanogpt_data_parallel():
             for key in one.keys() & {"train_loss", "val_loss"}:
                 assert abs(one[key] - two[key]) < 1e-4, (key, one, two)
         with unittest.mock.patch.multiple(nanogpt_train, RANK=1, WORLD=2):
-            for flags, words in ((["--data", folder / "none.txt"], "no such"), (["--batch_size", 3], "multiple")):
+            for flags, words in ((["--data", folder / "none.txt"], "no such"), (["--batch_size", 3], "multiple"),
+                                 (["--bench"], "one process")):
                 check_refused(nanogpt_train, folder, [*common, *flags, "--out_dir", folder / "never"], words)
 
 
@@ -2303,16 +2304,16 @@ def test_scripts_replace_and_go_on():
             with unittest.mock.patch.object(script, "evaluate", side_effect=KeyboardInterrupt):
                 refused(KeyboardInterrupt, [], lambda: call_main(script, *flags, "--steps", 48))
             assert not (run / "ckpt.pt").exists(), "an older run's would be taken for this one's"
-        for script in (cifar_train,):
-            run, flags = folder / "epochs" / script.__name__, tiny(script, folder)
-            for unwanted in ("--steps", "--warmup"):
-                del flags[(i := flags.index(unwanted)):i + 2]
-            succeed(script, *flags, *flags_of(opt="rf_rmsprop", track=0, epochs=1, out_dir=run))
-            s = config(run)
-            for more, steps in (("", s.steps), (f"--steps {s.steps + 3}", s.steps + 3), ("", s.steps + 3),
-                                ("--epochs 2", 2 * s.steps), ("", 2 * s.steps)):
-                succeed(script, "--resume", "--out_dir", run, *more.split())
-                assert read_log(run)[-1]["step"] == config(run).steps == steps, f"{script.__name__} {more}"
+            assert not (run / "hypotheses.en").exists(), "nor its translations"
+        run, flags = folder / "epochs", tiny(cifar_train, folder)
+        for unwanted in ("--steps", "--warmup"):
+            del flags[(i := flags.index(unwanted)):i + 2]
+        succeed(cifar_train, *flags, *flags_of(opt="rf_rmsprop", track=0, epochs=1, out_dir=run))
+        s = config(run)
+        for more, steps in (("", s.steps), (f"--steps {s.steps + 3}", s.steps + 3), ("", s.steps + 3),
+                            ("--epochs 2", 2 * s.steps), ("", 2 * s.steps)):
+            succeed(cifar_train, "--resume", "--out_dir", run, *more.split())
+            assert read_log(run)[-1]["step"] == config(run).steps == steps, more
 
 
 def test_scripts_compile_and_bfloat16():
@@ -2588,8 +2589,8 @@ def test_nanogpt_equals_a_loop_by_hand():
 
 
 def test_cifar_equals_a_loop_by_hand():
-    """Losses, accuracies, lr, angles and weights are those of a plain loop on the same batches; test-time mirroring,
-    label smoothing and --split reach where they should, and the test set is left alone by --split."""
+    """Losses, accuracies, lr, angles and weights are those of a plain loop on the same batches; label smoothing and
+    --split reach where they should, and the test set is left alone by --split."""
     with temporary_folder() as folder:
         images = cifar_train.Images(*map(torch.from_numpy, cifar_folder(folder, 2200, 1030)), [""] * 10, "")
         for own in (dict(loss="ce", split=1), dict(loss="ce", label_smoothing=0.3, split=0.5)):
@@ -2616,7 +2617,8 @@ def test_cifar_equals_a_loop_by_hand():
             def losses_of(step):
                 x, y = batches(step)
                 logits = model(x)
-                return [loss_of(logits, y, own.get("label_smoothing", 0))], (logits.argmax(1) == y).double().mean().item()
+                accuracy = (logits.argmax(1) == y).double().mean().item()
+                return [loss_of(logits, y, own.get("label_smoothing", 0))], accuracy
 
             @torch.no_grad()
             def evaluate():
@@ -3103,7 +3105,8 @@ def test_translate_text():
 
 
 def test_translate_corpora():
-    """--test is another test set than that of the folder; each text has its vocabulary. IWSLT'14 is cleaned as the recipe says. (Tried on a made-up archive of the same layout.)"""
+    """--test is another test set than that of the folder; each text has its vocabulary. IWSLT'14 is cleaned as the
+    recipe says. (Tried on a made-up archive of the same layout.)"""
     with temporary_folder() as folder, unittest.mock.patch.object(translate_train, "download",
                                                                   lambda url, checksum, path: path):
         parts = "train", "valid", "test"
@@ -3413,7 +3416,7 @@ def convolutional_by_hand(model, x, name):
 
 def test_cifar_models():
     """ResNets, VGG-16 and the modular paper's networks equal their layers written out, ViT torch's own layers; all
-    start as published; normalisations equal sums written out."""
+    start as published."""
     torch.manual_seed(0)
     x = normal(2, 3, 3, 32, 32)
 
