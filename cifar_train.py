@@ -1264,12 +1264,6 @@ def gradients(network, x, y, s, autocast):
     return torch.stack([loss.detach(), (logits.detach().argmax(1) == y).float().mean()])
 
 
-def rotation_record(step, optimizer, probe):
-    """What the probe measured, as a line of log.jsonl. Where theory says nothing there is null."""
-    rows = {row.pop("name"): {key: x if math.isfinite(x) else None for key, x in row.items()} for row in probe.rows}
-    return {"step": step, "lr": optimizer.param_groups[0]["lr"], "rotation": rows}
-
-
 def catch_signals():
     """-> a list that gets the first Ctrl-C or SIGTERM, after which the loop saves and leaves. A second one kills."""
     stopped_by = []
@@ -1382,7 +1376,8 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
             if measure:
-                append(out_dir / "log.jsonl", rotation_record(step, optimizer, probe))
+                append(out_dir / "log.jsonl", {"step": step, "lr": optimizer.param_groups[0]["lr"],
+                                               "rotation": probe.as_json()})
             step += 1
             bar.update()
 

@@ -17,10 +17,7 @@ A run writes config.json, ckpt.pt and log.jsonl under --out_dir. log.jsonl has o
 
 The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
 predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is no number any more, 130 or 143 stopped
-by Ctrl-C or SIGTERM after saving (not under torchrun).
-
-References: Radford et al. 2019 (GPT-2); Karpathy's nanoGPT, for sizes and spirit; Kosson et al. 2024 (Rotational
-Equilibrium); Large et al. 2024 (Scalable Optimization in the Modular Norm), whose GPT modular optimizers train.
+by Ctrl-C or SIGTERM after saving (not under torchrun). Sizes and spirit are those of Karpathy's nanoGPT.
 """
 import argparse
 import ast
@@ -368,7 +365,7 @@ def read_part(name, part, data_dir):
         text = single_text(name, data_dir)
         cut = int(0.9 * len(text))
         return [text[:cut] if part == "train" else text[cut:]]
-    return iter(lambda: file.read(1 << 22), "")
+    return iter(lambda: "".join(file.readlines(1 << 22)), "")       # whole lines: no word is cut
 
 
 class Characters:
@@ -406,17 +403,6 @@ class GPT2Tokens:
         return self.bpe.decode([i for i in ids if i < self.bpe.n_vocab])       # the padding has no text
 
 
-def whole_words(pieces):
-    """The same text in pieces that end before white space. No byte pair reaches from a word into what follows."""
-    rest = ""
-    for piece in pieces:
-        rest += piece
-        if cut := re.match(r"(?s).*\S(?=\s)", rest):
-            yield cut[0]
-            rest = rest[cut.end():]
-    yield rest
-
-
 def load_data(name, data_dir, tokenizer):
     """-> train and val, 1-D uint16 arrays mapped from files; the tokenizer; a hash of the text. The first run makes the
     files. Their folder is named by that hash, so they are never out of date. It has this name only when it is whole."""
@@ -437,7 +423,7 @@ def load_data(name, data_dir, tokenizer):
         for part in parts:
             pieces = read_part(name, part, data_dir)
             with open(unfinished / f"{part}.bin", "wb") as file:
-                for piece in tqdm(pieces if chars else whole_words(pieces), desc=f"tokens, {part}", delay=2):
+                for piece in tqdm(pieces, desc=f"tokens, {part}", delay=2):
                     file.write(np.array(codec.encode(piece), np.uint16).tobytes())
         (unfinished / "chars.txt").write_bytes(chars.encode())
         os.rename(unfinished, folder)
@@ -514,6 +500,8 @@ class Model(nn.Module):
 
 
 class GPT(Model):
+    """GPT-2 (Radford et al. 2019) without biases."""
+
     def __init__(self, n_vocab, n_layer, n_head, n_embd, block_size, dropout, gain):
         super().__init__()
         self.block_size = block_size
@@ -785,12 +773,6 @@ def gradients(network, windows, s, autocast):
     return total
 
 
-def rotation_record(step, optimizer, probe):
-    """What the probe measured, as a line of log.jsonl. Where theory says nothing there is null."""
-    rows = {row.pop("name"): {key: x if math.isfinite(x) else None for key, x in row.items()} for row in probe.rows}
-    return {"step": step, "lr": optimizer.param_groups[0]["lr"], "rotation": rows}
-
-
 def catch_signals():
     """-> a list that gets the first Ctrl-C or SIGTERM, after which the loop saves and leaves. A second one kills."""
     stopped_by = []
@@ -847,10 +829,9 @@ def main():
 
     # ---- processes, files, signals
     if WORLD > 1:                                   # not before: each process has found by itself what is wrong so far
-        try:
-            torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo")
-        except ValueError as error:
-            fail(f"WORLD_SIZE is {WORLD}, but: {error}. Start the script with torchrun, or unset WORLD_SIZE")
+        if "MASTER_ADDR" not in os.environ:
+            fail(f"WORLD_SIZE is {WORLD}, but there is no MASTER_ADDR: start with torchrun, or unset WORLD_SIZE")
+        torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo")
         network = nn.parallel.DistributedDataParallel(network)
     if RANK == 0:
         only_one = lock(out_dir, "--out_dir")       # held until the process ends
@@ -907,7 +888,8 @@ def main():
             optimizer.step()
             optimizer.zero_grad()
             if measure:
-                append(out_dir / "log.jsonl", rotation_record(step, optimizer, probe))
+                append(out_dir / "log.jsonl", {"step": step, "lr": optimizer.param_groups[0]["lr"],
+                                               "rotation": probe.as_json()})
             step += 1
             bar.update()
 

@@ -2064,7 +2064,7 @@ class RotationProbe:
         probe = RotationProbe(optimizer)        # any optimizer of this file or of torch.optim
         probe.measure_next_step()               # arms it for one step; a step it is not asked about costs nothing
         optimizer.step()
-        print(probe)                            # or probe.rows: one dict per parameter
+        print(probe)                            # or probe.rows: a dict per parameter; probe.as_json() for a log
 
     Rows     name; norm: mean ||w|| of the neurons after the step; angle: mean angle turned, radians; predicted_norm,
              predicted_angle: for rotational parameters the kept norm and the angle that is set; for plain ones the
@@ -2131,6 +2131,11 @@ class RotationProbe:
         if angle > 0:                                       # not nan
             self._settling.append(settling_steps(direction, h, sigma))
         return norm, angle
+
+    def as_json(self):
+        """{name: {"norm": ..., "angle": ..., ...}}, with None for nan, which JSON lacks."""
+        return {row["name"]: {key: x if math.isfinite(x) else None for key, x in row.items() if key != "name"}
+                for row in self.rows}
 
     def __str__(self):
         lines = [f"{'parameter':32s} {'norm':>10s} {'predicted':>10s} {'angle':>10s} {'predicted':>10s}"]

@@ -2901,18 +2901,11 @@ def test_nanogpt_large_texts():
 
 
 def test_nanogpt_byte_pairs():
-    """Byte pairs of a text encoded piece by piece equal those of the text encoded in one go, wherever pieces end."""
+    """A text is encoded by GPT-2's byte pairs and its mark, and decoded to the same text; padding has none."""
     import tiktoken
-    merges = [b"a", b"b", b" ", b"\n", b"!", b"  ", b"\n\n", b" a", b"ab", b" ab", b" \n"]       # white space can merge
+    ranks = {token: rank for rank, token in enumerate([b"a", b"b", b" ", b"\n", b"!", b"  ", b"\n\n", b" a", b"ab"])}
     pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""     # as GPT-2 splits text
-    ranks = {token: rank for rank, token in enumerate(merges)}
     codec = tiktoken.Encoding("toy", pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 11})
-    chance = random.Random(1)
-    for length in [60] * 200 + [60_000] * 2:
-        text = "".join(chance.choice("ab  \n!") for _ in range(length))
-        cuts = [0, *sorted(chance.sample(range(length + 1), 5)), length]
-        pieces = nanogpt_train.whole_words([text[a:b] for a, b in zip(cuts, cuts[1:])])
-        assert [token for piece in pieces for token in codec.encode(piece)] == codec.encode(text), repr(text)
     with unittest.mock.patch.object(tiktoken, "get_encoding", lambda name: {"gpt2": codec}[name]), \
             temporary_folder() as folder:
         tokens = nanogpt_train.GPT2Tokens()
@@ -3054,18 +3047,13 @@ def test_cifar_batches():
 
 
 def test_translate_grammar():
-    """Numbers, ordinals, years and times are spelled as German and English spell them; no content of the test or the
-    validation set, and no sentence, occurs in the training set."""
-    for name, given, de, en in re.findall(r"(\w+) ([\d ]+\w*): (.+?) = (.+?)(?:;|$)", """
+    """Numbers and times are spelled as German and English spell them; no content of the test or the validation set, and
+    no sentence, occurs in the training set."""
+    for name, given, de, en in re.findall(r"(\w+) ([\d ]+): (.+?) = (.+?)(?:;|$)", """
             number 0: null = zero; number 30: dreißig = thirty; number 66: sechsundsechzig = sixty-six
             number 101011: einhunderteintausendelf = one hundred and one thousand and eleven
-            number 1000000: eine Million = one million; number 2000001: zwei Millionen eins = two million and one
-            ordinal 1 e: erste = first; ordinal 3 e: dritte = third; ordinal 7 e: siebte = seventh
-            ordinal 8 e: achte = eighth; ordinal 12 e: zwölfte = twelfth; year 2000: zweitausend = two thousand
-            ordinal 21 er: einundzwanzigster = twenty-first; ordinal 101 en: einhundertersten = one hundred and first
-            year 1983: neunzehnhundertdreiundachtzig = nineteen eighty-three
-            year 1900: neunzehnhundert = nineteen hundred; year 1105: elfhundertfünf = eleven oh five
-            year 2023: zweitausenddreiundzwanzig = twenty twenty-three
+            number 2001: zweitausendeins = two thousand and one
+            number 342900: dreihundertzweiundvierzigtausendneunhundert = three hundred and forty-two thousand nine hundred
             clock 7 30: halb acht = half past seven; clock 12 30: halb eins = half past twelve
             clock 7 15: Viertel nach sieben = a quarter past seven; clock 7 45: Viertel vor acht = a quarter to eight
             clock 12 50: zehn vor eins = ten to one; clock 7 25: fünf vor halb acht = twenty-five past seven
@@ -3074,7 +3062,7 @@ def test_translate_grammar():
             timetable 0 5: null Uhr fünf = twelve oh five a.m.
             timetable 1 31: ein Uhr einunddreißig = one thirty-one a.m.""", re.M):
         words = getattr(translate_train, name, lambda n: (translate_train.german(n), translate_train.english(n)))
-        assert words(*(int(x) if x.isdigit() else x for x in given.split())) == (de, en), (name, given)
+        assert words(*map(int, given.split())) == (de, en), (name, given)
     contents, sources = {}, {}
     for part, count in (("train", 24_000), ("valid", 500), ("test", 1000)):
         grammar, drawn = translate_train.Grammar(part, seed=part), {}
@@ -3184,7 +3172,7 @@ def test_translate_byte_pairs():
 
 def test_translate_batches():
     """An epoch has every pair once, in batches no larger than asked, hardly padded; its seed repeats its order."""
-    numbers = random.Random(0).sample(range(10**7), 500)
+    numbers = random.Random(0).sample(range(10**6), 500)
     pairs = [(translate_train.german(n), translate_train.english(n)) for n in numbers] + [("wort " * 300, "word")]
     lines = [side for pair in pairs[:300] for side in pair]
     bpe = translate_train.BytePairs(translate_train.learn_byte_pairs(lines, 60))
