@@ -233,47 +233,45 @@ class Single(nn.Linear):
 # ======================================================================================================================
 
 DECOUPLED = ("adamw", "lion", "rf_adamw", "muon", "modular_sgd", "modular_adam")    # decay bypasses the direction
+BY_ENTRY = ("sgd", "adam", "adamw", "lion", "rmsprop", "rf_rmsprop", "rf_adamw")
 HEAVY_BALL = ("sgd", "rmsprop", "rf_rmsprop", "shampoo", "if_shampoo")
 
 
-class DirectionByHand:
-    """The directions without matrices, from the papers' formulas.
+def elementwise_by_hand(name, h, shape):
+    """The directions without matrices, from the papers' formulas -> a function of gradients.
 
     `l2` is what goes through the direction beside the gradient: weight_decay * w, or 0. With `only_v` it reaches Adam's
     second moment and not its first.
     """
+    rootless, t, m = name.startswith("rf_"), 0, np.zeros(shape)
+    v = np.full(shape, 1 / h["batch_size"] if rootless else 0.0)
+    b1, b2 = h.get("betas", (h.get("momentum"), h.get("alpha", 0.0)))
+    assert name in BY_ENTRY + ("modular_sgd", "modular_adam"), f"no transcription of {name}"
 
-    def __init__(self, name, h, shape):
-        self.name, self.h, self.t, self.m = name, h, 0, np.zeros(shape)
-        self.v = np.full(shape, 1 / h["batch_size"]) if name.startswith("rf_") else np.zeros(shape)
-
-    def __call__(self, g, l2=0, only_v=False):
-        self.t += 1
-        h, t, x = self.h, self.t, g + l2
-        b1, b2 = h.get("betas", (h.get("momentum"), h.get("alpha", 0.0)))
-        if self.name in ("modular_sgd", "modular_adam"):    # averages that start warm, at the first gradient
-            self.m = self.m + (1 - b1) ** ((t - 1) / t) * (g - self.m)
-            self.v = self.v + (1 - b2) ** ((t - 1) / t) * (g * g - self.v)
-            return self.m if self.name == "modular_sgd" else \
-                np.divide(self.m, np.sqrt(self.v), out=np.zeros_like(self.m), where=self.v > 0)
-        if self.name == "lion":
-            d = np.sign(b1 * self.m + (1 - b1) * g)
-            self.m = b2 * self.m + (1 - b2) * g
+    def direction(g, l2=0, only_v=False):
+        nonlocal t, m, v
+        t, x = t + 1, g + l2
+        if name in ("modular_sgd", "modular_adam"):         # averages that start warm, at the first gradient
+            m = m + (1 - b1) ** ((t - 1) / t) * (g - m)
+            v = v + (1 - b2) ** ((t - 1) / t) * (g * g - v)
+            return m if name == "modular_sgd" else np.divide(m, np.sqrt(v), out=np.zeros_like(m), where=v > 0)
+        if name == "lion":
+            d, m = np.sign(b1 * m + (1 - b1) * g), b2 * m + (1 - b2) * g
             return d
-        self.v = b2 * self.v + (1 - b2) * (g if self.name.startswith("rf_") else x) ** 2
-        if self.name in HEAVY_BALL:
-            if self.name == "rmsprop":
-                x = x / (np.sqrt(self.v) + h.get("eps", 1e-8))
-            if self.name == "rf_rmsprop":                   # the decay joins after the division
-                x = g / (h["batch_size"] * self.v + h["eps"]) + l2
-            self.m = b1 * self.m + x
-            return self.m
-        self.m = b1 * self.m + (1 - b1) * (g if only_v or self.name == "rf_adamw" else x)
-        if self.name == "rf_adamw":
+        v = b2 * v + (1 - b2) * (g if rootless else x) ** 2
+        if name in HEAVY_BALL:
+            if name == "rmsprop":
+                x = x / (np.sqrt(v) + h.get("eps", 1e-8))
+            if name == "rf_rmsprop":                        # the decay joins after the division
+                x = g / (h["batch_size"] * v + h["eps"]) + l2
+            m = b1 * m + x
+            return m
+        m = b1 * m + (1 - b1) * (g if only_v or rootless else x)
+        if rootless:
             c1, c2 = (1 - b1**t, 1 - b2**t) if h.get("bias_correction") else (1, 1)
-            return self.m / c1 / (h["batch_size"] * self.v / c2 + h["eps"])
-        assert self.name in ("adam", "adamw"), f"no transcription of {self.name}"
-        return self.m / (1 - b1**t) / (np.sqrt(self.v / (1 - b2**t)) + h.get("eps", 1e-8))
+            return m / c1 / (h["batch_size"] * v / c2 + h["eps"])
+        return m / (1 - b1**t) / (np.sqrt(v / (1 - b2**t)) + h.get("eps", 1e-8))
+    return direction
 
 
 def unfold(x, i):
@@ -294,87 +292,83 @@ def quintics(x):
     return x
 
 
-class MuonByHand:
+def muon_by_hand(h, shape):
     """Muon, one matrix at a time."""
+    mu, (out, rest) = h["momentum"], (shape[0], math.prod(shape[1:]))
+    factor, m = math.sqrt(max(1, out / rest)), np.zeros((out, rest))
+    if h.get("adjust") == "match_rms_adamw":
+        factor = 0.2 * math.sqrt(max(out, rest))
 
-    def __init__(self, name, h, shape):
-        self.h, self.m = h, np.zeros((shape[0], math.prod(shape[1:])))
-
-    def __call__(self, g):
-        mu, x, (out, rest) = self.h["momentum"], g.reshape(self.m.shape), self.m.shape
-        self.m = mu * self.m + (1 - mu) * x
-        x = (1 - mu) * x + mu * self.m if self.h.get("nesterov", True) else self.m
-        original = self.h.get("adjust", "original") == "original"
-        factor = math.sqrt(max(1, out / rest)) if original else 0.2 * math.sqrt(max(out, rest))
+    def direction(g):
+        nonlocal m
+        x = g.reshape(out, rest)
+        m = mu * m + (1 - mu) * x
+        x = (1 - mu) * x + mu * m if h.get("nesterov", True) else m
         return (factor * quintics(x)).reshape(g.shape)
+    return direction
 
 
-class ShampooByHand:
+def shampoo_by_hand(h, shape):
     """Root-based Shampoo, mode by mode. A diagonal is kept as a full matrix whose other entries are set to 0."""
+    sizes, b, t, m, v = tuple(shape) or (1,), h["lr_cov"], 0, np.zeros(shape), np.zeros(shape)
+    L, R, k = [np.zeros((n, n)) for n in sizes], [np.eye(n) for n in sizes], len(sizes)
 
-    def __init__(self, name, h, shape):
-        self.h, self.t, self.m, self.shape = h, 0, np.zeros(shape), tuple(shape) or (1,)
-        self.L, self.R = [np.zeros((n, n)) for n in self.shape], [np.eye(n) for n in self.shape]
-        self.v = np.zeros(shape)                            # of the Adam whose norm is borrowed
-
-    def __call__(self, g, l2=0):
-        self.t += 1
-        h, b, x, k = self.h, self.h["lr_cov"], g.reshape(self.shape), len(self.shape)
-        for i, n in enumerate(self.shape):
+    def direction(g, l2=0):
+        nonlocal t, m, v
+        t, x = t + 1, g.reshape(sizes)
+        for i, n in enumerate(sizes):
             C = unfold(x, i) @ unfold(x, i).T
-            self.L[i] = (1 - b) * self.L[i] + b * (np.diag(np.diag(C)) if n > h.get("max_dim", 2048) else C)
-            if self.t % h["update_every"] == 0:
-                eigenvalues, Q = np.linalg.eigh(self.L[i] + h["damping"] * np.eye(n))
-                self.R[i] = Q @ np.diag(eigenvalues ** (-1 / (2 * k))) @ Q.T
+            L[i] = (1 - b) * L[i] + b * (np.diag(np.diag(C)) if n > h.get("max_dim", 2048) else C)
+            if t % h["update_every"] == 0:
+                eigenvalues, Q = np.linalg.eigh(L[i] + h["damping"] * np.eye(n))
+                R[i] = Q @ np.diag(eigenvalues ** (-1 / (2 * k))) @ Q.T
         for i in range(k):
-            x = times(x, i, self.R[i])
-        d = x.reshape(g.shape)
-        self.v = (1 - b) * self.v + b * g**2
+            x = times(x, i, R[i])
+        d, v = x.reshape(g.shape), (1 - b) * v + b * g**2   # v: of the Adam whose norm is borrowed
         if h.get("graft"):
-            size = g if h["graft"] == "sgd" else g / (np.sqrt(self.v / (1 - (1 - b) ** self.t)) + 1e-8)
+            size = g if h["graft"] == "sgd" else g / (np.sqrt(v / (1 - (1 - b) ** t)) + 1e-8)
             d = d * np.linalg.norm(size) / np.linalg.norm(d)
-        self.m = h["momentum"] * self.m + d + l2
-        return self.m
+        m = h["momentum"] * m + d + l2
+        return m
+    return direction
 
 
-class InverseFreeShampooByHand:
+def if_shampoo_by_hand(h, shape):
     """Inverse-free Shampoo, mode by mode, every A_i formed for itself as (rest, d_i)."""
+    sizes, rho, t, m = tuple(n for n in shape if n != 1) or (1,), h.get("riemannian_momentum", 0.5), 0, np.zeros(shape)
+    K, M, k = [np.eye(n) for n in sizes], [np.zeros((n, n)) for n in sizes], len(sizes)
+    due = 0                                                 # the next preconditioner step; t counts from 0
 
-    def __init__(self, name, h, shape):
-        self.h, self.t, self.m, self.shape = h, 0, np.zeros(shape), tuple(n for n in shape if n != 1) or (1,)
-        self.K, self.M = [np.eye(n) for n in self.shape], [np.zeros((n, n)) for n in self.shape]
-        self.next = 0                                       # the next preconditioner step; t counts from 0
-
-    def __call__(self, g, l2=0):
-        h, x, k, rho = self.h, g.reshape(self.shape), len(self.shape), self.h.get("riemannian_momentum", 0.5)
-        if self.t == self.next:
-            self.next = self.t + min(max(math.floor(math.log(self.t + 1, 4) + 1e-9), 1), h["update_every"])
-            H = []
-            for i, d_i in enumerate(self.shape):
+    def direction(g, l2=0):
+        nonlocal t, m, due
+        x = g.reshape(sizes)
+        if t == due:
+            due, H = t + min(max(math.floor(math.log(t + 1, 4) + 1e-9), 1), h["update_every"]), []
+            for i, d_i in enumerate(sizes):
                 A, c = math.sqrt(h["batch_size"]) * x, 1.0
-                for j, d_j in enumerate(self.shape):
-                    A = times(A, j, self.K[j] if j == i else self.K[j] / math.sqrt(d_j))
-                    if j != i:
-                        c *= np.trace(self.K[j].T @ self.K[j]) / d_j
+                for j, d_j in enumerate(sizes):
+                    A = times(A, j, K[j] if j == i else K[j] / math.sqrt(d_j))
+                    c *= np.trace(K[j].T @ K[j]) / d_j if j != i else 1
                 A = unfold(A, i).T
-                H_i = 0.5 * (A.T @ A + h["damping"] * c * self.K[i].T @ self.K[i] - np.eye(d_i))
+                H_i = 0.5 * (A.T @ A + h["damping"] * c * K[i].T @ K[i] - np.eye(d_i))
                 H.append(np.diag(np.diag(H_i)) if d_i > h.get("max_dim", 2048) else H_i)
             for i in range(k):
-                self.M[i] = rho * self.M[i] + (1 - rho) * H[i]
-                lr_cov = h["lr_cov"] * h.get("lr_cov_scale", 1.0) / max(1.0, np.sqrt((self.M[i] ** 2).sum()))
-                self.K[i] = self.K[i] - lr_cov * self.K[i] @ self.M[i]
-        self.t += 1
+                M[i] = rho * M[i] + (1 - rho) * H[i]
+                lr_cov = h["lr_cov"] * h.get("lr_cov_scale", 1.0) / max(1.0, np.linalg.norm(M[i]))
+                K[i] = K[i] - lr_cov * K[i] @ M[i]
         for i in range(k):
-            x = times(x, i, self.K[i] @ self.K[i].T)
-        self.m = h["momentum"] * self.m + x.reshape(g.shape) + l2
-        return self.m
+            x = times(x, i, K[i] @ K[i].T)
+        t, m = t + 1, h["momentum"] * m + x.reshape(g.shape) + l2
+        return m
+    return direction
 
 
 def direction_by_hand(name, h, shape):
     """-> a function (g, l2) -> d. modular_sgd and modular_adam have directions of their own."""
-    name = name if name in ("modular_sgd", "modular_adam") else base(name)
-    kinds = {"muon": MuonByHand, "shampoo": ShampooByHand, "if_shampoo": InverseFreeShampooByHand}
-    return kinds.get(name, DirectionByHand)(name, h, shape)
+    kinds = {"muon": muon_by_hand, "shampoo": shampoo_by_hand, "if_shampoo": if_shampoo_by_hand}
+    if base(name) in kinds:
+        return kinds[base(name)](h, shape)
+    return elementwise_by_hand(name if name in ("modular_sgd", "modular_adam") else base(name), h, shape)
 
 
 def plain_by_hand(name, w, gradients, lrs, h):
@@ -549,8 +543,8 @@ def test_plain_equals_torch():
         edits = itertools.cycle([{"lr": 0.1}, {"weight_decay": 0.7}, {"weight_decay": 0.01}, {"alpha": 0.3, "eps": 0.1},
                                  {"momentum": 0.1, "betas": (0.0, 0.5)}, {"momentum": 0.95, "betas": (0.95, 0.9)},
                                  {"weight_decay": 0}, {"lr": 0}])
-        cycled = optimizer.param_groups[0]
-        return types.SimpleNamespace(step=lambda: cycled.update(
+        group = optimizer.param_groups[0]
+        return types.SimpleNamespace(step=lambda: group.update(
             {key: x for key, x in next(edits).items() if key in optimizer.defaults and (key != "momentum" or cycles)}))
 
     S, shapes = torch.optim.lr_scheduler, [(), (1,), (5,), (4, 7), (6, 4, 3, 3)]
@@ -965,7 +959,6 @@ STILL = (lambda x: x, lambda x: x)
 TURNED = (lambda x: P.T @ x @ Q, lambda x: P @ x @ Q.T)
 PERMUTED = (lambda x: x.flatten()[ORDER].view(4, 6), lambda x: x.flatten()[ORDER.argsort()].view(4, 6))
 FLIPPED = (lambda x: SIGNS * x, lambda x: SIGNS * x)
-BY_ENTRY = ("sgd", "adam", "adamw", "lion", "rmsprop", "rf_rmsprop", "rf_adamw")
 
 
 # The claim; who does not feel it; who does; the map of weights and its inverse; the factor of gradients; settings;
