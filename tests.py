@@ -3635,23 +3635,18 @@ def test_scripts_beds_resume():
 TOY = '''
 import argparse, json, math, os, pathlib, signal, sys, time
 p = argparse.ArgumentParser()
-p.add_argument("--lr", type=float, default=0.01)
-p.add_argument("--weight_decay", type=float, default=0.0)
-p.add_argument("--seed", type=int, default=1)
-p.add_argument("--steps", type=int, default=10)
-p.add_argument("--betas", default="")
-p.add_argument("--device"), p.add_argument("--out_dir"), p.add_argument("--resume", action="store_true")
+p.add_argument("--lr", type=float, default=0.01), p.add_argument("--weight_decay", type=float, default=0.0)
+p.add_argument("--seed", type=int, default=1), p.add_argument("--steps", type=int, default=10)
+p.add_argument("--betas"), p.add_argument("--device"), p.add_argument("--out_dir")
+p.add_argument("--resume", action="store_true")
 a = p.parse_args()
 out = pathlib.Path(a.out_dir)
 out.mkdir(parents=True, exist_ok=True)
-with open(out / "starts", "a") as file:
-    file.write("x")
+print("x", end="", file=open(out / "starts", "a"))
 (out / "where").write_text(" ".join(os.environ.get(key, "-") for key in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")))
 stop = []
 signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-s = vars(a) | {"step": 0, "x": 0.0}
-if a.resume:
-    s = json.loads((out / "ckpt.pt").read_text())
+s = json.loads((out / "ckpt.pt").read_text()) if a.resume else vars(a) | {"step": 0, "x": 0.0}
 if s["lr"] == 666:
     print("toy_train.py: --lr 666 is evil: choose another", file=sys.stderr)
     sys.exit(2)
@@ -3670,7 +3665,12 @@ loss = (math.log10(s["lr"]) + 2) ** 2 + s["weight_decay"] + 0.01 * s["x"]
 (out / "log.jsonl").write_text("".join(json.dumps(record) + "\\n" for record in (
     {"step": 0, "val_loss": 9.0}, {"step": 1, "rotation": {}}, {"step": s["step"], "val_loss": loss, "final": True})))
 '''
-TOYS = "--script toy_train.py --jobs 2".split()
+TOYS, nan = "--script toy_train.py --jobs 2".split(), math.nan
+
+
+def toy_sweep(folder, line, status=0):
+    """A sweep of the toy to its end -> (stdout, stderr)."""
+    return run_script(sweep, folder, *TOYS, *shlex.split(line), status=status)
 
 
 @contextlib.contextmanager
@@ -3694,9 +3694,9 @@ def starts(folder):
 
 def toy_lab(folder, **changes):
     """A Lab whose runs are in folder/out."""
-    args = dict(out_dir=folder / "out", jobs=2, metric=None, seeds=None, scale="cpu")
-    return sweep.Lab(sweep.argparse.Namespace(**dict.fromkeys(
-        ("retry", "keep_checkpoints", "experiment", "report", "print_commands")) | args | changes))
+    return sweep.Lab(types.SimpleNamespace(**dict(
+        out_dir=folder / "out", jobs=2, metric=None, seeds=None, scale="cpu", retry=None, keep_checkpoints=None,
+        experiment=None, report=None, print_commands=None) | changes))
 
 
 def imagined(loss, opt="x", log=(), metric="val_loss", **flags):
@@ -3711,14 +3711,13 @@ class ImaginedLab:
     """Gives the experiments results that we make up: loss(flags) is the loss or accuracy, nan if it diverged, and
     log(flags) the lines of the log."""
     asked, out_dir = (), pathlib.Path("imagined")
-    args = sweep.argparse.Namespace(scale="cpu", seeds=None, print_commands=False, runs=None)
 
-    def __init__(self, loss, log=None):
+    def __init__(self, loss, log=None, seeds=None, runs=None):
         self.loss, self.log = loss, log or (lambda flags: [{"train_loss": loss(flags)}])
+        self.args = types.SimpleNamespace(scale="cpu", seeds=seeds, print_commands=False, runs=runs)
 
     def result(self, run):
-        flags = dict(run.flags)
-        metric = "val_loss" if run.script == "nanogpt_train.py" else "val_acc"
+        flags, metric = dict(run.flags), "val_loss" if run.script == "nanogpt_train.py" else "val_acc"
         return imagined(self.loss(flags), log=self.log(flags), metric=metric, **flags)
 
     def results(self, runs):
@@ -3732,16 +3731,14 @@ def write_run(home, records, **config):
 
 
 def test_sweep_values():
-    """Ranges are numpy's; draws stay in their space, fill it evenly, repeat, and begin alike however many there are;
-    every published space is one of flags that cifar_train.py or the optimizer takes; a run's name and command do not
-    depend on how its flags are written."""
+    """Ranges are numpy's. Draws stay in their space, fill it evenly, repeat, and begin alike however many there are.
+    Every published space is one of flags that cifar_train.py or the optimizer takes."""
     for text, expected in (("1e-4:1e-1:log7", np.geomspace(1e-4, 1e-1, 7)), ("0:1:lin5", np.linspace(0, 1, 5)),
                            ("0,1e-3:10:log5,70", [0, *np.geomspace(1e-3, 10, 5), 70])):
         assert np.allclose([float(x) for x in sweep.grid_values(text, "")], expected, rtol=1e-5, atol=0), text
     assert sweep.grid_values("(0.9,0.95),(0.9, 0.99),adamw,0.10", "") == ["(0.9,0.95)", "(0.9, 0.99)", "adamw", "0.1"]
     assert sweep.grid_flags("lr,weight_decay", "(1e-3,1),(0.1, 0.01)") == [
         {"lr": "0.001", "weight_decay": "1"}, {"lr": "0.1", "weight_decay": "0.01"}]
-
     spaces = sweep.parse_space(["a=log(1e-4,1e-1) b=uniform(-1, 3)", "c=choice(x, y,1.50) d=one_minus_log(1e-4,1e-1)"])
     draws = sweep.draws(spaces, 600, seed=3)
     assert draws == sweep.draws(spaces, 600, seed=3) and draws[:20] == sweep.draws(spaces, 20, seed=3)
@@ -3755,11 +3752,14 @@ def test_sweep_values():
     assert sweep.Space("choice", ("a", "b", "c")).around(["c", "a", "c"]) == sweep.Space("choice", ("a", "c"))
     assert spaces["d"].around(["0.9", "0.99", "0.9995"]) == sweep.Space("one_minus_log", (0.0005, 0.1))
     for name in sweep.PAPER_SPACES:
-        opt = name.rpartition(":")[2]
         for flags in sweep.draws(sweep.parse_space([name]), 3, seed=0):
-            run = sweep.Run.of("cifar_train.py", flags | {"opt": opt})
+            run = sweep.Run.of("cifar_train.py", flags | {"opt": name.rpartition(":")[2]})
             cifar_train.make_optimizer(settled(cifar_train, *run.command(pathlib.Path("x"))[2:]), nn.Linear(3, 3))
 
+
+def test_sweep_commands():
+    """A run's name does not depend on how its flags are written, and tells it from all others. Its command gives the
+    optimizer what the script has no flag for, and resumes a checkpoint on the same device."""
     one = sweep.Run.of("nanogpt_train.py", {"lr": "1e-3", "opt": "sgd"})
     assert one.name == sweep.Run.of("nanogpt_train.py", {"opt": "sgd", "lr": 0.001}).name
     for script, lr in (("nanogpt_train.py", 0.002), ("cifar_train.py", 0.001), ("else/nanogpt_train.py", 0.001)):
@@ -3777,12 +3777,11 @@ def test_sweep_values():
 def test_sweep_report():
     """The table has numpy's means and deviations, best first; what failed or diverged is named, never averaged away,
     and --retry runs what failed, and nothing else."""
+    grid = "--grid lr=0.001,0.01,10,666 weight_decay,steps=(0,10),(0.5,10) --seeds 2 --fixed device=cpu --out_dir out"
     with folder_with_toy() as folder:
-        grid = "--grid lr=0.001,0.01,10,666 weight_decay,steps=(0,10),(0.5,10) --seeds 2 --fixed device=cpu".split()
-        grid += ["--out_dir", "out"]
-        run_script(sweep, folder, *TOYS, *grid, status=1)
+        toy_sweep(folder, grid, status=1)
         begun = starts(folder / "out")
-        out, _ = run_script(sweep, folder, *TOYS, *grid, status=1)              # again: nothing left to do
+        out, _ = toy_sweep(folder, grid, status=1)              # again: nothing left to do
         assert starts(folder / "out") == begun and set(begun.values()) == {1} and len(begun) == 16
         lines = out.splitlines()
         assert lines[0] == "16 runs of toy_train.py: 8 done, 4 diverged, 4 failed", lines[0]
@@ -3792,29 +3791,27 @@ def test_sweep_report():
             assert line.split() == [f"{mean:.4f}", "+-", f"{deviation:.4f}", "2", f"{lr:g}", f"{decay:g}"], line
         assert all(re.fullmatch(r"  - +0 +(10|666) +0(\.5)? +2 (diverged|failed)", line) for line in lines[7:11]), out
         assert len([line for line in lines if "*" in line]) == 1 and f"{expected[0][0]:.4f}*" in lines[12], lines[11:14]
-        assert sum(line.startswith("failed: lr 666") and "is evil" in line for line in lines) == 4
-        assert sum(line.startswith("diverged: lr 10") and line.endswith("nan at step 3: training diverged")
-                   for line in lines) == 4
-        assert len(list((folder / "out").glob("*/ckpt.pt"))) == 0, "checkpoints of finished runs are to be deleted"
+        for pattern in ("failed: lr 666.* is evil.*", "diverged: lr 10.*nan at step 3: training diverged"):
+            assert sum(bool(re.fullmatch(pattern, line)) for line in lines) == 4, out
+        assert not list((folder / "out").glob("*/ckpt.pt")), "checkpoints of finished runs are to be deleted"
         (folder / "toy_train.py").write_text(TOY.replace('== 666', '== 667').replace('> 1 and', '== 10 and'))
-        out, _ = run_script(sweep, folder, *TOYS, *grid, "--retry")
+        out, _ = toy_sweep(folder, f"{grid} --retry")
         assert "12 done, 4 diverged\n" in out and sorted(starts(folder / "out").values()) == [1] * 12 + [2] * 4, out
 
 
-def test_sweep_counts_only_sound_results():
-    """Of two runs, one better on the test set, one on the validation set, --metric says which comes first; the order is
-    by each metric's own sign; a loss that is NaN has diverged, one that is no number failed; a copied folder is no
-    further seed."""
+def test_sweep_order_of_results():
+    """The order is by each metric's own sign, and what diverged with one seed comes last. Of two runs, one better on
+    the test set, one on the validation set, --metric says which comes first. A copied folder is no further seed."""
     for metric, better, worse in (("bleu", 30, 20), ("test_acc", 0.9, 0.8), ("val_acc", 0.9, 0.8), ("val_loss", 1, 2)):
-        results = [imagined(value, metric=metric, lr=value) for value in (worse, better)] + [imagined(math.nan, lr=0)]
+        results = [imagined(value, metric=metric, lr=value) for value in (worse, better)] + [imagined(nan, lr=0)]
         assert [s.mean for s in sweep.by_setting(results)][:2] == [better, worse], metric
-    seeds = [imagined(1.0, lr=1, seed=1), imagined(math.nan, lr=1, seed=2), imagined(2.0, lr=2, seed=1)]
+    seeds = [imagined(1.0, lr=1, seed=1), imagined(nan, lr=1, seed=2), imagined(2.0, lr=2, seed=1)]
     assert [s.flags["lr"] for s in sweep.by_setting(seeds)] == ["2", "1"], "one of the better ones has diverged"
     with temporary_folder() as folder:
-        for lr, last in {"1": dict(bleu=20, val_loss=0.5), "2": dict(bleu=10, val_loss=0.25), "4": dict(val_loss=None),
-                         "3": dict(val_loss=math.nan), "5": dict(val_loss=0.75, final=False)}.items():
+        for lr, last in {"1": dict(bleu=20, val_loss=0.5), "2": dict(bleu=10, val_loss=0.25), "3": dict(val_loss=nan),
+                         "4": dict(val_loss=None), "5": dict(val_loss=0.75, final=False)}.items():
             run = sweep.Run.of("translate_train.py", {"lr": lr})
-            write_run(folder / "out" / run.name, [{"val_loss": 0.1}, {"final": True} | last, {}][:2 + (lr == "5")])
+            write_run(folder / "out" / run.name, [{"val_loss": 0.1}, {"final": True} | last])
             toy_lab(folder).note(run)
         shutil.copytree(folder / "out" / run.name, folder / "out/copy")
         for flags, order in (((), "12"), (("--metric", "val_loss"), "21")):
@@ -3845,65 +3842,67 @@ def test_sweep_endings():
 
 def test_sweep_shares_the_machine():
     """As many runs at a time as --jobs says or as there are GPUs, each on its own; without them each has one thread."""
+    start = sweep.Lab.start
     for jobs, devices, most, where in ((None, ["3", "5"], 2, {"3 7", "5 7"}), (3, ["3", "5"], 3, {"3 7", "5 7"}),
                                        (2, [], 2, {"- 1"})):
-        with folder_with_toy() as folder, unittest.mock.patch.object(sweep, "gpus", lambda: devices):
-            lab, alive, start = toy_lab(folder, jobs=jobs), [], sweep.Lab.start
+        alive, counts = [], []
 
-            def counted(lab, run, gpu):
-                process = start(lab, run, gpu)
-                alive.append([other for other in [*(alive[-1] if alive else ()), process] if other.poll() is None])
-                return process
-            with unittest.mock.patch.object(sweep.Lab, "start", counted), contextlib.redirect_stdout(io.StringIO()), \
-                    contextlib.redirect_stderr(io.StringIO()), \
-                    unittest.mock.patch.dict(os.environ, OMP_NUM_THREADS="7"):
-                os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-                if not devices:
-                    del os.environ["OMP_NUM_THREADS"]
-                lab.results([sweep.Run.of(folder / "toy_train.py", {"seed": seed}) for seed in range(5)])
-            assert max(map(len, alive)) == most, (jobs, devices)
+        def counted(lab, run, gpu):
+            alive[:] = [process for process in [*alive, start(lab, run, gpu)] if process.poll() is None]
+            counts.append(len(alive))
+            return alive[-1]
+
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("CUDA_", "OMP_"))}
+        with folder_with_toy() as folder, unittest.mock.patch.multiple(sweep, gpus=lambda: devices), \
+                unittest.mock.patch.object(sweep.Lab, "start", counted), contextlib.redirect_stdout(io.StringIO()), \
+                contextlib.redirect_stderr(io.StringIO()), unittest.mock.patch.dict(
+                    os.environ, environment | ({"OMP_NUM_THREADS": "7"} if devices else {}), clear=True):
+            runs = [sweep.Run.of(folder / "toy_train.py", {"seed": seed}) for seed in range(5)]
+            toy_lab(folder, jobs=jobs).results(runs)
+            assert max(counts) == most, (jobs, devices)
             assert {path.read_text() for path in folder.glob("out/*/where")} == where, (jobs, devices)
     for visible, count, names in (("3,5,7", 2, ["3", "5"]), ("", 2, ["0", "1"]), ("", 0, [])):
-        with unittest.mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=visible):
-            with unittest.mock.patch("torch.cuda.device_count", lambda: count):
-                assert sweep.gpus() == names
+        with unittest.mock.patch.dict(os.environ, CUDA_VISIBLE_DEVICES=visible), \
+                unittest.mock.patch("torch.cuda.device_count", lambda: count):
+            assert sweep.gpus() == names
 
 
 def test_sweep_killed_at_any_moment():
     """Killed by SIGKILL six times, a sweep gives the report of one never killed, and each run was started exactly once:
     the next sweep waits for the orphans of the last."""
     chance = random.Random(0)
+
+    def begin_and_kill(folder, line):
+        before, process = starts(folder / "killed"), start_script(sweep, folder, *TOYS, *line.split())
+        while starts(folder / "killed") == before:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+
+    grid = "--grid lr=0.001:1:log8 weight_decay=0,0.1 --fixed steps=20 device=cpu --out_dir"
     with folder_with_toy() as folder:
-        def begin_and_kill(*command, out_dir):
-            before = starts(folder / out_dir)
-            process = start_script(sweep, folder, *TOYS, *command, out_dir)
-            while starts(folder / out_dir) == before:
-                time.sleep(0.01)
-            time.sleep(chance.uniform(0, 0.3))
-            process.kill()
-            process.communicate()
-        grid = "--grid lr=0.001:1:log8 weight_decay=0,0.1 --fixed steps=20 device=cpu --out_dir".split()
-        run_script(sweep, folder, *TOYS, *grid, "calm")
+        toy_sweep(folder, f"{grid} calm")
         for _ in range(6):                          # two runs have begun each time, of 16
-            begin_and_kill(*grid, out_dir="killed")
-        run_script(sweep, folder, *TOYS, *grid, "killed")
+            begin_and_kill(folder, f"{grid} killed")
+        toy_sweep(folder, f"{grid} killed")
         assert [*starts(folder / "killed").values()] == [1] * 16
-        reports = [run_script(sweep, folder, *TOYS, *grid, which, "--report")[0] for which in ("calm", "killed")]
-        assert reports[0] == reports[1] and "16 done" in reports[0], reports
-        one = "--fixed lr=0.1 steps=200 device=cpu --out_dir".split()           # it outlives its sweep for sure
-        begin_and_kill(*one, out_dir="orphan")
-        _, err = run_script(sweep, folder, *TOYS, *one, "orphan")
-        assert "waiting for another sweep" in err and set(starts(folder / "orphan").values()) == {1}, err
+        calm, killed = (toy_sweep(folder, f"{grid} {which} --report")[0] for which in ("calm", "killed"))
+        assert calm == killed and "16 done" in calm, (calm, killed)
+        one = "--fixed lr=0.1 steps=200 device=cpu --out_dir killed"            # it outlives its sweep for sure
+        begin_and_kill(folder, one)
+        _, err = toy_sweep(folder, one)
+        assert "waiting for another sweep" in err and set(starts(folder / "killed").values()) == {1}, err
 
 
 def test_sweep_stops_on_signal():
     """The first SIGTERM ends the runs after they have saved, a second one kills those that do not listen; the same
     command resumes them and gives the same report."""
-    for betas, signals in (("", 1), ("deaf", 2)):
+    for betas, signals in (("", 1), ("betas=deaf", 2)):
+        grid = f"--grid lr=0.01,0.1 --fixed steps=60 device=cpu {betas} --out_dir"
         with folder_with_toy() as folder:
-            grid = f"--grid lr=0.01,0.1 --fixed steps=60 device=cpu {'betas=' * bool(betas)}{betas} --out_dir".split()
-            calm, _ = run_script(sweep, folder, *TOYS, *grid, "calm")
-            process = start_script(sweep, folder, *TOYS, *grid, "out")
+            calm, _ = toy_sweep(folder, f"{grid} calm")
+            process = start_script(sweep, folder, *TOYS, *f"{grid} out".split())
             while len(list((folder / "out").glob("*/ckpt.pt"))) < 2:
                 time.sleep(0.02)
             for _ in range(signals):
@@ -3911,30 +3910,30 @@ def test_sweep_stops_on_signal():
                 time.sleep(0.2)
             out, err = process.communicate(timeout=60)
             assert process.returncode == 143 and "0 of 2 runs are finished" in out, (process.returncode, out, err)
-            files = list((folder / "out").glob("*/ckpt.pt"))
-            left = [path.read_text() for path in files]
+            left = [path.read_text() for path in folder.glob("out/*/ckpt.pt")]
             time.sleep(0.5)                         # a run that is still alive would go on
-            assert left == [path.read_text() for path in files] and all(json.loads(x)["step"] < 60 for x in left), left
-            resumed, _ = run_script(sweep, folder, *TOYS, *grid, "out")
+            assert left == [path.read_text() for path in folder.glob("out/*/ckpt.pt")], "a run is alive"
+            assert all(json.loads(x)["step"] < 60 for x in left), left
+            resumed, _ = toy_sweep(folder, f"{grid} out")
             assert sorted(calm.splitlines()) == sorted(resumed.splitlines())
 
 
 def test_sweep_printed_commands():
     """--print_commands | xargs sh -c, then --report, gives the table that the sweep itself gives; what diverged there
     is unfinished until the sweep finds out."""
+    grid = """--grid lr=0.01,0.1,10 "betas=(0.9, 0.95),it's" --fixed device=cpu --out_dir"""
     with folder_with_toy() as folder:
-        grid = ["--grid", "lr=0.01,0.1,10", "betas=(0.9, 0.95),it's", "--fixed", "device=cpu", "--out_dir"]
-        table, _ = run_script(sweep, folder, *TOYS, *grid, "whole")
-        commands, err = run_script(sweep, folder, *TOYS, *grid, "parts", "--print_commands")
+        table, _ = toy_sweep(folder, f"{grid} whole")
+        commands, err = toy_sweep(folder, f"{grid} parts --print_commands")
         assert len(commands.splitlines()) == 6 and "sweep.py" not in commands and not err
         assert not starts(folder / "parts")
         subprocess.run("tr '\\n' '\\0' | xargs -0 -P2 -I{} sh -c {}", shell=True, input=commands, text=True, cwd="/",
                        capture_output=True)
-        parts, _ = run_script(sweep, folder, *TOYS, *grid, "parts", "--report", status=1)
+        parts, _ = toy_sweep(folder, f"{grid} parts --report", status=1)
         assert "4 done, 2 unfinished" in parts and set(starts(folder / "parts").values()) == {1}, parts
-        again, _ = run_script(sweep, folder, *TOYS, *grid, "parts")
+        again, _ = toy_sweep(folder, f"{grid} parts")
         assert again.splitlines()[-12:] == table.splitlines()[-12:] and "4 done, 2 diverged" in again, again
-        assert run_script(sweep, folder, *TOYS, *grid, "parts", "--print_commands")[0] == ""
+        assert toy_sweep(folder, f"{grid} parts --print_commands")[0] == ""
 
 
 def test_sweep_two_stage():
@@ -3942,14 +3941,15 @@ def test_sweep_two_stage():
     with three fresh seeds, and a best value near the edge of its range is named."""
     space = "lr=log(1e-4,1) weight_decay=uniform(0,1)"
     with folder_with_toy() as folder:
-        said, _ = run_script(sweep, folder, *TOYS, "--two_stage", "--runs", 15, "--space", space, "--fixed",
-                             "device=cpu steps=2", "--out_dir", "out", "--seed", 4)
+        said, _ = toy_sweep(folder, f"--two_stage --runs 15 --space '{space}' --fixed device=cpu steps=2 --seed 4 "
+                                    "--out_dir out")
         rows = [json.loads(path.read_text())["flags"] for path in (folder / "out").glob("*/run.json")]
         assert len(starts(folder / "out")) == len(rows) == 33
 
     def losses(rows):
-        return {(float(row["lr"]), float(row["weight_decay"])): toy_loss(float(row["lr"]), float(row["weight_decay"]),
-                                                                         steps=2) for row in rows if "seed" not in row}
+        pairs = [(float(row["lr"]), float(row["weight_decay"])) for row in rows if "seed" not in row]
+        return {pair: toy_loss(*pair, steps=2) for pair in pairs}
+
     first, both = losses(sweep.draws(sweep.parse_space([space]), 15, seed=4)), losses(rows)
     second, best = np.array(list(both.keys() - first.keys())), np.array(sorted(first, key=first.get)[:3])
     assert len(second) == 15 and (best.min(0) <= second).all() and (second <= best.max(0)).all()
@@ -4005,7 +4005,7 @@ def test_sweep_bad_input():
 def test_sweep_experiments_ask_for_runs_that_exist():
     """Every flag that a named experiment uses is known to its script, at both scales, and takes its values; --seeds
     shifts all seeds, and seed 0, which tunes, never decides."""
-    kinds, lab = {}, ImaginedLab(None)
+    kinds = {}
     with temporary_folder() as folder, contextlib.chdir(folder):
         for name, scale in itertools.product(sweep.EXPERIMENTS.keys() - {"second_order"}, ("cpu", "gpu")):
             out = succeed(sweep, "--experiment", name, "--scale", scale, "--print_commands")
@@ -4020,17 +4020,17 @@ def test_sweep_experiments_ask_for_runs_that_exist():
         script = importlib.import_module(pathlib.Path(script).stem)
         with unittest.mock.patch.object(script, "pick_device", lambda name: name):
             script.settle(script.parse(flags))
-    with unittest.mock.patch.object(lab, "args", sweep.argparse.Namespace(scale="cpu", seeds=2)):
-        assert sweep.model_run(lab, "gpt")["seed"] == "30" and sweep.model_run(lab, "gpt", 1, steps=7)["seed"] == "31"
-    run = sweep.model_run(lab, "gpt", steps=7)
-    assert (run["seed"], run["steps"], run["n_embd"]) == ("10", "7", "64"), "flags come before BASE's"
+    for seeds, seed, expected in ((2, 0, "30"), (2, 1, "31"), (None, 0, "10")):
+        run = sweep.model_run(ImaginedLab(None, seeds=seeds), "gpt", seed, steps=7)
+        assert (run["seed"], run["steps"], run["n_embd"]) == (expected, "7", "64"), "flags come before BASE's"
 
 
 def test_sweep_changes():
     """An experiment's changes: the first tenth of the neurons turns 3 times as far, or each matrix by its own factor;
     the measured radial part is torch's; RMSProp's average starts at 1/B. The lab starts the real script with a change,
     and a run without one has the log of the script run by itself."""
-    def turned(change, value):
+    def changed(change, value):
+        """A step after the change -> the probe's rows, weights before and after, the optimizer."""
         with contextlib.ExitStack() as stack:
             for kind, name in ((optim.Rotational, "move"), (optim.Rotational, "by_row"), (optim.rmsprop, "start"),
                                (optim, "RotationProbe")):
@@ -4040,21 +4040,22 @@ def test_sweep_changes():
             model = nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 5))
             optimizer = optim.build("rmsprop" if change == "start" else "rotational_adamw", model, lr=0.1,
                                     weight_decay=0.1)
-            probe, before = optim.RotationProbe(optimizer), [layer.weight.detach().clone() for layer in model]
+            weights = [layer.weight for layer in model]
+            probe, before = optim.RotationProbe(optimizer), values(weights)
             model(torch.randn(4, 8)).square().sum().backward()
             probe.measure_next_step()
             optimizer.step()
-            state, grads = optimizer.state[model[0].weight], [layer.weight.grad for layer in model]
-            return [angles(old, layer.weight) for old, layer in zip(before, model)], probe.rows, before, grads, state
-    even, *_ = turned("turn", "1")
+            return probe.rows, before, weights, optimizer
+
+    _, before, even, _ = changed("turn", "1")
     for value, factors in (("3", [[3] * 2 + [1] * 18, [3] + [1] * 4]), ("2,0.5", [[2] * 20, [0.5] * 5])):
-        for a, b, factor in zip(turned("turn", value)[0], even, factors):
-            close(a.tan(), b.tan() * torch.tensor(factor), 0.01, f"turn={value}")
-    _, rows, before, grads, _ = turned("radial", "")
-    for row, w, g in zip(rows, before, grads):
+        for old, a, b, factor in zip(before, changed("turn", value)[2], even, factors):
+            close(angles(old, a).tan(), angles(old, b).tan() * torch.tensor(factor), 0.01, f"turn={value}")
+    rows, before, weights, _ = changed("radial", "")
+    for row, w, g in zip(rows, before, [w.grad for w in weights]):
         close(row["radial"], ((w * g).sum(1) / w.norm(dim=1) / g.norm(dim=1)).mean(), 1e-6, "radial part", scale=1)
-    _, _, (w, _), (g, _), state = turned("start", "16")
-    close(state["square_avg"], 0.99 / 16 + 0.01 * (g + 0.1 * w) ** 2, 1e-5, "1/B")
+    _, [before, _], [w, _], optimizer = changed("start", "16")
+    close(optimizer.state[w]["square_avg"], 0.99 / 16 + 0.01 * (w.grad + 0.1 * before) ** 2, 1e-5, "1/B")
 
     flags = {key.strip("-"): value for key, value in zip(TINY[::2], TINY[1::2])} | dict(track=1, opt="rotational_adamw")
     runs = [sweep.Run.of("nanogpt_train.py", flags | {"device": "cpu"} | change)
@@ -4102,93 +4103,91 @@ def bowl(f, best):                                  # one minimum, at lr = best
 TIMES = {sweep.HALF: (10, 1.0), sweep.FULL: (20, 2.0), sweep.SHAMPOO: (30, 3.0)}        # as sweep.step_times gives them
 
 
+def by_rules(rules):
+    """-> a function of flags: the number of the first rule that holds. Its words are flags, or flags=values."""
+    def loss(f):
+        words = {*f, *map("=".join, f.items())}
+        return next(x for rule, x in rules.items() if {*rule.split()} <= words)
+    return loss
+
+
+def transfer(size, smallest, power=1, modular=0, gain=0.1, adam=-7):
+    """Losses of networks of several sizes: the plain optimizers' best lr falls with the size."""
+    def loss(f):
+        turns, gpt = f["opt"].startswith("modular"), size in f
+        if size == "n_layer" and "depth" in f:
+            return 1.5 - gain * math.log2(int(f["depth"])) * (1 if turns else -1)
+        best = ({"adam": 2.0**adam} if gpt else {"adam": 2.0**-6, "sgd": 2.0**-4}).get(f["opt"], 0.5)
+        falls = (smallest / int(f[size])) ** power if gpt else (32 / int(f["width"])) ** (1 / 1.5)
+        return bowl(f, best * (falls**modular if turns else falls))
+    return loss
+
+
+# For each experiment rules, and outcomes: a loss or accuracy for each rule, or a function of flags; what is to be said
+# of each check; rules that come before the others.
+VERDICTS = {
+    "zero_shot": (("opt=rotational_sgd", ""), [
+        (lambda f: bowl(f, 0.004) + 0.01 * f["opt"].startswith("rot"), "yyy"), ((1.53, 1.5), "yny"),
+        ((1.5, 1.5), "yyn", {"opt=lion seed=12": nan})]),               # beside one that diverged nothing is good
+    "warmup": (("warmup=0 opt=adamw", "warmup=0 opt=sgd", "warmup=0", ""), [
+        ((1.6, 1.6, 1.54, 1.5), "yy"), ((1.6, 1.6, 1.56, 1.5), "nn"), ((1.51, 1.51, 1.5, 1.5), "nn"),
+        ((nan, nan, 1.5, 1.5), "yy"),                                   # one that diverged has learned nothing
+        ((1.6, 1.6, 1.54, 1.5), "nn", {                                 # the mean counts
+            f"warmup=0 seed=11 opt=rotational_{opt}": 1.7 for opt in ("adamw", "sgd")})]),
+    "balance": (("change", "opt=adam", "opt=adamw", ""), [
+        ((0.8, 0.76, 0.85, 0.89), "yyyy"), ((0.8, 0.84, 0.85, 0.82), "ynnn"), ((0.84, 0.76, 0.85, 0.89), "yyyn"),
+        ((0.8, 0.76, 0.85, 0.89), "ynny", {"opt=adamw seed=12": nan})]),
+    "imbalance": (("change=turn=10", "change=turn=0.1", "change=turn=3", ""), [
+        ((0.8, 0.88, 0.9, 0.9), "yyyy"), ((0.895, 0.895, 0.92, 0.9), "nnny"),
+        ((0.8, 0.88, 0.9, 0.9), "nnnn", {"change=turn=1 seed=12": nan})]),
+    "lr_against_decay": ((), [
+        (lambda f: 1.5 + abs(math.log10(float(f["lr"]) / 4e-3)) * (0.1 if f["opt"] == "adamw" else 0.04), "yy"),
+        (lambda f: bowl(f, 0.004), "yn"), (lambda f: 1.5, "ny")]),
+    "lr_transfer_width": ((), [
+        (transfer("n_embd", 32), "yyy"), (lambda f: bowl(f, 2**-4), "nnn"),     # no optimizer depends on the size
+        (transfer("n_embd", 32, modular=1), "nnn"),                     # both do: more than 0.03
+        (transfer("n_embd", 32, adam=-6), "nyy")]),                     # the best is the last of the GPT's lrs
+    "lr_transfer_depth": ((), [(transfer("n_layer", 2, 1 / 4), "yyy"), (transfer("n_layer", 2, 1 / 4, gain=0), "ynn")]),
+    "root_free": (("model opt=adamw", "model change", "model opt=rmsprop", "model",
+                   "opt=adamw", "change", "opt=rmsprop", ""), [
+        ((0.85, 0.8, 0.73, 0.84, 2.0, 2.1, 2.2, 2.02), "yyyyyy"),
+        ((0.85, 0.84, 0.83, 0.82, 2.0, 2.0, 2.02, 2.04), "nnnnnn"),
+        ((0.85, 0.8, 0.73, 0.84, 2.0, 2.1, 2.2, 2.02), "yynyyy", {
+            "model opt=rf_rmsprop": 0.84, "opt=rf_rmsprop weight_decay=0": 2.22})]),
+    "half_precision": (("opt=shampoo", "opt_kwargs.dtype=bfloat16", ""), [
+        ((1.6, 1.5, 1.49), "yyyy"), ((1.6, 1.5, 1.45), "nyyy"), ((1.45, 1.5, 1.6), "ynyy")])}
+
+
 def test_sweep_verdicts():
     """The experiments say yes to numbers made up to agree with the claim, and no to others, for the right reason."""
-    def worse(opt, more):
-        return lambda f: 1.5 + more * f["opt"].endswith(opt)
-
-    def needs(plain, turning):                      # how much the loss rises without warmup
-        return lambda f: 1.5 + ((turning if f["opt"].startswith("rot") else plain) if f["warmup"] == "0" else 0)
-
-    def transfer(size, smallest, modular=0, gain=0.1, adam=-7):         # the plain optimum falls with the size
-        def loss(f):
-            if size == "n_layer" and "depth" in f:
-                return 1.5 - gain * math.log2(int(f["depth"])) * (1 if f["opt"].startswith("modular") else -1)
-            falls = modular if f["opt"].startswith("modular") else 1
-            if size in f:                           # the GPT's
-                return bowl(f, {"adam": 2.0**adam}.get(f["opt"], 0.5) * (smallest / int(f[size])) ** (
-                    falls / (4 if size == "n_layer" else 1)))
-            return bowl(f, {"adam": 2.0**-6, "sgd": 2.0**-4}.get(f["opt"], 0.5) * (
-                32 / int(f["width"])) ** (falls / 1.5))
-        return loss
-
-    def balanced(adam, adamw, even, uneven):
-        return lambda f: uneven if "change" in f else {"adam": adam, "adamw": adamw}.get(f["opt"], even)
-
-    def uneven(fast, slow, third=0.9):              # accuracy where a tenth turns 10 times as far, a tenth, 3 times
-        return lambda f: {"turn=10": fast, "turn=0.1": slow, "turn=3": third}.get(f["change"], 0.9)
-
-    def roots(gpt, vgg, decayless=0.0):             # of adamw, rmsprop, rmsprop from 1/B, rf_rmsprop
-        def loss(f):
-            extra = decayless if f["weight_decay"] == "0" and f["opt"] == "rf_rmsprop" and "model" not in f else 0
-            return extra + (vgg if "model" in f else gpt)[
-                2 if "change" in f else ["adamw", "rmsprop", "", "rf_rmsprop"].index(f["opt"])]
-        return loss
-
-    def precise(half, full, shampoo):
-        return lambda f: shampoo if f["opt"] == "shampoo" else half if f.get("opt_kwargs.dtype") == "bfloat16" else full
-
-    def lost(loss, **flags):                        # the same, but with one seed the runs with these flags diverge
-        flags |= {"seed": "12"}
-        return lambda f: math.nan if all(f.get(key) == value for key, value in flags.items()) else loss(f)
-
-    def verdict(name, loss, log=None, slower=2.0, product=0.5):
+    def verdict(name, losses, extra={}, log=turning_log, slower=2.0, product=0.5):
         times = {kind: (10, 1.0 if kind == sweep.HALF else slower) for kind in TIMES if product < 1}
+        rules = VERDICTS[name][0]
+        loss = losses if callable(losses) else by_rules(extra | dict(zip(rules, losses, strict=True)))
+        lab = ImaginedLab(loss, log if name == "balance" else None)
         with unittest.mock.patch.object(sweep, "step_times", lambda path: (times, product)):
-            found = sweep.EXPERIMENTS[name](ImaginedLab(loss, log))
+            found = sweep.EXPERIMENTS[name](lab)
         assert found.said.endswith(".") and found.text and bool(found.untested) == (product > 1), name
         return "".join("ny"[bool(held)] for _, held in found.checks)
-    for name, loss, held in (                       # losses or accuracies; what is to be said of each check
-            ("zero_shot", lambda f: bowl(f, 0.004) + 0.01 * f["opt"].startswith("rot"), "yyy"),
-            ("zero_shot", worse("rotational_sgd", 0.03), "yny"),
-            ("zero_shot", lost(worse("sgd", 0), opt="lion"), "yyn"),    # beside one that diverged nothing is good
-            ("warmup", needs(0.1, 0.04), "yy"), ("warmup", needs(0.1, 0.06), "nn"), ("warmup", needs(0.01, 0), "nn"),
-            ("warmup", needs(math.nan, 0), "yy"),   # one that diverged has learned nothing
-            ("warmup", lambda f: needs(0.1, 0.2 if f["seed"] == "11" else 0.04)(f), "nn"),      # the mean counts
-            ("balance", balanced(0.76, 0.85, 0.89, 0.8), "yyyy"), ("balance", balanced(0.84, 0.85, 0.82, 0.8), "ynnn"),
-            ("balance", balanced(0.76, 0.85, 0.89, 0.84), "yyyn"),
-            ("balance", lost(balanced(0.76, 0.85, 0.89, 0.8), opt="adamw"), "ynny"),
-            ("imbalance", uneven(0.8, 0.88), "yyyy"), ("imbalance", uneven(0.895, 0.895, third=0.92), "nnny"),
-            ("imbalance", lost(uneven(0.8, 0.88), change="turn=1"), "nnnn"),
-            ("lr_against_decay", lambda f: 1.5 + abs(math.log10(float(f["lr"]) / 4e-3)) * (
-                0.1 if f["opt"] == "adamw" else 0.04), "yy"),
-            ("lr_against_decay", lambda f: bowl(f, 0.004), "yn"), ("lr_against_decay", lambda f: 1.5, "ny"),
-            ("lr_transfer_width", transfer("n_embd", 32), "yyy"),
-            ("lr_transfer_width", lambda f: bowl(f, 2**-4), "nnn"),     # no optimizer depends on the size
-            ("lr_transfer_width", transfer("n_embd", 32, modular=1), "nnn"),            # both do: more than 0.03
-            ("lr_transfer_width", transfer("n_embd", 32, adam=-6), "nyy"),      # the best is the last of the GPT's lrs
-            ("lr_transfer_depth", transfer("n_layer", 2), "yyy"),
-            ("lr_transfer_depth", transfer("n_layer", 2, gain=0), "ynn"),
-            ("root_free", roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84)), "yyyyyy"),
-            ("root_free", roots((2.0, 2.02, 2.0, 2.04), (0.85, 0.83, 0.84, 0.82)), "nnnnnn"),
-            ("root_free", roots((2.0, 2.2, 2.1, 2.02), (0.85, 0.73, 0.8, 0.84), decayless=0.2), "yynyyy"),
-            ("half_precision", precise(1.5, 1.49, 1.6), "yyyy"), ("half_precision", precise(1.5, 1.45, 1.6), "nyyy"),
-            ("half_precision", precise(1.5, 1.6, 1.45), "ynyy")):
-        said = verdict(name, loss, turning_log if name == "balance" else None)
-        assert said == held, (name, said, held)
-    same = precise(1.5, 1.5, 1.5)
-    assert verdict("half_precision", same, slower=0.9) == "yynn" and verdict("half_precision", same, product=2) == "yy"
-    assert verdict("balance", balanced(0.76, 0.85, 0.89, 0.8), lambda f: turning_log(f | {"opt": "sgd"})) == "nyyy"
+
+    for name, (_, outcomes) in VERDICTS.items():
+        for losses, held, *extra in outcomes:
+            said = verdict(name, losses, *extra)
+            assert said == held, (name, losses, extra, said, held)
+    assert verdict("half_precision", (1.5, 1.5, 1.5), slower=0.9) == "yynn"
+    assert verdict("half_precision", (1.5, 1.5, 1.5), product=2) == "yy"
+    alike = verdict("balance", (0.8, 0.76, 0.85, 0.89), log=lambda f: turning_log(f | {"opt": "sgd"}))
+    assert alike == "nyyy", alike
 
     def refuted(loss=lambda f: 1.5, **changes):     # what the experiment on equilibrium finds untrue
         checks = sweep.equilibrium(ImaginedLab(loss, lambda f: rotation_log(f, **changes))).checks
         return {re.match(r"\w+, \w+: (the )?\w+", words)[0] for words, held in checks if not held}
+
     opts, off = ("adamw", "sgd", "lion"), {"resnet, sgd: the angle", "gpt, lion: the norm"}
     radial = {f"gpt, {opt}: median" for opt in opts}            # the radial part does not explain the misses
     norms = {f"{net}, {opt}: the norm" for net in ("gpt", "resnet") for opt in opts}
     assert refuted() == off and refuted(radial=0.001) == off | radial and refuted(norm=100.0) == off | radial | norms
-    assert refuted(lambda f: math.nan if f["opt"] == "adamw" else 1.5) == off | {
-        "gpt, adamw: diverged", "resnet, adamw: diverged"}
+    assert refuted(by_rules({"opt=adamw": nan, "": 1.5})) == off | {"gpt, adamw: diverged", "resnet, adamw: diverged"}
     with unittest.mock.patch.object(optim.rf_rmsprop, "start", lambda self, w, h: {
             "momentum_buffer": torch.zeros_like(w), "square_avg": torch.full_like(w, 100.0)}):
         assert [held for _, held in sweep.second_order(ImaginedLab(None)).checks] == [False, True, False, True, False]
@@ -4198,7 +4197,7 @@ def test_sweep_findings():
     """An experiment names the runs that diverged and are in no mean, a best value at an edge, and the measured numbers.
     It gives no verdict where all runs of an optimizer diverged, or where one failed or is missing."""
     assert sweep.spread([1.0, math.nan, 2.0]) == "1.500 +- 0.707" and sweep.spread([1.0, math.nan]) == "-"
-    found = sweep.imbalance(ImaginedLab(lambda f: math.nan if (f["seed"], f["change"]) == ("12", "turn=10") else 0.9))
+    found = sweep.imbalance(ImaginedLab(by_rules({"seed=12 change=turn=10": math.nan, "": 0.9})))
     assert "1 of 3 diverged" in found.text and "1 of 3 diverged" in found.checks[0][0]
     asked = []
     found = sweep.balance(ImaginedLab(lambda f: asked.append(f.get("change")) or 0.8, turning_log))
@@ -4208,20 +4207,13 @@ def test_sweep_findings():
     assert "at lr 0.004, weight_decay 0.03" in found.checks[0][0] and "the best lr is at" in found.text
     assert "adamw, tuned with one seed, the best weight_decay is at the edge" in found.text
     for loss, words in ((1.5, "The claim held"), (1.53, "did not hold at this scale: only 2 of 3 checks")):
-        lab = ImaginedLab(lambda f: loss if f["opt"] == "rotational_sgd" else 1.5)
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            sweep.experiment(lab, "zero_shot", None)
+            sweep.experiment(ImaginedLab(by_rules({"opt=rotational_sgd": loss, "": 1.5})), "zero_shot", None)
         assert words in out.getvalue() and ("NO" in out.getvalue()) == (loss > 1.5), out.getvalue()
-    for name, opt in (("balance", "adamw"), ("zero_shot", "lion")):
-        with contextlib.redirect_stderr(io.StringIO()) as err:
-            refused(SystemExit, ["1"], lambda: sweep.EXPERIMENTS[name](
-                ImaginedLab(lambda f: math.nan if f["opt"] == opt else 1.5, turning_log)))
-        assert f"that tune {opt} diverged" in err.getvalue()
     for runs, seeds in ((None, {"11", "12", "13", "14"}), (4, {"10", "11", "12", "13", "14"})):     # stored, searched
         seen = set()
-        lab = ImaginedLab(lambda f: seen.add(f["seed"]) or bowl(f, 0.004))
-        lab.args = sweep.argparse.Namespace(**vars(lab.args) | {"runs": runs})
-        assert ("lr 0.01306" in sweep.root_free(lab).text) == (not runs) and seen == seeds
+        found = sweep.root_free(ImaginedLab(lambda f: seen.add(f["seed"]) or bowl(f, 0.004), runs=runs))
+        assert ("lr 0.01306" in found.text) == (not runs) and seen == seeds
     with temporary_folder() as folder:
         lab = toy_lab(folder, experiment="x", report=True)
         run = sweep.model_run(lab, "gpt")
@@ -4231,6 +4223,11 @@ def test_sweep_findings():
         with contextlib.redirect_stderr(io.StringIO()) as err:
             refused(SystemExit, ["1"], lambda: lab.results([run]))
         assert "words. Mend it" in err.getvalue()
+    for name, opt in (("balance", "adamw"), ("zero_shot", "lion")):
+        with contextlib.redirect_stderr(io.StringIO()) as err:
+            lab = ImaginedLab(by_rules({f"opt={opt}": nan, "": 1.5}), turning_log)
+            refused(SystemExit, ["1"], lambda: sweep.EXPERIMENTS[name](lab))
+        assert f"that tune {opt} diverged" in err.getvalue()
 
 
 def look_at(figure):
@@ -4239,28 +4236,27 @@ def look_at(figure):
     def apart(texts):
         boxes = [text.get_window_extent() for text in texts if text.get_text()]
         return not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
     figure.draw_without_rendering()
     texts = [text for text in figure.findobj(lambda x: hasattr(x, "get_text") and x.get_visible()) if text.get_text()]
-    for axes in figure.axes:
-        for name, axis in (("x", axes.xaxis), ("y", axes.yaxis)):
-            low, high = sorted(getattr(axes, f"get_{name}lim")())
-            labels = {tick.label1: low <= tick.get_loc() <= high for tick in axis.get_major_ticks()}
-            texts = [text for text in texts if labels.get(text, True)]          # ticks outside the limits are not drawn
-            shown = [label for label, inside in labels.items() if inside and label.get_text()]
-            named = axis.get_label_text() or not shown[0].get_text()[0].isdigit()
-            assert len(shown) > 1 and named, f"the {name} axis says nothing"
-            assert apart(shown) or shown[0].get_rotation(), [label.get_text() for label in shown]
-            for line in axes.lines:
-                values = np.asarray(getattr(line, f"get_{name}data")(), dtype=float)
-                assert line.get_transform() != axes.transData or low <= np.nanmin(values) <= np.nanmax(values) <= high
+    for axes, name in itertools.product(figure.axes, "xy"):
+        axis, (low, high) = getattr(axes, f"{name}axis"), sorted(getattr(axes, f"get_{name}lim")())
+        labels = {tick.label1: low <= tick.get_loc() <= high for tick in axis.get_major_ticks()}
+        texts = [text for text in texts if labels.get(text, True)]              # ticks outside the limits are not drawn
+        shown = [label for label, inside in labels.items() if inside and label.get_text()]
+        named = axis.get_label_text() or not shown[0].get_text()[0].isdigit()
+        assert len(shown) > 1 and named, f"the {name} axis says nothing"
+        assert apart(shown) or shown[0].get_rotation(), [label.get_text() for label in shown]
+        for line in axes.lines:
+            values = np.asarray(getattr(line, f"get_{name}data")(), dtype=float)
+            assert line.get_transform() != axes.transData or low <= np.nanmin(values) <= np.nanmax(values) <= high
     for text in texts:
         (left, low), (right, high) = text.get_window_extent().get_points()
         assert "mathdefault" not in text.get_text(), text
         assert -2 <= left and right <= figure.bbox.x1 + 2 and -2 <= low and high <= figure.bbox.y1 + 2, text
     assert apart([axes.title for axes in figure.axes]), "titles overlap"
-    for part in figure.subfigs:
-        for legend, axes in itertools.product(part.legends, figure.axes):
-            assert not legend.get_window_extent().overlaps(axes.get_window_extent()), "the legend covers a curve"
+    for legend, axes in itertools.product([legend for part in figure.subfigs for legend in part.legends], figure.axes):
+        assert not legend.get_window_extent().overlaps(axes.get_window_extent()), "the legend covers a curve"
     return [text.get_text() for text in texts]
 
 
@@ -4280,7 +4276,7 @@ def test_sweep_pictures():
     """Every picture is fit to be seen: of all experiments, with claim and verdict in the title; of grids, draws
     and seeds, with the best marked, diverged seeds crossed, and a $ where somebody wrote one."""
     for name in sweep.EXPERIMENTS:
-        lab = ImaginedLab(lambda f: math.nan if f["lr"] == "0.008" else bowl(f, 0.004), rotation_log)
+        lab = ImaginedLab(lambda f: nan if f["lr"] == "0.008" else bowl(f, 0.004), rotation_log)
         with unittest.mock.patch.object(sweep, "step_times", lambda path: (TIMES, 0.5)):
             texts = look_at(drawn(lambda path: sweep.experiment(lab, name, path)))
         assert any("at this scale" in text and "\n" in text for text in texts), (name, texts)
@@ -4292,7 +4288,7 @@ def test_sweep_pictures():
             (dict(lr=[f"{10**-x:.4g}" for x in np.linspace(0, 4, 23)]), 2, ["mean", failed]),
             (dict(betas=("$\\foo$", "$b", "(0.9, 0.99)"), n_layer=("1", "2"), lr=("1", "2", "3", "4")), 1, ["mean"])):
         settings = [dict(zip(flags, values)) for values in itertools.product(*flags.values())]
-        results = [imagined(math.nan if i == 3 and seed == 1 else 1 + math.sin(i) + seed, **setting, seed=seed)
+        results = [imagined(nan if i == 3 and seed == 1 else 1 + math.sin(i) + seed, **setting, seed=seed)
                    for i, setting in enumerate(settings) for seed in range(seeds)]
         panels = sweep.report_panels(results)
         texts = look_at(drawn(lambda path: sweep.curves("a title", panels, path)))
@@ -4302,8 +4298,7 @@ def test_sweep_pictures():
             *labels, star = curves
             assert labels == lines and star.startswith("best") and curves[star].y[0] == best.score, (labels, star)
         if "weight_decay" in flags:
-            (panel, curves), = panels.items()
-            curve = curves["weight_decay 0"]
+            [(panel, curves)], curve = panels.items(), curves["weight_decay 0"]
             assert curve.x == [0.001, 0.01, 0.1, 1] and panel.log == "x"
             close(curve.y, [1.5 + math.sin(i) for i in (0, 2, 4, 6)], 1e-12, "means")
             close(np.subtract(curve.high, curve.y), np.full(4, math.sqrt(0.5)), 1e-12, "deviations")
