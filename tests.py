@@ -1033,10 +1033,10 @@ class Trial:
         return [x for state in self.optimizer.state.values() for x in tensors(state).values()]
 
     def step(self, t):
-        given = [g.to(p.dtype) for p, g in zip(self.params, self.gradients[t])]
-        for p, g in zip(self.params, given):
+        self.given = [g.to(p.dtype) for p, g in zip(self.params, self.gradients[t])]
+        for p, g in zip(self.params, self.given):
             p.grad = g
-        self.leave(given)
+        self.leave(self.given)
         with self.around():
             self.take()
         same_bits(*zip(*self.left), "a gradient, or a tensor that is not part of it")
@@ -1071,7 +1071,7 @@ class Trial:
     def in_turns(self):
         """One parameter after the other has a gradient. The rest must not be felt, and gets no state."""
         def take():
-            for p, g in [(p, p.grad) for p in self.params]:
+            for p, g in zip(self.params, self.given):
                 self.optimizer.zero_grad()
                 p.grad, known = g, {*self.optimizer.state, p}
                 self.optimizer.step()
@@ -1079,15 +1079,13 @@ class Trial:
         self.take = take
 
     def closure(self):
+        def compute():
+            self.optimizer.zero_grad()
+            loss = sum((p * g).sum().double() for p, g in zip(self.params, self.given))
+            loss.backward()                                     # needs gradients enabled
+            return loss
+
         def take():
-            gradients = [p.grad for p in self.params]
-
-            def compute():
-                self.optimizer.zero_grad()
-                loss = sum((p * g).sum().double() for p, g in zip(self.params, gradients))
-                loss.backward()                                 # needs gradients enabled
-                return loss
-
             assert torch.is_tensor(self.optimizer.step(compute)), "the loss of a closure is not returned"
         self.take = take
 
@@ -1607,7 +1605,7 @@ def test_table_of_any_optimizer():
 
 
 # ======================================================================================================================
-# RotationProbe: what it measures, and what it predicts
+# RotationProbe: what it measures and predicts. The lesson, and a row of one's own
 # ======================================================================================================================
 
 
@@ -1680,11 +1678,6 @@ def test_probe_predicts():
                 close(found, value, 0.2 if kind.__name__ == "Muon" else 1e-12, f"{what} {key}")
         if kind is optim.AdamW:
             assert "125" in str(probe).splitlines()[-1], f"1 / (2 lr wd) = 125 steps are not in {probe}"
-
-
-# ======================================================================================================================
-# The lesson, and a row of one's own
-# ======================================================================================================================
 
 
 def test_lesson():
@@ -1785,10 +1778,7 @@ ROWS = """
 @row
 class normalised_sgd(Direction):
     defaults = {"lr": 0.1, "weight_decay": 0.0}
-
-    def update(self, g, state, h, decay=0):
-        return g / g.norm() + decay
-
+    update = lambda self, g, state, h, decay=0: g / g.norm() + decay
 
 @row
 class unranged(normalised_sgd):
