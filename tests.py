@@ -1782,7 +1782,7 @@ class unranged(normalised_sgd):
 def test_rows_of_ones_own():
     """The rows in README's recipe, pasted into a copy of optim.py, work under all three geometries: Signum has its
     kappa in closed form, and turns by it. The defaults are safe: normalised SGD, which says nothing of its kappa,
-    refuses to rotate, predicts no norm, is not cut into blocks; a hyperparameter without a range is refused."""
+    refuses to rotate, predicts no norm, is not cut into blocks or shown by the lesson; no range is refused."""
     rows = "\n\n\n".join(re.findall(r"^@row\nclass .*?(?=\n\S|\Z)", "\n".join(snippets()), re.S | re.M))
     source, mine = pathlib.Path(optim.__file__).read_text(), types.ModuleType("optim_with_rows")
     before, lion, after = source.partition("@row\nclass lion(")
@@ -1808,6 +1808,8 @@ def test_rows_of_ones_own():
             same_bits([w], [other], f"{name} in blocks")
         norm, _ = mine.equilibrium(mine.DIRECTIONS["normalised_sgd"], h, 256, 1.0)
         assert math.isnan(norm), "a norm without a contribution"
+        listed = mine.working()
+        assert "rotational_signum" in listed and "rotational_normalised_sgd" not in listed, "the lesson leaves it out"
 
 
 # ======================================================================================================================
