@@ -2885,27 +2885,29 @@ def test_nanogpt_byte_pairs():
         assert train.tolist() == codec.encode("ab !\n" * 180)
 
 
-def pixels_by_hand(records, first):
-    """Rows of bytes as the archives document them: planes of red, green and blue from the byte `first` on -> images."""
-    n, row, column, colour = np.indices((len(records), 32, 32, 3))
-    return torch.from_numpy(records[n, first + 1024 * colour + 32 * row + column])
-
-
 def test_cifar_archives():
     """CIFAR-10's, CIFAR-100's and ImageNet-32's layouts are read pixel by pixel as documented: CIFAR's from a folder
     and an archive; ImageNet's unpacked once, then mapped, and damage to it is named."""
     rng = np.random.default_rng(0)
-    for name, label_bytes, classes, *parts in (
-            ("cifar10", 1, 10, [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
-            ("cifar100", 2, 100, ["train.bin"], ["test.bin"])):
+
+    def drawn(classes, *parts):                     # -> the bytes and labels of each file, and what to read from all
+        files, arrays = {}, []
+        for names in parts:
+            pixels = rng.integers(0, 256, (4 * len(names), 3072), dtype=np.uint8)
+            labels = rng.integers(0, classes, len(pixels))
+            files |= dict(zip(names, zip(np.split(pixels, len(names)), np.split(labels, len(names)))))
+            n, row, column, colour = np.indices((len(pixels), 32, 32, 3))       # planes of red, green and blue
+            arrays += map(torch.from_numpy, (pixels[n, 1024 * colour + 32 * row + column], labels))
+        return files, arrays
+    for name, classes, *parts in (
+            ("cifar10", 10, [f"data_batch_{i}.bin" for i in range(1, 6)], ["test_batch.bin"]),
+            ("cifar100", 100, ["train.bin"], ["test.bin"])):
         with temporary_folder() as folder:
-            inside, expected = {"../outside": b""}, []
-            for part in parts:
-                records = rng.integers(0, classes, (4 * len(part), label_bytes + 3072), dtype=np.uint8)
-                for file, blob in zip(part, np.split(records, len(part))):
-                    (folder / file).write_bytes(blob.tobytes())
-                    inside[f"inner/{file}"] = blob.tobytes()
-                expected += [pixels_by_hand(records, label_bytes), torch.from_numpy(records[:, label_bytes - 1]).long()]
+            (files, expected), inside = drawn(classes, *parts), {"../outside": b""}
+            for file, (pixels, labels) in files.items():        # CIFAR-100 has a coarse label before the other one
+                start = [rng.integers(0, 20, len(labels)), labels] if classes == 100 else [labels]
+                inside[f"inner/{file}"] = np.column_stack([*start, pixels]).astype(np.uint8).tobytes()
+                (folder / file).write_bytes(inside[f"inner/{file}"])
             archive, _, *layout = cifar_train.CIFAR[name]
             (folder / archive).write_bytes(blob := tar_of(inside, "w:gz"))
             known = {name: (archive, hashlib.sha256(blob).hexdigest(), *layout)}
@@ -2917,27 +2919,21 @@ def test_cifar_archives():
             assert not (folder.parent / "outside").exists(), "nothing is unpacked"
 
     with temporary_folder() as folder:
-        expected = []
-        (folder / "in").mkdir()
-        for names in ([f"train_data_batch_{i}" for i in range(1, 11)], ["val_data"]):
-            data = rng.integers(0, 256, (3 * len(names), 3072), dtype=np.uint8)
-            labels = rng.integers(1, 1001, len(data))
-            for name, pixels, some in zip(names, np.split(data, len(names)), np.split(labels, len(names))):
-                np.savez_compressed(folder / "in" / f"{name}.npz", data=pixels, labels=some, mean=np.zeros(3072))
-            expected += [pixels_by_hand(data, 0), torch.from_numpy(labels - 1)]
-        name = f"imagenet32:{folder / 'in'}"
+        name, val = f"imagenet32:{folder}", folder / "val_data.npz"
+        files, expected = drawn(1000, [f"train_data_batch_{i}.npz" for i in range(1, 11)], ["val_data.npz"])
+        for file, (pixels, labels) in files.items():
+            np.savez_compressed(folder / file, data=pixels, labels=labels + 1, mean=np.zeros(3072))
         images = cifar_train.load_data(name, folder / "data")
         with unittest.mock.patch.object(np.lib.npyio.NpzFile, "__getitem__", side_effect=AssertionError):
             again = cifar_train.load_data(name, folder / "data")                # no archive is opened again
         for found in (images, again):
             same_bits(found[:4], expected, name)
         assert len(images.names) == 1000 and again.fingerprint == images.fingerprint
-        flags = "--model gnn --depth 1 --data_dir".split() + [folder / "data", "--data", name, "--out_dir"]
-        succeed(cifar_train, *CIFAR_TINY, *flags, folder / "run")
-        val = folder / "in/val_data.npz"
+        flags = [*CIFAR_TINY, *"--model gnn --depth 1 --data_dir".split(), folder / "data", "--data", name, "--out_dir"]
+        succeed(cifar_train, *flags, folder / "run")
         for damage, words in ((lambda: val.write_bytes(val.read_bytes()[:200]), "val_data.npz"),
-                              (lambda: np.savez(val, data=np.zeros((3, 12), np.uint8), labels=[1, 2, 3]), "3072"),
-                              (lambda: np.savez(val, data=data, labels=np.zeros(3, int)), "1 to 1000"),
+                              (lambda: np.savez(val, data=np.zeros((4, 12), np.uint8), labels=[1, 2, 3, 4]), "3072"),
+                              (lambda: np.savez(val, data=pixels, labels=np.zeros(4, int)), "1 to 1000"),
                               (val.unlink, "val_data.npz: No such file")):
             damage()
             check_refused(cifar_train, folder, [*flags, folder / "never"], words)
@@ -3222,6 +3218,10 @@ def test_scripts_downloads():
 # ======================================================================================================================
 
 
+def image_model(flags, classes=10):
+    return cifar_train.make_model(settled(cifar_train, flags), classes)
+
+
 def loud(layer):
     """The weight of a layer, its gain multiplied into it."""
     return layer.weight if getattr(layer, "gain", None) is None else layer.gain[:, None] * layer.weight
@@ -3256,10 +3256,10 @@ def test_scripts_sizes():
     """Models have as many parameters as published."""
     s = settled(translate_train, "--preset iwslt")
     with torch.device("meta"):
-        models = [(cifar_train.make_model(settled(cifar_train, f"--model {name}"), 10), size, 0.01e6)
+        models = [(image_model(f"--model {name}"), size, 0.01e6)
                   for name, size in (("resnet20", 0.27e6), ("resnet18 --width 64", 11.17e6), ("resnet34", 21.28e6),
                                      ("resnet50", 23.52e6), ("vgg16", 14.72e6), ("vit", 5.36e6))]
-        models.append((cifar_train.make_model(settled(cifar_train, "--model densenet121 --width 32 --depth 6"), 1000),
+        models.append((image_model("--model densenet121 --width 32 --depth 6", 1000),
                        7_978_856 - 64 * 3 * 7 * 7 - 2 * 64 + 64 * 3 * 3 * 3, 0))        # torchvision's, another stem
         models += [(nanogpt_train.GPT(50257, 12, 12, 768, 1024, 0.0, False),
                     124_439_808 - 12 * 11 * 768 - 768, 0),      # GPT-2's own, without the biases
@@ -3358,14 +3358,11 @@ def test_cifar_models():
     start as published."""
     torch.manual_seed(0)
     x = normal(2, 3, 3, 32, 32)
-
-    def make(*flags):
-        return cifar_train.make_model(settled(cifar_train, *flags), 10)
     for name in ("resnet18", "resnet50", "vgg16"):
-        model = make(f"--model {name} --width 4").double()
+        model = image_model(f"--model {name} --width 4").double()
         close(model(x), convolutional_by_hand(model, x, name), 1e-7, name)
     for name, L in (("resmlp", 1), ("resmlp", 3), ("rescnn", 2)):
-        model, flat = make(f"--model {name} --width 8 --depth {L}").double(), name == "resmlp"
+        model, flat = image_model(f"--model {name} --width 8 --depth {L}").double(), name == "resmlp"
         first, *inner, head = (p for p in model.parameters())
         apply, dims = (F.linear, (1,)) if flat else (lambda h, w: F.conv2d(h, w, padding=1), (1, 2, 3))
         h = apply(x.flatten(1) if flat else x, first)
@@ -3376,7 +3373,7 @@ def test_cifar_models():
                 f = f - f.mean(dims, keepdim=True)
             h = (1 - 1 / L) * h + f / L
         close(model(x), (h if flat else h.mean((2, 3))) @ head.T, 1e-9, f"{name} of {L} blocks")
-    model = make("--model vit --width 128 --depth 2 --gains 1").double()
+    model = image_model("--model vit --width 128 --depth 2 --gains 1").double()
     for name, p in model.named_parameters():
         if name.startswith(("blocks", "head", "positions")) and not name.endswith("gain"):
             close(p.std(correction=0), 0.02 if p.dim() == 2 else 0.0, 0.08, f"vit's {name}", scale=0.02)
@@ -3389,9 +3386,9 @@ def test_cifar_models():
     last = F.layer_norm(h[:, 0], (128,), model.norm.weight, model.norm.bias)
     close(model(x), linear(model.head, last), 1e-9, "vit")
 
-    first = make("--model resnet20 --width 16").blocks[3].convs[0].weight        # from 16 to 32 channels
+    first = image_model("--model resnet20 --width 16").blocks[3].convs[0].weight        # from 16 to 32 channels
     close(first.std(), math.sqrt(2 / (9 * 32)), 0.05, "He's deviation by fan-out")
-    sizes = torch.linalg.svdvals(make("--model resnet20 --width 4 --opt modular_adam").blocks[3].convs[0].weight
+    sizes = torch.linalg.svdvals(image_model("--model resnet20 --width 4 --opt modular_adam").blocks[3].convs[0].weight
                                  .permute(2, 3, 0, 1))
     close(sizes, torch.full_like(sizes, math.sqrt(2) / 9), 1e-5, "modular optimizers begin with weights of their size")
     logits, y = normal(0, 5, 4), torch.tensor([3, 0, 1, 1, 2])
@@ -3404,16 +3401,13 @@ def test_scripts_modular_trees():
     """Every tree holds each weight of its model once, and shares equal closed forms: every one of the modular paper's
     networks and of the graph network, for every depth, one block included; of the others that of the head, which tells
     the masses. In no bed is what is not a neuron's weight taken for one."""
-    def make(*flags):
-        return cifar_train.make_model(settled(cifar_train, "--width 4", *flags), 10)
-
     def check(model, expected, what):
         names = {id(p): name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() > 1}
         leaves = [(names[id(leaf.layer.weight)], share) for leaf, _, share in model.modular_tree().weights()]
         assert sorted(name for name, _ in leaves) == sorted(names.values()), what
         close([dict(leaves)[name] for name in expected], list(expected.values()), 1e-9, what)
     for (name, mass), L in itertools.product((("resmlp", 1), ("rescnn", 20)), (1, 2, 5)):
-        model, T = make(f"--model {name} --depth {L}"), 2 + mass
+        model, T = image_model(f"--width 4 --model {name} --depth {L}"), 2 + mass
         inner = {f"blocks.{i}.{k}": mass / (2 * T) for i in range(L) for k in range(2)}
         check(model, {"first": 1 / T, "head": 1 / T} | inner, f"{name} of {L} blocks")
         close(model.modular_tree().sensitivity, 1, 1e-12, f"{name} of {L} blocks: sensitivity")
@@ -3424,11 +3418,11 @@ def test_scripts_modular_trees():
         ("resnet20", 22), ("resnet34", 22), ("resnet50", 22), ("vgg16", 22), ("vit", 7), ("swin", 7))}
     known = heads | {"gnn": gnn, "densenet121": {"head": 1 / 22, "conv": 1 / 22}}
     for name in cifar_train.MODELS.keys() - cifar_train.NO_TREE.keys():
-        check(make(f"--model {name}", "--depth 3" * (name == "gnn")), known.get(name, {}), name)
+        check(image_model(f"--width 4 --model {name}" + " --depth 3" * (name == "gnn")), known.get(name, {}), name)
     check(small_translator(modular=True), {"target": 1 / 12}, "translator")         # 5, 5, 1 and the tied head 1
     check(nanogpt_train.ModularGPT(11, 3, 2, 8, 16, 0.0), {"head": 1 / 7, "blocks.2.down": 6 * 5 / 18 / 7}, "modular")
     for name, keys in (("vmamba", ("A_log", "D", "delta.bias")), ("swin", ("mixer.bias",))):
-        some = [p for key, p in make(f"--model {name}").named_parameters() if key.endswith(keys)]
+        some = [p for key, p in image_model(f"--width 4 --model {name}").named_parameters() if key.endswith(keys)]
         assert some and all(p.dim() == 1 for p in some), f"{name}'s {keys} would turn"
 
 
@@ -3499,10 +3493,10 @@ def test_translate_bleu():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def bed(*flags, classes=10):
-    """A model of cifar_train.py in float64, in eval mode, with weights so large that every part of it shows."""
+def bed(flags):
+    """An image model in float64, in eval mode, with weights so large that every part of it shows."""
     torch.manual_seed(0)
-    model = cifar_train.make_model(settled(cifar_train, *flags), classes).double().eval()
+    model = image_model(flags).double().eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     return model
@@ -3633,8 +3627,8 @@ def test_cifar_graph_network():
 
 
 def test_cifar_scan():
-    """The selective scan equals its recurrence to 6 digits in float32, in which it computes even under autocast to
-    bfloat16; a is close to 1 over 256 steps, close to 0, and exactly 0."""
+    """The selective scan equals its recurrence to 6 digits in float32; a is close to 1 over 256 steps, close to 0, and
+    exactly 0. Under autocast to bfloat16 it computes in float32."""
     for low, high in ((0.99, 1.0), (0.0, 1e-30), (0.0, 0.0), (0.0, 1.0)):
         a = torch.rand(3, 256, 5, dtype=torch.float64) * (high - low) + low
         b, expected = normal(10, 3, 256, 5), [torch.zeros(3, 5).double()]
@@ -3642,7 +3636,7 @@ def test_cifar_scan():
             expected.append(a[:, t] * expected[-1] + b[:, t])
         expected = torch.stack(expected[1:], 1)
         close(cifar_train.scan(a.float(), b.float()), expected, 1e-6, f"a from {low} to {high}")
-    model, kinds = cifar_train.make_model(settled(cifar_train, "--model vmamba --width 4 --depth 1"), 10), []
+    model, kinds = image_model("--model vmamba --width 4 --depth 1"), []
 
     def watched(a, b):
         kinds.extend((a.dtype, b.dtype))
