@@ -1971,20 +1971,19 @@ def run_script(script, folder, *arguments, status=0, launcher=()):
 
 
 def call_main(script, *arguments):
-    """script.main() in this process, with one thread -> (exit status, stdout, stderr). Faster than a new process."""
+    """script.main() in this process, with one thread and our handlers of signals -> (exit status, stdout, stderr).
+    Faster than a new process."""
     stdout, stderr, threads, status = io.StringIO(), io.StringIO(), torch.get_num_threads(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     torch.set_num_threads(1)
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), \
+                unittest.mock.patch.object(signal, "signal"), \
                 unittest.mock.patch.object(sys, "argv", command_line(script, arguments)):
             script.main()
     except SystemExit as stop:
         status = stop.code
     finally:
         torch.set_num_threads(threads)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
     return status, stdout.getvalue(), stderr.getvalue()
 
 
@@ -2744,14 +2743,12 @@ SETTLED = {
     "N": (
         ("--opt rf_rmsprop --batch_size 6 --grad_accum 5 --block_size 7 --steps 90",        # a shorter warmup
          dict(warmup=45), dict(batch_size=6 * 5 * 7)),
-        ("--opt adamw --beta2 0.4", {}, nanogpt_train.TUNED["adamw"] | {"beta2": 0.4}),
         ("--preset shakespeare --dropout 0 --opt modular_adam",
          dict(dropout=0, n_layer=6, data="shakespeare", arch="modular", steps=5000), {}),
         ("--preset modular_gpt",
          dict(n_embd=128, n_layer=3, block_size=128, batch_size=128, steps=10_000, dtype="float32"), {})),
     "C": (
         ("--opt rf_rmsprop --batch_size 6", {}, dict(batch_size=6)),
-        ("--opt adamw --beta2 0.4", {}, cifar_train.TUNED["adamw"] | {"beta2": 0.4}),
         ("--model resnet20 --crop 0 --flip 0 --steps 9",        # a preset's width is its model's
          dict(crop=0, flip=0, width=16, epochs=None, steps=9), {}),
         ("--preset paper_resnet20_adamw --opt sgd", {}, cifar_train.TUNED["sgd"]),
@@ -2762,7 +2759,6 @@ SETTLED = {
         ("--preset paper_resnet50_mse_sgd",
          dict(data="cifar100", epochs=120, warmup=0, schedule="step"), dict(lr=0.02629, weight_decay=0.01503))),
     "T": (
-        ("--opt adamw --beta2 0.4", {}, translate_train.TUNED["adamw"] | {"beta2": 0.4}),
         ("--preset iwslt --lr 7 --n_head 8", dict(n_head=8), dict(lr=7, weight_decay=1e-4, beta1=0.9, beta2=0.98)),
         ("--preset iwslt --opt lion", {}, translate_train.TUNED["lion"])),
 }
@@ -2778,6 +2774,7 @@ def test_scripts_settings():
             s = settled(script, flags)
             found = {key: vars(s)[key] for key in expected}, {key: s.hyper[key] for key in hyper}
             assert found == (expected, hyper), (script.__name__, flags, found)
+        assert settled(script, "--opt adamw --beta2 0.4").hyper == script.TUNED["adamw"] | {"beta2": 0.4}
         for name, preset in script.PRESETS.items():
             s = settled(script, "--preset", name)
             assert s.opt == preset.get("opt", "adamw"), name
@@ -3087,20 +3084,19 @@ def test_translate_corpora():
     assert len(pairs["test"]) == 10 and pairs["test"][0] == ("test 0 & so's de", "test 0 & so's en")
 
 
-SAMPLES = ["", " ", "halb acht", "  zwei  Leerzeichen ", "Grüße: 5 €, 30 %!", "e\u0301 a\u0308\u0323", "\0\x01\x1c\x85",
-           "👩‍👩‍👧‍👦 🇩🇪", "日本語のテキスト", "\u2028\u2029\ufeff\ufffd", "<end><pad>", "tab\tand\r", "İıſß", "\U0010ffff"]
-
-
 def test_translate_byte_pairs():
     """Any Unicode text survives encoding and decoding unchanged, and its ids never include a mark. The trainer learns
     what counting all pairs again for every token does; tiktoken joins as it did."""
     chance = random.Random(0)
+    samples = ["", " ", "halb acht", "  zwei  Leerzeichen ", "Grüße: 5 €, 30 %!", "e\u0301 a\u0308\u0323", "İıſß",
+               "👩‍👩‍👧‍👦 🇩🇪", "日本語のテキスト", "\u2028\u2029\ufeff\ufffd", "<end><pad>", "tab\tand\r", "\0\x01\x1c\x85",
+               "\U0010ffff"]
     numbers = [words(n) for n in chance.sample(range(10**6), 300)
                for words in (translate_train.german, translate_train.english)]
-    codec = translate_train.BytePairs(translate_train.learn_byte_pairs(numbers + SAMPLES * 3, 300))
+    codec = translate_train.BytePairs(translate_train.learn_byte_pairs(numbers + samples * 3, 300))
     for i in range(400):
         top = [chance.choice([0x80, 0x250, 0x3000, 0x110000]) for _ in range(20)]
-        text = SAMPLES[i] if i < len(SAMPLES) else "".join(map(chr, map(chance.randrange, top)))
+        text = samples[i] if i < len(samples) else "".join(map(chr, map(chance.randrange, top)))
         text = text.encode(errors="ignore").decode()
         ids, = codec.encode([text])
         assert codec.decode(ids) == text and max(ids, default=0) < codec.pad, repr(text)
