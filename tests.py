@@ -2333,9 +2333,8 @@ BAD = {
         ("--opt_kwargs eps={1}", "eps"), ("--opt_kwargs lr", "KEY=VALUE"), ("--opt sgd --beta1 0.9", "takes no beta1"),
         ("--opt_kwargs per_neuron=True", "takes no per_neuron"), ("--lr 1 --opt_kwargs lr=2", "twice"),
         ("--opt rotational_lion --weight_decay 0", "weight_decay > 0"),
-        ("--device mps" if torch.cuda.is_available() else "--device cuda", "--device cpu"),
-        ("--out_dir ''", "empty"), ("--out_dir @/file", "--out_dir"),
-        ("--out_dir @/run --lr 1", "finished run with another"),
+        ("--device mps" if torch.cuda.is_available() else "--device cuda", "--device cpu"), ("--out_dir ''", "empty"),
+        ("--out_dir @/file", "--out_dir"), ("--out_dir @/run --lr 1", "finished run with another"),
         ("--out_dir @/used", "another run is writing") if fcntl else ("--out_dir ''", "empty"),
         ("--out_dir @/run --steps 25", "another steps"), ("--resume --out_dir @/none", "there is no"),
         ("--resume --out_dir @/elsewhere", "is not the"), ("--resume --out_dir @/run --steps 23", "24 steps already"),
@@ -3252,13 +3251,13 @@ def test_scripts_sizes():
     """Models have as many parameters as published."""
     s = settled(translate_train, "--preset iwslt")
     with torch.device("meta"):
-        models = [(image_model(f"--model {name}"), size, 0.01e6)
-                  for name, size in (("resnet20", 0.27e6), ("resnet18 --width 64", 11.17e6), ("resnet34", 21.28e6),
-                                     ("resnet50", 23.52e6), ("vgg16", 14.72e6), ("vit", 5.36e6))]
-        models.append((image_model("--model densenet121 --width 32 --depth 6", 1000),
-                       7_978_856 - 64 * 3 * 7 * 7 - 2 * 64 + 64 * 3 * 3 * 3, 0))        # torchvision's, another stem
-        models += [(nanogpt_train.GPT(50257, 12, 12, 768, 1024, 0.0, False),
-                    124_439_808 - 12 * 11 * 768 - 768, 0),      # GPT-2's own, without the biases
+        models = [(image_model(f"--model {name}"), size, 0.01e6) for name, size in (
+            ("resnet20", 0.27e6), ("resnet18 --width 64", 11.17e6), ("resnet34", 21.28e6), ("resnet50", 23.52e6),
+            ("vgg16", 14.72e6), ("vit", 5.36e6))]
+        models += [(image_model("--model densenet121 --width 32 --depth 6", 1000),      # torchvision's, another stem
+                    7_978_856 - 64 * 3 * 7 * 7 - 2 * 64 + 64 * 3 * 3 * 3, 0),
+                   (nanogpt_train.GPT(50257, 12, 12, 768, 1024, 0.0, False),            # GPT-2's, without the biases
+                    124_439_808 - 12 * 11 * 768 - 768, 0),
                    (translate_train.Translator((8848 + 6632) // 2, 0, s.n_layer, s.n_head, s.n_embd, s.n_ffn, 0, False),
                     39_469_056, 0)]        # fairseq's, with two vocabularies
     for model, size, tolerance in models:
@@ -3517,8 +3516,8 @@ def windows_by_hand(mixer, x, query, shifted, queried):
 
 def depthwise_by_hand(conv, x):
     """x (B, H, W, C): each channel with its own filter."""
-    return torch.stack([F.conv2d(x[..., c].unsqueeze(1), conv.weight[c:c + 1], padding=conv.weight.shape[-1] // 2)[:, 0]
-                        for c in range(x.shape[-1])], 3) + (0 if conv.bias is None else conv.bias)
+    channels = [F.conv2d(x[..., [c]].movedim(3, 1), conv.weight[[c]], padding="same") for c in range(x.shape[-1])]
+    return torch.cat(channels, 1).movedim(1, 3) + (0 if conv.bias is None else conv.bias)
 
 
 def focal_by_hand(mixer, x, query):
@@ -3581,9 +3580,9 @@ def test_cifar_beds():
     x, model = normal(7, 2, 3, 32, 32), bed("--model densenet121 --width 3 --depth 6").train()
 
     def conv(layer, h):                             # norm, relu, convolution
-        norm, _, conv = layer
+        norm, _, filters = layer
         h = F.relu(F.batch_norm(h, None, None, norm.weight, norm.bias, training=True))
-        return F.conv2d(h, conv.weight, padding=conv.weight.shape[-1] // 2)
+        return F.conv2d(h, filters.weight, padding="same")
     h, layers = F.conv2d(x, model.conv.weight, padding=1), iter(model.layers)
     for stage, count in enumerate((6, 12, 24, 16)):
         if stage:
@@ -3630,16 +3629,11 @@ def test_cifar_scan():
         b, expected = normal(10, 3, 256, 5), [torch.zeros(3, 5).double()]
         for t in range(256):
             expected.append(a[:, t] * expected[-1] + b[:, t])
-        expected = torch.stack(expected[1:], 1)
-        close(cifar_train.scan(a.float(), b.float()), expected, 1e-6, f"a from {low} to {high}")
-    model, kinds = image_model("--model vmamba --width 4 --depth 1"), []
-
-    def watched(a, b):
-        kinds.extend((a.dtype, b.dtype))
-        return b
-    with unittest.mock.patch.object(cifar_train, "scan", watched), torch.autocast("cpu", torch.bfloat16):
-        model(normal(11, 2, 3, 32, 32, dtype=torch.float32))
-    assert set(kinds) == {torch.float32}, kinds
+        close(cifar_train.scan(a.float(), b.float()), torch.stack(expected[1:], 1), 1e-6, f"a from {low} to {high}")
+    with unittest.mock.patch.object(cifar_train, "scan", wraps=cifar_train.scan) as scan, \
+            torch.autocast("cpu", torch.bfloat16):
+        image_model("--model vmamba --width 4 --depth 1")(normal(11, 2, 3, 32, 32, dtype=torch.float32))
+    assert {x.dtype for call in scan.call_args_list for x in call.args} == {torch.float32}
 
 
 def test_scripts_beds_resume():
