@@ -100,10 +100,10 @@ def parse():
                                 allow_abbrev=False)
     p.error = fail                                  # one line, without the usage
     kind, mode = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
-    several, flag = dict(nargs="+", action="extend"), dict(action="store_true")
+    several, flag, number = dict(nargs="+", action="extend"), dict(action="store_true"), dict(metavar="N", type=int)
     kind.add_argument("--grid", metavar="KEY=VALUES", **several,
                       help="all combinations of these: a,b,c or 1e-4:1e-1:log8 (8 values) or 0:1:lin5")
-    kind.add_argument("--random", metavar="N", type=int, help="N random draws from --space")
+    kind.add_argument("--random", **number, help="N random draws from --space")
     kind.add_argument("--two_stage", **flag,
                       help="--runs draws from --space, then as many from the box around the best fifth of them")
     kind.add_argument("--experiment", metavar="NAME", choices=EXPERIMENTS, help=", ".join(EXPERIMENTS))
@@ -112,16 +112,17 @@ def parse():
     mode.add_argument("--print_commands", **flag, help="print a command for each run that is not finished")
     p.add_argument("--script", default="nanogpt_train.py", help="or cifar_train.py, translate_train.py, one like them")
     p.add_argument("--fixed", metavar="KEY=VALUE", **several, help="the same for all runs")
-    p.add_argument("--seeds", metavar="N", type=int,
+    p.add_argument("--seeds", **number,
                    help="each setting N times, with seed=1 to N; of an experiment: add 10 N to all its seeds")
     p.add_argument("--space", metavar="KEY=RANGE", **several,
                    help="log(1e-4,1e-1), one_minus_log(1e-3,0.5) for 0.5 to 0.999, uniform(0.5,0.99) or choice(a,b); "
                         "in quotes, for the shell. Or a paper's: " + ", ".join(PAPER_SPACES))
-    p.add_argument("--runs", metavar="N", type=int,
+    p.add_argument("--runs", **number,
                    help="of each stage of --two_stage (default 100), or of an experiment with a search")
-    p.add_argument("--seed", type=int, help="of the random draws (default 0)")
-    p.add_argument("--scale", choices=("cpu", "gpu"), help="of an experiment: minutes on two cores (default), or a GPU")
-    p.add_argument("--jobs", metavar="N", type=int,
+    p.add_argument("--seed", type=int, default=0, help="of the random draws (default 0)")
+    p.add_argument("--scale", choices=("cpu", "gpu"), default="cpu",
+                   help="of an experiment: minutes on two cores (default), or a GPU")
+    p.add_argument("--jobs", **number,
                    help="runs at a time (default: one per GPU, or one per core; OMP_NUM_THREADS is 1 unless it is set)")
     p.add_argument("--out_dir", help="default out/sweep-SCRIPT or out/sweep-EXPERIMENT-SCALE")
     p.add_argument("--retry", **flag, help="run again what failed (after the cause is mended)")
@@ -130,33 +131,29 @@ def parse():
     p.add_argument("--plot", metavar="FILE", help="draw it: .png, .pdf, .svg (needs matplotlib)")
     args, unknown = p.parse_known_args()
     if unknown:
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, p._option_string_actions, n=1, cutoff=0)[0]
-        fail(f"unknown flag {name}: did you mean {near}? (flags of the script go into --fixed \"{name.strip('-')}=...\""
-             " or --grid)")
+        fail(f"unknown flag {unknown[0]}: --help shows those of a sweep; a flag of the script goes into --fixed or "
+             "--grid, without dashes")
 
-    given = {name for name, value in vars(args).items() if value != p.get_default(name)}
-    for name in given:
-        value, least = getattr(args, name), int(name != "seed")
-        if type(value) is int and value < least:
-            fail(f"--{name} {value}: it must be at least {least}")
-        if isinstance(value, (str, list)) and not "".join(value).strip():
-            fail(f"--{name} is empty")              # a shell variable that is not set, say
     always = {"out_dir", "plot", "report", "print_commands", "jobs", "retry", "keep_checkpoints"}
     sweep = always | {"script", "fixed", "seeds", "metric"}
     takes = {"grid": sweep, "random": sweep | {"space", "seed"}, "two_stage": sweep | {"space", "seed", "runs"},
              "experiment": always | {"scale", "seeds", "runs"}, "curves": {"metric", "plot"}}
-    of_kind = next((takes[name] | {name} for name in takes if name in given), sweep)
-    for name in sorted(given - of_kind):
-        fail(f"--{name} is only for --{', --'.join(kind for kind in takes if name in takes[kind])}: leave it out" +
-             " (the script's seed goes into --fixed seed=N; or use --seeds N)" * (name == "seed"))
+    given = {name: value for name, value in vars(args).items() if value != p.get_default(name)}
+    kind = next((name for name in takes if name in given), None)
+    for name, value in given.items():
+        if type(value) is int and value < 1 and name != "seed":
+            fail(f"--{name} {value}: it must be at least 1")
+        if isinstance(value, (str, list)) and not "".join(value).strip():
+            fail(f"--{name} is empty")              # a shell variable that is not set, say
+        if name != kind and name not in takes.get(kind, sweep):
+            fail(f"--{name} is only for --{', --'.join(kind for kind in takes if name in takes[kind])}: leave it out")
     if args.experiment and args.runs and "--runs" not in EXPERIMENTS[args.experiment].__doc__:
         fail(f"--experiment {args.experiment} searches nothing: leave out --runs")
     if args.print_commands and args.plot:
         fail("--print_commands has nothing to draw: leave out --plot")
-    if "space" in of_kind and not args.space:
+    if kind in ("random", "two_stage") and not args.space:
         fail("random draws need --space, say --space \"lr=log(1e-4,1e-1)\"")
-    if not given & {*takes, "fixed", "seeds", "report"}:
+    if not (kind or args.fixed or args.seeds or args.report):
         fail("nothing to run: give --grid, --random, --two_stage, --fixed, --seeds, --experiment, --curves or --report "
              "(--help shows examples)")
     if args.plot:                                   # before an hour of runs, not after it
@@ -165,9 +162,11 @@ def parse():
             fail(f"--plot {args.plot}: name a .png, .pdf or .svg file in a folder that exists")
         if not importlib.util.find_spec("matplotlib"):
             fail("--plot needs matplotlib: pip install matplotlib, then the same command; nothing will be run twice")
-    args.scale, args.script = args.scale or "cpu", whole_name(args.script)
-    args.out_dir = pathlib.Path(args.out_dir or ("out/sweep-" + (
-        f"{args.experiment}-{args.scale}" if args.experiment else pathlib.Path(args.script).stem)))
+    script = next((path for path in (pathlib.Path(args.script), HERE / args.script) if path.is_file()), None)
+    script = (script or fail(f"--script {args.script}: there is no such file")).resolve()
+    args.script = script.name if script.parent == HERE else str(script)         # its one name, however it was given
+    name = f"{args.experiment}-{args.scale}" if args.experiment else script.stem
+    args.out_dir = pathlib.Path(args.out_dir or f"out/sweep-{name}")
     return args
 
 
@@ -198,8 +197,8 @@ def pairs(texts, flag):
             if any(key in other.split(",") for other in found):
                 fail(f"{flag} has {key} twice: give all its values at once")
             if key in ("out_dir", "resume", "help", "opt_kwargs"):
-                fail(f"{flag} {key}: leave it out. " + ("What the script has no flag for goes there, as KEY=VALUE"
-                     if key == "opt_kwargs" else "The sweep gives every run its own folder"))
+                fail(f"{flag} {key}: leave it out. The sweep gives every run its own folder; what the script has no "
+                     "flag for goes into its opt_kwargs, as KEY=VALUE")
         found[keys] = value
     return found
 
@@ -226,21 +225,19 @@ class Space(NamedTuple):
              + " and below 1" * (kind == "one_minus_log"))
 
     def at(self, u):
-        """The value at 0 <= u <= 1, as text with six digits, ten where it may be close to 1."""
+        """The value at 0 <= u < 1 (or 1, if it is no choice), as text with six digits, ten where it may be near 1."""
         if self.kind == "choice":
-            return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+            return self.values[int(u * len(self.values))]
         a, b = self.values
-        if self.kind == "one_minus_log":
-            return plain(f"{1 - a ** (1 - u) * b**u:.10g}")
-        return plain(f"{a ** (1 - u) * b**u if self.kind == 'log' else a * (1 - u) + b * u:.6g}")
+        x = a * (1 - u) + b * u if self.kind == "lin" else a ** (1 - u) * b**u
+        return plain(f"{1 - x:.10g}" if self.kind == "one_minus_log" else f"{x:.6g}")
 
     def near_edge(self, text):
         """Whether a value lies in the first or last twentieth of the range, so that a better one may lie beyond."""
         if self.kind == "choice":
             return False
-        x, a, b = float(text), *self.values
-        u = (x - a) / (b - a) if self.kind == "lin" else math.log((x if self.kind == "log" else 1 - x) / a, b / a)
-        return not 0.05 <= u <= 0.95
+        low, high = sorted(float(self.at(u)) for u in (0.05, 0.95))
+        return not low <= float(text) <= high
 
     def around(self, texts):
         """The smallest space of this kind that holds all these values."""
@@ -285,12 +282,12 @@ def grid_values(text, where):
 
 def grid_flags(keys, text):
     """"lr,weight_decay", "(1,2),(3,4)" -> [{"lr": "1", "weight_decay": "2"}, {"lr": "3", "weight_decay": "4"}]."""
-    values = [[value] for value in grid_values(text, f"--grid {keys}={text}")]
-    if "," in keys:
-        values = [[plain(x) for x in split(value[1:-1])] for value, in values if value[0] + value[-1] == "()"]
-        if not values or {len(keys.split(","))} != set(map(len, values)):
+    names, rows = keys.split(","), [[value] for value in grid_values(text, f"--grid {keys}={text}")]
+    if len(names) > 1:
+        rows = [[plain(x) for x in split(value[1:-1])] if value[0] + value[-1] == "()" else [] for value, in rows]
+        if {len(row) for row in rows} != {len(names)}:
             fail(f"--grid {keys}={text}: give a value for each key, as in \"lr,weight_decay=(1e-3,1),(1e-2,0.1)\"")
-    return [dict(zip(keys.split(","), value)) for value in values]
+    return [dict(zip(names, row)) for row in rows]
 
 
 def draws(spaces, n, seed, stage=1):
@@ -301,7 +298,7 @@ def draws(spaces, n, seed, stage=1):
 
 
 def planned(args):
-    """-> make(flags) -> the runs of one setting, one a seed; and all settings, or for --two_stage their spaces."""
+    """-> make(flags), which gives the runs of one setting, one a seed; all settings; and the spaces of a search."""
     fixed, spaces, known = pairs(args.fixed, "--fixed"), parse_space(args.space), flags_of(args.script)
     grid = [grid_flags(*pair) for pair in pairs(args.grid, "--grid").items()]
     keys = [*fixed, *(key for flags in grid for key in flags[0]), *spaces, *["seed"] * bool(args.seeds)]
@@ -322,32 +319,21 @@ def planned(args):
     def make(flags):
         seeds = [{"seed": seed} for seed in range(1, args.seeds + 1)] if args.seeds else [{}]
         return [Run.of(args.script, fixed | flags | seed) for seed in seeds]
-    return make, (spaces if args.two_stage else draws(spaces, args.random, args.seed or 0) if args.random else
-                  [dict(itertools.chain(*map(dict.items, parts))) for parts in itertools.product(*grid)])
+    settings = [dict(collections.ChainMap(*parts)) for parts in itertools.product(*grid)]
+    return make, draws(spaces, args.random, args.seed) if args.random else settings, spaces
 
 
 # ---- Runs: what one is, where it lives, what came of it --------------------------------------------------------------
-
-
-def whole_name(script):
-    """The one name of a script, however it was given: beside this file its own, elsewhere the whole path."""
-    for path in (script, HERE / script):
-        if os.path.isfile(path):
-            path = pathlib.Path(path).resolve()
-            return path.name if path.parent == HERE else str(path)
-    fail(f"--script {script}: there is no such file")
 
 
 @functools.cache
 def flags_of(script):
     """The flags that a script knows, read from its source, since starting it takes seconds: the fields of its class
     Settings, or what it gives to add_argument."""
-    try:
-        source = (HERE / script).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        fail(f"cannot read {HERE / script}: name a script in Python with --script")
+    source = (HERE / script).read_text(encoding="utf-8", errors="replace")
     fields = re.search(r"^class Settings\b.*\n(?:(?: .*)?\n)+|\Z", source, re.M)[0]
-    return {*re.findall(r"^    (\w+): \w", fields, re.M), *re.findall(r"""add_argument\(\s*["']--(\w+)""", source)}
+    return {*re.findall(r"^    (\w+): \w", fields, re.M), *re.findall(r"""add_argument\(\s*["']--(\w+)""", source)} or (
+        fail(f"no flags are to be found in {HERE / script}: name a script in Python with --script"))
 
 
 @dataclass(frozen=True)
@@ -370,16 +356,17 @@ class Run:
     def command(self, folder):
         """The script's own. A checkpoint is resumed: what that holds is not said again, but where to compute is. The
         flag `change` is no flag of a script: it asks for one of CHANGES, in which this file starts the script."""
-        known = flags_of(self.script)
-        start = [str(HERE / self.script)]
-        if self["change"]:
-            start = [str(HERE / "sweep.py"), "--change", self["change"], *start]
-        flags = [f"--{key}={value}" for key, value in self.flags if key in known]
-        others = [f"{key.removeprefix('opt_kwargs.')}={value}" for key, value in self.flags
-                  if key not in known | {"change"}]
+        start, flags, options = [str(HERE / self.script)], [], []
+        for key, value in self.flags:
+            if key == "change":
+                start = [str(HERE / "sweep.py"), "--change", value, *start]
+            elif key in flags_of(self.script):
+                flags.append(f"--{key}={value}")
+            else:
+                options.append(f"{key.removeprefix('opt_kwargs.')}={value}")
         if (folder / "ckpt.pt").exists():
-            flags, others = ["--resume"] + [flag for flag in flags if flag.startswith("--device=")], []
-        return [sys.executable, *start, *flags, *(["--opt_kwargs", *others] if others else []), f"--out_dir={folder}"]
+            flags, options = ["--resume"] + [flag for flag in flags if flag.startswith("--device=")], []
+        return [sys.executable, *start, *flags, *["--opt_kwargs"] * bool(options), *options, f"--out_dir={folder}"]
 
 
 @dataclass
@@ -412,25 +399,6 @@ def read_jsons(path):
     return [record for record in records if isinstance(record, dict)]
 
 
-def read_result(run, folder, metric=None):
-    """Look into its folder. A log that has its last line counts, whatever happened to the process after that."""
-    log, end, result = read_jsons(folder / "log.jsonl"), read_jsons(folder / "failed.json"), Result(run, folder)
-    if log and log[-1].get("final"):
-        there = [name for name in METRICS if name in log[-1]]
-        result.metric = metric or (there or ["val_loss"])[0]
-        value = log[-1].get(result.metric)
-        if not isinstance(value, (int, float)):
-            result.state, result.message = "failed", (f"its log ends without a number for {result.metric}; it has "
-                                                      f"{', '.join(there) or 'no metric'}")
-        elif not math.isfinite(value):
-            result.state, result.message = "diverged", f"its {result.metric} is {value}"
-        else:
-            result.state, result.value = "done", value
-    elif end:
-        result.state, result.message = "diverged" if end[0]["status"] == 3 else "failed", end[0]["message"]
-    return result
-
-
 def read_run(folder):
     """The run that a folder says it holds; None if it says nothing that can be understood."""
     for known in read_jsons(folder / "run.json"):
@@ -446,8 +414,8 @@ def write_atomically(path, content):
 
 # ---- Running them ----------------------------------------------------------------------------------------------------
 
-# exit statuses of a process that was stopped or killed, not of one that failed
-STOPPED = {130, 143} | {-number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
+# Exit statuses of a process that was stopped or killed, not of one that failed. Windows has no name for SIGKILL, 9.
+STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM, -9}
 
 
 def lock(out_dir):
@@ -481,7 +449,26 @@ class Lab:
         self.args, self.out_dir, self.asked, self.lock = args, args.out_dir, [], None
 
     def result(self, run):
-        return read_result(run, self.out_dir / run.name, self.args.metric)
+        """What its folder says. A log that has its last line counts, whatever happened to the process after that."""
+        result = Result(run, self.out_dir / run.name)
+        log, end = result.log(), read_jsons(result.folder / "failed.json")
+        if log and log[-1].get("final"):
+            there = [name for name in METRICS if name in log[-1]]
+            result.metric = self.args.metric or (there or ["val_loss"])[0]
+            value = log[-1].get(result.metric)
+            if not isinstance(value, (int, float)):
+                result.state, result.message = "failed", (f"its log ends without a number for {result.metric}; it has "
+                                                          f"{', '.join(there) or 'no metric'}")
+            elif not math.isfinite(value):
+                result.state, result.message = "diverged", f"its {result.metric} is {value}"
+            else:
+                result.state, result.value = "done", value
+        elif end:
+            result.state, result.message = "diverged" if end[0]["status"] == 3 else "failed", end[0]["message"]
+        return result
+
+    def unfinished(self, runs):
+        return [run for run in runs if self.result(run).state == "unfinished"]
 
     def results(self, runs):
         """The results of these runs, in their order, after doing what is missing. Raises Unfinished where that is not
@@ -492,8 +479,8 @@ class Lab:
             for run in runs:
                 self.note(run)
         if not (self.args.report or self.args.print_commands) and self.unfinished(runs):
-            self.lock = self.lock or lock(self.out_dir)         # the sweep that we waited for may have done some
-            self.do(self.unfinished(runs), len(runs))
+            self.lock = self.lock or lock(self.out_dir)
+            self.do(runs)
         missing, results = self.unfinished(runs), [self.result(run) for run in runs]
         if self.args.print_commands:
             for run in missing:
@@ -505,9 +492,6 @@ class Lab:
         if missing:
             raise Unfinished(len(missing), len(runs))
         return results
-
-    def unfinished(self, runs):
-        return [run for run in runs if self.result(run).state == "unfinished"]
 
     def note(self, run):
         """Make the run's folder and write down in it what its name stands for. With --retry, forget that it failed."""
@@ -532,8 +516,8 @@ class Lab:
         say so. One that was stopped or killed stays unfinished."""
         folder, result = self.out_dir / run.name, self.result(run)
         if result.state == "unfinished" and status not in STOPPED:
-            said = re.split(r"[\r\n]+", (folder / "stderr.txt").read_text(errors="replace").strip())[-1]
-            message = (said or "it said nothing") if status else "it ended without a final line in log.jsonl"
+            said = (folder / "stderr.txt").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            message = said[-1] if status else "it ended without a final line in log.jsonl"
             message = message.removeprefix(f"{pathlib.Path(run.script).name}: ").replace(str(folder), run.name)
             if status == 3:                         # what diverged, and when; the advice after that is for one run
                 message = message.split(". ")[0]
@@ -545,33 +529,33 @@ class Lab:
             (folder / "ckpt.pt").unlink(missing_ok=True)
         return result
 
-    def do(self, waiting, total):
-        """Do these runs, some at a time; total: with those that are finished already."""
+    def do(self, runs):
+        """Do what is missing of these runs, some at a time. The sweep that the lock waited for may have done some."""
+        waiting = self.unfinished(runs)
         devices = [] if all(run["device"] == "cpu" for run in waiting) else gpus()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = self.args.jobs or len(devices) or cores
         free = list(itertools.islice(itertools.cycle(devices or [None]), jobs))         # a place for each run: its GPU
-        keys, running, finished, best = varied(self.asked), {}, total - len(waiting), None
-        stopped_by, told = [], 0
-        before = {number: signal.signal(number, lambda number, frame: stopped_by.append(number))
-                  for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+        keys, running, best, signals, passed_on = varied(self.asked), {}, None, [], 0
+        before = {number: signal.signal(number, lambda number, frame: signals.append(number))
+                  for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
                   if signal.getsignal(number) is not signal.SIG_IGN}    # nohup ignores SIGHUP: so do we, then
-        bar = tqdm(total=total, initial=finished, unit="run", disable=total == 1,
+        bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=len(runs) == 1,
                    mininterval=0.5 if sys.stderr.isatty() else 30)
-        while (waiting and not stopped_by) or running:
-            while waiting and free and not stopped_by:
+        while running or (waiting and not signals):
+            while waiting and free and not signals:
                 run, gpu = waiting.pop(0), free.pop(0)
                 running[self.start(run, gpu)] = run, gpu
-            if told < len(stopped_by):              # the first signal lets them save, the second does not
+            if passed_on < len(signals):            # the first signal lets them save, the second does not
                 for process in running:
-                    process.send_signal(signal.SIGKILL if told else signal.SIGTERM)
-                told += 1
+                    process.kill() if passed_on else process.terminate()
+                passed_on += 1
             for process in [process for process in running if process.poll() is not None]:
                 run, gpu = running.pop(process)
                 free.append(gpu)
                 result = self.ended(run, process.returncode)
                 if result.state != "unfinished":
-                    finished, best = finished + 1, min(best or result, result, key=lambda result: result.score)
+                    best = min(best or result, result, key=lambda result: result.score)
                     bar.write(line_of(result, keys), file=sys.stdout)
                     bar.set_postfix_str(f"best {line_of(best, keys)}" * (best.state == "done"), refresh=False)
                     bar.update()
@@ -579,28 +563,28 @@ class Lab:
         bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-        if stopped_by:
-            print(f"stopped: {finished} of {total} runs are finished. The same command goes on", flush=True)
-            sys.exit(128 + stopped_by[0])
+        if signals:
+            print(f"stopped: {len(runs) - len(self.unfinished(runs))} of {len(runs)} runs are finished. The same "
+                  "command goes on", flush=True)
+            sys.exit(128 + signals[0])
 
 
 def two_stage(lab, searches, n, seed):
     """Random search in two stages, the protocol of [RF]: n draws from each space, then n from the smallest box around
     the best fifth of them. searches: {name: (make, spaces)}, make(flags) -> runs. -> {name: all results}."""
-    def stage(number, spaces):
-        asked = {name: [run for flags in draws(spaces[name], n, seed, number) for run in searches[name][0](flags)]
-                 for name in spaces}
-        lab.results([run for runs in asked.values() for run in runs])
-        return {name: [lab.result(run) for run in dict.fromkeys(runs)] for name, runs in asked.items()}
-
-    first, narrow = stage(1, {name: spaces for name, (_, spaces) in searches.items()}), {}
-    for name, results in first.items():
-        best = [s.flags for s in by_setting(results) if s.sound][:max(2, n // 5)]
-        if best:                                    # nothing to search around if none came to a result
-            narrow[name] = {key: space.around([flags[key] for flags in best])
-                            for key, space in searches[name][1].items()}
-    second = stage(2, narrow)
-    return {name: results + second.get(name, []) for name, results in first.items()}
+    found, narrowed = {name: [] for name in searches}, {name: spaces for name, (_, spaces) in searches.items()}
+    for stage in (1, 2):
+        asked = {name: [run for flags in draws(spaces, n, seed, stage) for run in searches[name][0](flags)]
+                 for name, spaces in narrowed.items()}
+        lab.results(itertools.chain(*asked.values()))
+        narrowed = {}
+        for name, runs in asked.items():
+            found[name] += [lab.result(run) for run in dict.fromkeys(runs)]
+            best = [s.flags for s in by_setting(found[name]) if s.sound][:max(2, n // 5)]
+            if best:                                # nothing to search around if none came to a result
+                narrowed[name] = {key: space.around([flags[key] for flags in best])
+                                  for key, space in searches[name][1].items()}
+    return found
 
 
 def at_edges(spaces, flags):
@@ -615,7 +599,7 @@ def again(lab, results, spaces):
     if not best.sound:
         return "no setting came to a result with all its seeds"
     first = 1 + max(int(result.run["seed"] or 0) for result in results)
-    fresh = lab.results([Run.of(best.results[0].run.script, best.flags | {"seed": first + i}) for i in range(3)])
+    fresh = lab.results(Run.of(results[0].run.script, best.flags | {"seed": first + i}) for i in range(3))
     edges = at_edges(spaces, best.flags)
     return (f"the best, {phrase(best.flags, spaces)}, again with three fresh seeds: "
             f"{Setting(best.flags, fresh).words()}" + f"\n{edges}" * bool(edges))
@@ -1690,10 +1674,10 @@ def main():
         if args.experiment:
             experiment(lab, args.experiment, args.plot)
         elif args.grid or args.space or args.fixed or args.seeds:
-            make, settings = planned(args)
+            make, settings, spaces = planned(args)
             if args.two_stage:
-                found = two_stage(lab, {"search": (make, settings)}, args.runs or 100, args.seed or 0)["search"]
-                said = again(lab, found, settings)
+                found = two_stage(lab, {"search": (make, spaces)}, args.runs or 100, args.seed)["search"]
+                said = again(lab, found, spaces)
             else:
                 lab.results([run for flags in settings for run in make(flags)])
         else:                                       # --report alone
