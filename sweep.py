@@ -614,11 +614,12 @@ class Setting:
 
     def __init__(self, flags, results):
         done = [result for result in results if result.state == "done"]
+        values = [result.value for result in done]
         self.flags, self.results, self.seeds = flags, results, len(done)
         self.metric = done[0].metric if done else "val_loss"
-        self.mean = statistics.fmean(result.value for result in done) if done else math.nan
-        self.spread = statistics.stdev(result.value for result in done) if len(done) > 1 else 0.0
-        self.sound = bool(done) and not any(result.state in ("diverged", "failed") for result in results)
+        self.mean = statistics.fmean(values) if done else math.nan
+        self.spread = statistics.stdev(values) if len(done) > 1 else 0.0
+        self.sound = bool(done) and all(result.state in ("done", "unfinished") for result in results)
         self.score = METRICS[self.metric]["sign"] * self.mean if self.sound else math.inf
 
     def number(self):
@@ -632,11 +633,11 @@ class Setting:
         return self.number() + f", {lost} of {len(self.results)} diverged" * bool(lost)
 
 
-def by_setting(results, without={"seed"}):
+def by_setting(results):
     """Results that differ in the seed alone are one setting. Best first."""
     found = {}
     for result in results:
-        flags = tuple(pair for pair in result.run.flags if pair[0] not in without)
+        flags = tuple(pair for pair in result.run.flags if pair[0] != "seed")
         found.setdefault((result.run.script, flags), []).append(result)
     return sorted((Setting(dict(flags), results) for (_, flags), results in found.items()),
                   key=lambda s: (s.score, [(key, by_size(value)) for key, value in s.flags.items()]))
@@ -686,13 +687,6 @@ def crossing(cells, corner):
     return columns([[corner, *map(str, across)], *rows])
 
 
-def table(found, keys):
-    """-> text: a line a setting, best first."""
-    rows = [[s.number(), str(s.seeds), *(s.flags.get(key, "") for key in keys),
-             tally([result for result in s.results if result.state != "done"])] for s in found]
-    return columns([[found[0].metric, "seeds", *keys, ""], *rows])
-
-
 def grid_map(found, keys):
     """-> text: two flags across and down, and the mean result of each pair, the best with a star."""
     across, down = sorted(keys, key=lambda key: -len({s.flags.get(key) for s in found}))
@@ -707,14 +701,16 @@ def is_grid(found, keys):
 
 
 def report(results):
-    """-> text: table, map if two flags vary, and every failure, for each script that occurs."""
+    """-> text, for each script that occurs: a table, a line a setting; a map if two flags vary; and every failure."""
     lines = []
     for script in sorted({result.run.script for result in results}):
         some = [result for result in results if result.run.script == script]
         keys, found = varied([result.run for result in some]), by_setting(some)
         same = phrase(some[0].run.flags, {key for key, _ in some[0].run.flags} - {*keys, "seed"})
+        rows = [[s.number(), str(s.seeds), *(s.flags.get(key, "") for key in keys),
+                 tally([result for result in s.results if result.state != "done"])] for s in found]
         lines += [f"{len(some)} runs of {pathlib.Path(script).name}: {tally(some)}",
-                  f"all with {same or 'the defaults'}", table(found, keys)]
+                  f"all with {same or 'the defaults'}", columns([[found[0].metric, "seeds", *keys, ""], *rows])]
         if is_grid(found, keys):
             lines.append(grid_map(found, keys))
         lines += [line_of(result, keys) for state in ("failed", "diverged") for result in some if result.state == state]
@@ -736,11 +732,6 @@ Panel = collections.namedtuple("Panel", "title x y log band", defaults=("", ()))
 Curve = collections.namedtuple("Curve", "x y low high style", defaults=([], [], {}))
 
 
-def escaped(text):
-    """Text for matplotlib, to which $ begins a formula."""
-    return text.replace("$", r"\$")
-
-
 def wrapped(text, width):
     """Text in lines of about the same length."""
     return textwrap.fill(text, len(text) // math.ceil(len(text) / width) + 8) if len(text) > width else text
@@ -759,9 +750,10 @@ def curves(title, panels, path):
         groups[-1].append(panel)
     shapes = [(math.ceil(len(group) / 3), min(len(group), 3)) if len(group) != 4 else (2, 2) for group in groups]
     rows = [rows for rows, _ in shapes]
-    with matplotlib.rc_context({"font.size": 13, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3}):
+    with matplotlib.rc_context({"font.size": 13, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3,
+                                "text.parse_math": False}):
         figure = Figure(figsize=(13.3, max(7.5, 4.2 * sum(rows))), dpi=120, layout="constrained")
-        figure.suptitle(escaped("\n".join(wrapped(line, 105) for line in title.splitlines())), fontsize=15)
+        figure.suptitle("\n".join(wrapped(line, 105) for line in title.splitlines()), fontsize=15)
         parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
         for group, shape, part in zip(groups, shapes, parts):
             labels, shared = {label: None for panel in group for label in panels[panel]}, {}
@@ -769,12 +761,11 @@ def curves(title, panels, path):
                 axes = part.add_subplot(*shape, i + 1, sharex=shared.get(("x", panel.x)),
                                         sharey=shared.get(("y", panel.y)))
                 shared |= {("x", panel.x): axes, ("y", panel.y): axes}
-                axes.set(xlabel=escaped(panel.x), ylabel=escaped(panel.y),
-                         title=escaped(wrapped(panel.title, 90 // shape[1])))
+                axes.set(xlabel=panel.x, ylabel=panel.y, title=wrapped(panel.title, 90 // shape[1]))
                 fill(axes, panel, panels[panel], list(labels))
                 labels |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
             if len(labels) > 1:
-                part.legend(labels.values(), map(escaped, labels), loc="outside right center")
+                part.legend(labels.values(), labels, loc="outside right center")
         figure.savefig(path)
     print(f"figure: {path}")
     return figure
@@ -792,14 +783,13 @@ def fill(axes, panel, lines, labels):
         for j, line in enumerate(y if y and isinstance(y[0], list) else [y]):
             axes.plot(xs, line, label="" if j else label, **style)
         if low and style["marker"]:
-            ends = [[b - a for a, b in zip(low, y)], [b - a for a, b in zip(y, high)]]
-            axes.errorbar(xs, y, ends, fmt="none", ecolor=style["color"], capsize=4)
+            axes.vlines(xs, low, high, color=style["color"])
         elif low:
             axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
     if panel.band:
         axes.axhspan(*panel.band, color="grey", alpha=0.2, linewidth=0)
     if names:
-        axes.set_xticks(range(len(names)), [escaped(textwrap.fill(name, 11, break_long_words=False)) for name in names],
+        axes.set_xticks(range(len(names)), [textwrap.fill(name, 11, break_long_words=False) for name in names],
                         **(dict(rotation=30, ha="right") if len(names) > 6 else {}))
         axes.set_xlim(-0.5, len(names) - 0.5)
     elif "x" not in panel.log:
@@ -827,8 +817,9 @@ def report_panels(results):
     """Of a grid of one or two flags a panel: over the flag with more values, a line for each value of the other. Of
     anything else a panel for each flag, a point for each setting. A star: the best; a cross: one with a failed seed."""
     found, keys = [s for s in by_setting(results) if s.seeds], varied([result.run for result in results])
-    if not keys:
-        found, keys = by_setting([result for result in results if result.state == "done"], {}), ["seed"]
+    if not keys:                                    # one setting: its seeds beside each other
+        found = [Setting(dict(result.run.flags), [result]) for result in results if result.state == "done"]
+        found, keys = sorted(found, key=lambda s: s.score), ["seed"]
     keys.sort(key=lambda key: -len({s.flags.get(key) for s in found}))
     joined = len(keys) == 1 or is_grid(found, keys)
     panels, lines = {}, keys[1:] if joined else []
@@ -839,11 +830,12 @@ def report_panels(results):
         for s in sorted(found, key=lambda s: [by_size(s.flags.get(key)) for key in [*lines, key]]):
             label = phrase(s.flags, lines) or "mean" if s.sound else "a seed diverged or failed"
             groups.setdefault(label, []).append(s)
-        panels[Panel("", key, found[0].metric, "x" * log)] = {
-            label: error_bars(some, key, numeric, {"linestyle": "none", "marker": "x", "color": "black"} if
-                              not some[0].sound else {} if joined else {"linestyle": "none"})
-            for label, some in groups.items()
-        } | {f"best: {found[0].words()}": error_bars(found[:1], key, numeric, BEST)}
+        drawn = panels[Panel("", key, found[0].metric, "x" * log)] = {}
+        for label, some in groups.items():
+            style = dict(linestyle="none", marker="x", color="black") if not some[0].sound else (
+                {} if joined else dict(linestyle="none"))
+            drawn[label] = error_bars(some, key, numeric, style)
+        drawn[f"best: {found[0].words()}"] = error_bars(found[:1], key, numeric, BEST)
     return panels
 
 
