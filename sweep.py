@@ -852,29 +852,29 @@ def error_bars(settings, key, numeric=True, style={}):
 def load(folders):
     """Runs, or whole sweeps -> {name: [the log of each seed]}. Runs whose config.json differ in the seed alone are one.
     Its name is made of the settings that tell it from the others, or is its folder."""
-    groups = {}                                     # {(settings, copy): [(folder, seed), ...]}
+    groups, seen = {}, collections.Counter()        # {(settings, copy): folders}
     for folder in map(pathlib.Path, dict.fromkeys(folders)):
         homes = [folder] if (folder / "log.jsonl").exists() else [p.parent for p in sorted(folder.glob("*/log.jsonl"))]
         for home in homes or fail(f"--curves {folder}: no log.jsonl is in it, or in the folders in it"):
             config = json.loads((home / "config.json").read_text() if (home / "config.json").exists() else "{}")
-            config = {key: str(value) for key, value in (config | (config.get("hyper") or {})).items()
-                      if key not in ("hyper", "tuned", "out_dir", "resume")}
-            seed, copy = config.pop("seed", ""), 0
-            settings = tuple(sorted(config.items()))
-            while seed in [seed for _, seed in groups.get((settings, copy), [])]:
-                copy += 1                           # the same run twice is two curves, not two seeds
-            groups.setdefault((settings, copy), []).append((home, seed))
+            config |= config.get("hyper") or {}
+            settings = tuple(sorted((key, str(value)) for key, value in config.items()
+                                    if key not in ("hyper", "tuned", "out_dir", "resume", "seed")))
+            run = settings, config.get("seed")
+            groups.setdefault((settings, seen[run]), []).append(home)
+            seen[run] += 1                          # the same run twice is two curves, not two seeds
 
-    def count(keys):
+    def told_apart(keys):
         return len({tuple(dict(settings).get(key) for key in keys) for settings, _ in groups})
-    keys, told_first = [], ["opt", "data", "model", "arch", "n_layer", "n_embd", "lr", "weight_decay"]
-    for key in told_first + sorted({key for settings, _ in groups for key, _ in settings} - set(told_first)):
-        keys += [key] * (count([*keys, key]) > count(keys))
+    keys, first = [], ["opt", "data", "model", "arch", "n_layer", "n_embd", "lr", "weight_decay"]
+    for key in first + sorted({key for settings, _ in groups for key, _ in settings} - set(first)):
+        keys += [key] * (told_apart([*keys, key]) > told_apart(keys))
     names = {}
-    for (settings, copy), found in groups.items():
+    for (settings, copy), homes in groups.items():
         name = ", ".join(f"{key} {dict(settings)[key]}" for key in keys if key in dict(settings)).removeprefix("opt ")
-        names[f"{name} in {found[0][0]}".removeprefix(" in ") if copy or not name else name] = [
-            read_jsons(home / "log.jsonl") for home, _ in found]
+        if copy or not name:
+            name = f"{name} in {homes[0]}".removeprefix(" in ")
+        names[name] = [read_jsons(home / "log.jsonl") for home in homes]
     return names
 
 
@@ -890,20 +890,20 @@ def over_seeds(logs, read):
 
 def angles(logs):
     """{kind of layer: Curve of the angles of all its layers}, the predicted ones dashed; {} without rotation."""
-    names = list(dict.fromkeys(name for log in logs for record in log for name in record.get("rotation") or {}))
-    found, predicted = {}, {}
-    for name in names:
+    names = dict.fromkeys(name for log in logs for record in log for name in record.get("rotation") or {})
+    found = {"angle": {}, "predicted_angle": {}}    # {what: {kind: (steps, [a line for each layer])}}
+    for name, (what, kinds) in itertools.product(names, found.items()):
         kind = ".".join(word for word in name.split(".") if not word.isdigit() and word not in ("blocks", "weight"))
-        for what, into in (("angle", found), ("predicted_angle", predicted)):
-            steps, mean, *_ = over_seeds(logs, lambda record: (record.get("rotation") or {}).get(name, {}).get(what))
-            if steps:
-                into.setdefault(kind, (steps, []))[1].append(mean)
+        steps, mean, *_ = over_seeds(logs, lambda record: (record.get("rotation") or {}).get(name, {}).get(what))
+        if steps:
+            kinds.setdefault(kind, (steps, []))[1].append(mean)
+    measured, predicted = found.values()
     lines = {kind: Curve(*curve, style=dict(color=COLOURS[i % 7], linestyle=("-", "-.", ":")[i % 3], linewidth=1.5,
-                                            marker="")) for i, (kind, curve) in enumerate(found.items())}
+                                            marker="")) for i, (kind, curve) in enumerate(measured.items())}
     alike = len({tuple(f"{angle:.2g}" for angle in line) for _, some in predicted.values() for line in some}) == 1
     for i, (kind, curve) in enumerate(predicted.items()):
         lines["predicted" if alike else f"{kind}, predicted"] = Curve(*curve, style=dict(
-            color="black" if alike else COLOURS[i % 7], linestyle="--", marker="", linewidth=2))
+            color="black" if alike else COLOURS[i % 7], linestyle="--", marker=""))
     return lines
 
 
@@ -922,36 +922,37 @@ def chart(lines, width=100, height=16):
 
 def compare(folders, metric, plot):
     """Print a table and a small chart of these runs, and draw them: results over steps and over seconds, and angles."""
-    found, panels, findings = {}, {}, []            # found: {metric: [(score, label, logs, steps, mean, low, high)]}
+    found, panels, findings = {}, {}, []            # found: {metric: [(label, logs, steps, mean, low, high)]}
     for label, logs in load(folders).items():
         for name in [metric] if metric else METRICS:        # bleu is only in the last record: that is no curve
-            steps, mean, *ends = over_seeds(logs, lambda record: record.get(name))
+            steps, *ys = over_seeds(logs, lambda record: record.get(name))
             if len(steps) > 1:
-                found.setdefault(name, []).append((METRICS[name]["sign"] * mean[-1], label, logs, steps, mean, *ends))
+                found.setdefault(name, []).append((label, logs, steps, *ys))
                 break
         else:
             print(f"{label}: no two records have {metric or ', '.join(METRICS)} yet")
     for name, some in found.items():
-        some.sort(key=lambda row: row[0])
-        rows = [["", name, "", "at step", "seconds", "seeds", ""]]
-        over_steps, over_time = {}, {}
-        after = int(all(steps[0] == 0 and len(steps) > 2 for _, _, _, steps, *_ in some))     # untrained, all are alike
-        for i, (_, label, logs, steps, mean, *ends) in enumerate(some):
+        sign = METRICS[name]["sign"]
+        some.sort(key=lambda row: sign * row[3][-1])
+        after = int(all(steps[0] == 0 and len(steps) > 2 for _, _, steps, *_ in some))      # untrained, all are alike
+        rows, over_steps, over_time = [["", name, "", "at step", "seconds", "seeds", ""]], {}, {}
+        for letter, (label, logs, steps, *ys) in zip(map(chr, itertools.count(97)), some):
             times = dict(zip(*over_seeds(logs, lambda record: record.get("seconds") if name in record else None)[:2]))
             running = sum(not log[-1].get("final") for log in logs)
-            rows.append([chr(97 + i), f"{mean[-1]:.4f}", label, str(steps[-1]), f"{times.get(steps[-1], math.nan):.1f}",
+            rows.append([letter, f"{ys[0][-1]:.4f}", label, str(steps[-1]), f"{times.get(steps[-1], math.nan):.1f}",
                          str(len(logs)), f"{running} not at the end" * bool(running)])
-            if i < 8:                               # as many as can be told apart
-                ys = [values[after:] for values in (mean, *ends)]
+            if len(over_steps) < 8:                 # as many as can be told apart
+                ys = [values[after:] for values in ys]
                 over_steps[label] = Curve(steps[after:], *ys)
                 over_time[label] = Curve([times.get(step, math.nan) for step in steps[after:]], *ys)
         print(columns(rows) + f"\n\n{name}\n{chart(over_steps)}\n")
-        findings.append(f"{'lowest' if METRICS[name]['sign'] > 0 else 'highest'} {name}: {some[0][4][-1]:.4f}, "
-                        f"{some[0][1]}" + f" (the 8 best of {len(some)})" * (len(some) > 8))
+        findings.append(f"{'lowest' if sign > 0 else 'highest'} {name}: {rows[1][1]}, {some[0][0]}" +
+                        f" (the 8 best of {len(some)})" * (len(some) > 8))
         unit = f"{name} (nats)" if name == "val_loss" else name
         panels |= {Panel("", "step", unit): over_steps, Panel("", "seconds", unit): over_time}
-    turning = {label: lines for some in found.values() for _, label, logs, *_ in some[:6] if (lines := angles(logs))}
-    panels |= {Panel(label, "step", "angle per step (radians)"): lines for label, lines in turning.items()}
+    for label, logs, *_ in itertools.chain(*(some[:6] for some in found.values())):
+        if lines := angles(logs):
+            panels[Panel(label, "step", "angle per step (radians)")] = lines
     if not panels:
         fail("--curves: there is nothing to draw yet", status=1)
     if plot:
