@@ -5,17 +5,15 @@ of any runs.
     python sweep.py --grid lr=1e-4:1e-1:log8 weight_decay=0,0.01,0.1 --fixed "opt=adamw steps=500" --seeds 3
     python sweep.py --grid "lr,weight_decay=(1e-3,1),(1e-2,0.1)" ...            pairs, in place of all combinations
     python sweep.py --random 40 --space "lr=log(1e-4,1e-1) momentum=uniform(0.5,0.99) damping=log(1e-6,1e-3)" ...
-    python sweep.py --two_stage --runs 100 --space ...      a wide random search, one around its best fifth, then the best
-                                                            setting again with three fresh seeds
+    python sweep.py --two_stage --runs 100 --space ...      a wide random search, one around its best fifth, then the
+                                                            best setting again with three fresh seeds
     python sweep.py --experiment zero_shot --plot out.png   a paper's claim, what was measured, and whether it held
     python sweep.py --curves out/a out/b --plot out.png     runs beside each other; or sweeps: means over seeds
 
-The same command again goes on where a stopped or killed sweep was. A finished run is never run again. A half-done one
-is resumed from its checkpoint. Two flags ask for less:
-
-    --report            show what is there so far and run nothing (--report --out_dir DIR: whatever DIR holds)
-    --print_commands    print the script's own command for each run that is not finished, one a line:
-                        ... --print_commands | tr '\\n' '\\0' | xargs -0 -P2 -I{} sh -c {}        or a Slurm array
+The same command again goes on where a stopped or killed sweep was: a finished run is never run again, a half-done one
+is resumed from its checkpoint. --report shows what is there so far and runs nothing (--report --out_dir DIR: whatever
+DIR holds). --print_commands prints the script's own command for each run that is not finished, one a line, for a Slurm
+array, or for      ... --print_commands | tr '\\n' '\\0' | xargs -0 -P2 -I{} sh -c {}
 
 A key of --grid, --fixed or --space is a flag of the script, without dashes. What the script has no flag for goes into
 its --opt_kwargs. (Two options of optimizers are called like flags: write opt_kwargs.dtype and opt_kwargs.seed.) Each
@@ -51,7 +49,6 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -104,26 +101,21 @@ def parse():
     kind.add_argument("--grid", metavar="KEY=VALUES", **several,
                       help="all combinations of these: a,b,c or 1e-4:1e-1:log8 (8 values) or 0:1:lin5")
     kind.add_argument("--random", **number, help="N random draws from --space")
-    kind.add_argument("--two_stage", **flag,
-                      help="--runs draws from --space, then as many from the box around the best fifth of them")
+    kind.add_argument("--two_stage", **flag, help="--runs draws from --space, as many around the best fifth of them")
     kind.add_argument("--experiment", metavar="NAME", choices=EXPERIMENTS, help=", ".join(EXPERIMENTS))
     kind.add_argument("--curves", metavar="DIR", **several, help="run nothing: compare the runs in these folders")
     mode.add_argument("--report", **flag, help="run nothing, show what is there")
     mode.add_argument("--print_commands", **flag, help="print a command for each run that is not finished")
     p.add_argument("--script", default="nanogpt_train.py", help="or cifar_train.py, translate_train.py, one like them")
     p.add_argument("--fixed", metavar="KEY=VALUE", **several, help="the same for all runs")
-    p.add_argument("--seeds", **number,
-                   help="each setting N times, with seed=1 to N; of an experiment: add 10 N to all its seeds")
+    p.add_argument("--seeds", **number, help="each setting with seed=1 to N; in an experiment: 10 N more for all seeds")
     p.add_argument("--space", metavar="KEY=RANGE", **several,
-                   help="log(1e-4,1e-1), one_minus_log(1e-3,0.5) for 0.5 to 0.999, uniform(0.5,0.99) or choice(a,b); "
-                        "in quotes, for the shell. Or a paper's: " + ", ".join(PAPER_SPACES))
-    p.add_argument("--runs", **number,
-                   help="of each stage of --two_stage (default 100), or of an experiment with a search")
+                   help="log(1e-4,1e-1), one_minus_log(1e-3,0.5) for 0.5 to 0.999, uniform(0.5,0.99) or choice(a,b), "
+                        "in quotes; or a paper's: " + ", ".join(PAPER_SPACES))
+    p.add_argument("--runs", **number, help="of each stage of --two_stage (default 100) or of an experiment's search")
     p.add_argument("--seed", type=int, default=0, help="of the random draws (default 0)")
-    p.add_argument("--scale", choices=("cpu", "gpu"), default="cpu",
-                   help="of an experiment: minutes on two cores (default), or a GPU")
-    p.add_argument("--jobs", **number,
-                   help="runs at a time (default: one per GPU, or one per core; OMP_NUM_THREADS is 1 unless it is set)")
+    p.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="of an experiment, for two cores or a GPU")
+    p.add_argument("--jobs", **number, help="runs at a time (default: one per GPU, or per core, there of one thread)")
     p.add_argument("--out_dir", help="default out/sweep-SCRIPT or out/sweep-EXPERIMENT-SCALE")
     p.add_argument("--retry", **flag, help="run again what failed (after the cause is mended)")
     p.add_argument("--keep_checkpoints", **flag, help="default: a finished run's ckpt.pt is deleted")
@@ -181,7 +173,7 @@ def plain(text):
         return text
     if not math.isfinite(x) or "_" in text or re.match(r"[-+]?0\d", text):              # 007 is a name
         return text
-    if x.is_integer() and len(text) > 15:           # 2**53: where floats get coarse
+    if x.is_integer() and len(text) > 15:           # from 2**53 on floats leave out some
         return text
     return str(int(x)) if x.is_integer() and abs(x) < 1e15 else repr(x)
 
@@ -208,21 +200,22 @@ def split(text):
     return [item.strip() for item in re.findall(r"(?:\([^()]*\)|[^,])+", text)]
 
 
-class Space(NamedTuple):
+@dataclass(frozen=True)
+class Space:
     """Where one hyperparameter is drawn from. values: the two ends, or all choices. In one_minus_log they are ends of
     1 - x, which is log-uniform: the way to draw a beta near 1."""
     kind: str                                       # log, one_minus_log, lin or choice
     values: tuple
 
     @staticmethod
-    def between(kind, a, b, where):
-        with contextlib.suppress(ValueError):
-            ends = float(a), float(b)
-            low, high = {"lin": (-math.inf, math.inf), "log": (0, math.inf), "one_minus_log": (0, 1)}[kind]
-            if low < ends[0] < ends[1] < high:
-                return Space(kind, ends)
-        fail(f"{where}: a range goes from one number to a larger one" + ", both above 0" * (kind != "lin")
-             + " and below 1" * (kind == "one_minus_log"))
+    def between(kind, ends, where):
+        low, high = {"lin": (-math.inf, math.inf), "log": (0, math.inf), "one_minus_log": (0, 1)}[kind]
+        with contextlib.suppress(ValueError):       # no numbers, or not two
+            a, b = map(float, ends)
+            if low < a < b < high:
+                return Space(kind, (a, b))
+        fail(f"{where}: a range goes from one number to a larger one" + ", both above 0" * (low == 0) +
+             " and below 1" * (high == 1))
 
     def at(self, u):
         """The value at 0 <= u < 1 (or 1, if it is no choice), as text with six digits, ten where it may be near 1."""
@@ -253,13 +246,12 @@ def parse_space(texts):
     texts = re.sub(r"paper:\S+", lambda name: PAPER_SPACES.get(name[0]) or fail(
         f"--space {name[0]}: there is no such space, there are {', '.join(PAPER_SPACES)}"), " ".join(texts or []))
     for key, text in pairs([texts], "--space").items():
-        where, parts = f"--space {key}={text}", re.fullmatch(r"(log|one_minus_log|uniform|choice)\((.*)\)", text)
-        kind, values = (parts[1], split(parts[2])) if parts else ("", [])
-        if not values or kind != "choice" and len(values) != 2:
-            fail(f"{where}: write log(a,b), one_minus_log(a,b), uniform(a,b) or choice(a,b,...), in quotes; the rest is"
-                 " for --fixed")
+        parts = re.fullmatch(r"(log|one_minus_log|uniform|choice)\((.*\w.*)\)", text)
+        if not parts:
+            fail(f"--space {key}={text}: write log(a,b), one_minus_log(a,b), uniform(a,b) or choice(a,b,c), in quotes")
+        kind, values = parts[1], split(parts[2])
         spaces[key] = (Space(kind, tuple(dict.fromkeys(map(plain, values)))) if kind == "choice" else
-                       Space.between("lin" if kind == "uniform" else kind, *values, where))
+                       Space.between("lin" if kind == "uniform" else kind, values, f"--space {key}={text}"))
     return spaces
 
 
@@ -271,7 +263,7 @@ def grid_values(text, where):
     for item in split(text):
         spread = re.fullmatch(r"([^:]+):([^:]+):(log|lin)(\d{1,6})", item)
         if spread and int(spread[4]) > 1:
-            space, last = Space.between(spread[3], spread[1], spread[2], where), int(spread[4]) - 1
+            space, last = Space.between(spread[3], spread.groups()[:2], where), int(spread[4]) - 1
             values += [space.at(i / last) for i in range(last + 1)]
         elif re.match(r"[-+.]?\d[^:]*:", item):     # text may have a colon, too
             fail(f"{where}: write a range as FROM:TO:log8 or FROM:TO:lin8, for 8 values, and at least 2")
@@ -732,11 +724,6 @@ Panel = collections.namedtuple("Panel", "title x y log band", defaults=("", ()))
 Curve = collections.namedtuple("Curve", "x y low high style", defaults=([], [], {}))
 
 
-def wrapped(text, width):
-    """Text in lines of about the same length."""
-    return textwrap.fill(text, len(text) // math.ceil(len(text) / width) + 8) if len(text) > width else text
-
-
 def curves(title, panels, path):
     """{Panel: {label: Curve}} -> a file, and matplotlib's figure. All pictures are made here. Panels with the same
     labels, or with the same words at the y axis, stand together and share a legend. There, the same words at an axis
@@ -753,7 +740,7 @@ def curves(title, panels, path):
     with matplotlib.rc_context({"font.size": 13, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3,
                                 "text.parse_math": False}):
         figure = Figure(figsize=(13.3, max(7.5, 4.2 * sum(rows))), dpi=120, layout="constrained")
-        figure.suptitle("\n".join(wrapped(line, 105) for line in title.splitlines()), fontsize=15)
+        figure.suptitle("\n".join(textwrap.fill(line, 105) for line in title.splitlines()), fontsize=15)
         parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
         for group, shape, part in zip(groups, shapes, parts):
             labels, shared = {label: None for panel in group for label in panels[panel]}, {}
@@ -761,7 +748,7 @@ def curves(title, panels, path):
                 axes = part.add_subplot(*shape, i + 1, sharex=shared.get(("x", panel.x)),
                                         sharey=shared.get(("y", panel.y)))
                 shared |= {("x", panel.x): axes, ("y", panel.y): axes}
-                axes.set(xlabel=panel.x, ylabel=panel.y, title=wrapped(panel.title, 90 // shape[1]))
+                axes.set(xlabel=panel.x, ylabel=panel.y, title=textwrap.fill(panel.title, 90 // shape[1]))
                 fill(axes, panel, panels[panel], list(labels))
                 labels |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
             if len(labels) > 1:
@@ -780,8 +767,7 @@ def fill(axes, panel, lines, labels):
                      marker=MARKERS[i % 5] if len(xs) <= 25 else "") | style
         if names:                                   # pairs side by side
             xs = [names.index(x) + 0.12 * (i - (len(labels) - 1) / 2) for x in xs]
-        for j, line in enumerate(y if y and isinstance(y[0], list) else [y]):
-            axes.plot(xs, line, label="" if j else label, **style)
+        axes.plot(xs, list(zip(*y)) if y and isinstance(y[0], list) else y, label=label, **style)
         if low and style["marker"]:
             axes.vlines(xs, low, high, color=style["color"])
         elif low:
@@ -907,17 +893,17 @@ def angles(logs):
     return lines
 
 
-def chart(lines, width=100, height=16):
-    """{label: (x, y)} -> text: a small picture in letters, the first of which is a."""
-    points = [(x, y, chr(97 + i)) for i, (xs, ys, *_) in enumerate(lines.values()) for x, y in zip(xs, ys)]
-    (left, right), (low, high) = ([f(point[i] for point in points) for f in (min, max)] for i in (0, 1))
-    cells = [[" "] * width for _ in range(height)]
+def chart(lines):
+    """{label: Curve} -> text: a small picture in letters, the first of which is a."""
+    points = [(x, y, chr(97 + i)) for i, curve in enumerate(lines.values()) for x, y in zip(curve.x, curve.y)]
+    xs, ys, _ = zip(*points)
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    cells = [[" "] * 100 for _ in range(16)]
     for x, y, letter in points:
-        cells[round((high - y) / (high - low or 1) * (height - 1))][
-            round((x - left) / (right - left or 1) * (width - 1))] = letter
-    ends = {0: f"{high:.4g}", height - 1: f"{low:.4g}"}
-    return "\n".join([f"  {ends.get(i, ''):>7s} |{''.join(row).rstrip()}" for i, row in enumerate(cells)] + [
-        f"{'':10s}{left:<{width - 8}g}{right:>8g} steps"])
+        cells[round(15 * (high - y) / (high - low or 1))][round(99 * (x - left) / (right - left or 1))] = letter
+    ends = [f"{high:.4g}", *[""] * 14, f"{low:.4g}"]
+    rows = [f"  {end:>7s} |{''.join(row).rstrip()}" for end, row in zip(ends, cells)]
+    return "\n".join([*rows, f"{'':10s}{left:<92g}{right:>8g} steps"])
 
 
 def compare(folders, metric, plot):
