@@ -373,7 +373,7 @@ class Result:
 
     @property
     def score(self):
-        """The value, but less is better, and without one it is infinite: for sorting."""
+        """For sorting: less is better, and without a value it is infinite."""
         return METRICS[self.metric]["sign"] * self.value if self.state == "done" else math.inf
 
     def log(self):
@@ -1453,13 +1453,13 @@ def root_free(lab):
     Held if  on the GPT rf_rmsprop's mean loss is at most 0.03 above adamw's and below rmsprop's; on VGG its accuracy is
              at least rmsprop's and at most 0.02 below adamw's; and on both, without decay, it is ahead of the
              control."""
-    momentum, memory, coupled = Space("lin", (0.5, 0.95)), Space("choice", ("0.97", "0.99")), Space("log", (1e-4, 1e-2))
-    common = dict(lr=Space("log", (1e-4, 1e-2)), momentum=momentum, alpha=memory)
-    rmsprop, control, undecayed = common | dict(weight_decay=coupled), "rmsprop from 1/B", "rf_rmsprop, decay 0"
-    spaces = {"adamw": dict(lr=Space("log", (1e-3, 3e-2)), beta1=momentum,
-                            beta2=Space("choice", ("0.97", "0.99", "0.999")), weight_decay=Space("log", (0.01, 4))),
-              "rmsprop": rmsprop, control: common,
-              "rf_rmsprop": rmsprop | dict(lr=Space("log", (1e-3, 0.2)), eps=Space("log", (1e-7, 5e-4)))}
+    control, undecayed = "rmsprop from 1/B", "rf_rmsprop, decay 0"
+    spaces = {opt: parse_space([text]) for opt, text in {
+        "adamw": "lr=log(1e-3,3e-2) beta1=uniform(0.5,0.95) beta2=choice(0.97,0.99,0.999) weight_decay=log(0.01,4)",
+        "rmsprop": "lr=log(1e-4,1e-2) momentum=uniform(0.5,0.95) alpha=choice(0.97,0.99) weight_decay=log(1e-4,1e-2)",
+        control: "lr=log(1e-4,1e-2) momentum=uniform(0.5,0.95) alpha=choice(0.97,0.99)",
+        "rf_rmsprop": "lr=log(1e-3,0.2) momentum=uniform(0.5,0.95) alpha=choice(0.97,0.99) weight_decay=log(1e-4,1e-2) "
+                      "eps=log(1e-7,5e-4)"}.items()}
     size = dict(n_embd=32, batch_size=32) if lab.args.scale == "cpu" else dict(block_size=256, batch_size=64)
 
     def flags(net, opt):
@@ -1497,33 +1497,26 @@ HALF, FULL, SHAMPOO = "if_shampoo, bfloat16", "if_shampoo, float32", "shampoo, f
 
 
 def step_times(path):
-    """-> times, product, as time_steps measured them once: a report reads them from this file."""
+    """-> {kind: milliseconds of an optimizer step on 512 x 512 and 1024 x 512 matrices with random gradients; the same
+    over that of HALF, timed in turn}, empty where bfloat16 is emulated; the time of a product in bfloat16 over that of
+    one in float32. They are measured once: a report reads them from this file."""
     if not path.exists():
-        write_atomically(path, time_steps())
-    return read_jsons(path)[0]["times"], read_jsons(path)[0]["product"]
-
-
-def time_steps():
-    """times: {kind: milliseconds of an optimizer step on 512 x 512 and 1024 x 512 matrices with random gradients; the
-    same over that of HALF, timed in turn}, empty where bfloat16 is emulated; product: the time of one in bfloat16 over
-    that of one in float32."""
-    import torch
-    import optim
-    steps, device = {}, "cuda" if torch.cuda.is_available() else "cpu"
-    half, full = (torch.randn(512, 512, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    product = optim.in_turn(lambda: half @ half, lambda: full @ full, repeats=3)[1]
-    if product >= 1:                                # emulated: a step may take minutes
-        return {"times": {}, "product": product}
-    for kind in (HALF, FULL, SHAMPOO):
-        opt, dtype = kind.split(", ")
-        weights = [torch.nn.Parameter(torch.randn(n, 512, device=device)) for n in (512, 1024)]
-        for w in weights:
-            w.grad = torch.randn_like(w)
-        extra = dict(dtype=getattr(torch, dtype), batch_size=1) if opt == "if_shampoo" else {}
-        steps[kind] = optim.OPTIMIZERS[opt](weights, lr=1e-3, update_every=1, **extra).step
-        steps[kind]()                               # the first makes the state
-    return {"times": {kind: optim.in_turn(step, steps[HALF], repeats=3) for kind, step in steps.items()},
-            "product": product}
+        import torch
+        import optim
+        steps, times, device = {}, {}, "cuda" if torch.cuda.is_available() else "cpu"
+        half, full = (torch.randn(512, 512, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+        product = optim.in_turn(lambda: half @ half, lambda: full @ full, repeats=3)[1]
+        for kind in (HALF, FULL, SHAMPOO) if product < 1 else ():       # emulated, a step may take minutes
+            opt, dtype = kind.split(", ")
+            weights = [torch.nn.Parameter(torch.randn(n, 512, device=device)) for n in (512, 1024)]
+            for w in weights:
+                w.grad = torch.randn_like(w)
+            extra = dict(dtype=getattr(torch, dtype), batch_size=1) if opt == "if_shampoo" else {}
+            steps[kind] = optim.OPTIMIZERS[opt](weights, lr=1e-3, update_every=1, **extra).step
+            steps[kind]()                           # the first makes the state
+            times[kind] = optim.in_turn(steps[kind], steps[HALF], repeats=3)
+        write_atomically(path, {"times": times, "product": product})
+    return [read_jsons(path)[0][key] for key in ("times", "product")]
 
 
 def half_precision(lab):
@@ -1537,15 +1530,11 @@ def half_precision(lab):
              times are compared.
     Held if  bfloat16's mean loss is at most 0.02 above float32's and shampoo's, and its step takes less time than
              either's."""
-    momentum, log = Space("lin", (0.5, 0.95)), functools.partial(Space, "log")
-    spaces = {"if_shampoo": dict(lr=log((3e-4, 3e-2)), momentum=momentum, damping=log((1e-5, 1e-3)),
-                                 lr_cov=log((0.03, 0.5)), riemannian_momentum=Space("lin", (0, 0.9))),
-              "shampoo": dict(lr=log((3e-4, 1e-2)), momentum=momentum, damping=log((1e-9, 1e-5)),
-                              lr_cov=log((0.01, 0.3)))}
-
-    def flags(net, opt):
-        return dict(opt=opt, update_every=2)
-    best, edges = searched(lab, {("gpt", opt): space for opt, space in spaces.items()}, flags, {
+    spaces = {("gpt", opt): parse_space([text]) for opt, text in {
+        "if_shampoo": "lr=log(3e-4,3e-2) momentum=uniform(0.5,0.95) damping=log(1e-5,1e-3) lr_cov=log(0.03,0.5) "
+                      "riemannian_momentum=uniform(0,0.9)",
+        "shampoo": "lr=log(3e-4,1e-2) momentum=uniform(0.5,0.95) damping=log(1e-9,1e-5) lr_cov=log(0.01,0.3)"}.items()}
+    best, edges = searched(lab, spaces, lambda net, opt: dict(opt=opt, update_every=2), {
         ("gpt", "if_shampoo"): dict(lr=0.004776, momentum=0.7539, damping=6.171e-4, lr_cov=0.09012,
                                     riemannian_momentum=0.3806),
         ("gpt", "shampoo"): dict(lr=0.002347, momentum=0.5375, damping=1.931e-6, lr_cov=0.03644)})
@@ -1558,7 +1547,7 @@ def half_precision(lab):
                for other in (FULL, SHAMPOO) if times]
     rows = crossing({(kind, column): text for kind, s in final.items() for column, text in {
         "val_loss": s.words(), **({"ms a step": f"{times[kind][0]:.1f}"} if times else {}),
-        "at": phrase(s.flags, spaces["if_shampoo"])}.items()}, "")
+        "at": phrase(s.flags, spaces["gpt", "if_shampoo"])}.items()}, "")
     panels = {Panel("mean and standard deviation of three seeds", "", LOSS): {"": bars(final)}}
     if times:
         panels[Panel("optimizer step on matrices 512 wide", "", "milliseconds")] = {"time": Curve(
