@@ -371,11 +371,6 @@ class Result:
     metric: str = "val_loss"
     value: float = math.nan
 
-    @property
-    def score(self):
-        """For sorting: less is better, and without a value it is infinite."""
-        return METRICS[self.metric]["sign"] * self.value if self.state == "done" else math.inf
-
     def log(self):
         return read_jsons(self.folder / "log.jsonl")
 
@@ -528,7 +523,7 @@ class Lab:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = self.args.jobs or len(devices) or cores
         free = list(itertools.islice(itertools.cycle(devices or [None]), jobs))         # a place for each run: its GPU
-        keys, running, best, signals, passed_on = varied(self.asked), {}, None, [], 0
+        keys, running, signals, passed_on = varied(self.asked), {}, [], 0
         before = {number: signal.signal(number, lambda number, frame: signals.append(number))
                   for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
                   if signal.getsignal(number) is not signal.SIG_IGN}    # nohup ignores SIGHUP: so do we, then
@@ -547,9 +542,7 @@ class Lab:
                 free.append(gpu)
                 result = self.ended(run, process.returncode)
                 if result.state != "unfinished":
-                    best = min(best or result, result, key=lambda result: result.score)
                     bar.write(line_of(result, keys), file=sys.stdout)
-                    bar.set_postfix_str(f"best {line_of(best, keys)}" * (best.state == "done"), refresh=False)
                     bar.update()
             time.sleep(0.05)
         bar.close()
@@ -725,17 +718,12 @@ Curve = collections.namedtuple("Curve", "x y low high style", defaults=([], [], 
 
 
 def curves(title, panels, path):
-    """{Panel: {label: Curve}} -> a file, and matplotlib's figure. All pictures are made here. Panels with the same
-    labels, or with the same words at the y axis, stand together and share a legend. There, the same words at an axis
-    mean the same range."""
+    """{Panel: {label: Curve}} -> a file, and matplotlib's figure. All pictures are made here. Panels with one text at the
+    y axis stand together and share a legend; there, one text at an axis means one range."""
     import matplotlib
     from matplotlib.figure import Figure
-    groups = []
-    for panel in panels:
-        if not groups or panel.y != groups[-1][-1].y and list(panels[panel]) != list(panels[groups[-1][-1]]):
-            groups.append([])
-        groups[-1].append(panel)
-    shapes = [(math.ceil(len(group) / 3), min(len(group), 3)) if len(group) != 4 else (2, 2) for group in groups]
+    groups = [list(group) for _, group in itertools.groupby(panels, key=lambda panel: panel.y)]
+    shapes = [(2, 2) if len(group) == 4 else (math.ceil(len(group) / 3), min(len(group), 3)) for group in groups]
     rows = [rows for rows, _ in shapes]
     with matplotlib.rc_context({"font.size": 13, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3,
                                 "text.parse_math": False}):
@@ -745,9 +733,8 @@ def curves(title, panels, path):
         for group, shape, part in zip(groups, shapes, parts):
             labels, shared = {label: None for panel in group for label in panels[panel]}, {}
             for i, panel in enumerate(group):
-                axes = part.add_subplot(*shape, i + 1, sharex=shared.get(("x", panel.x)),
-                                        sharey=shared.get(("y", panel.y)))
-                shared |= {("x", panel.x): axes, ("y", panel.y): axes}
+                axes = part.add_subplot(*shape, i + 1, sharex=shared.get(panel.x), sharey=shared.get(panel.y))
+                shared |= {panel.x: axes, panel.y: axes}
                 axes.set(xlabel=panel.x, ylabel=panel.y, title=textwrap.fill(panel.title, 90 // shape[1]))
                 fill(axes, panel, panels[panel], list(labels))
                 labels |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
@@ -1666,9 +1653,10 @@ def main():
     if args.plot and not args.experiment:
         if len({result.run.script for result in results}) > 1 or all(result.state != "done" for result in results):
             fail("--plot draws the results of one script, and here are none yet, or several scripts'", status=1)
-        best = min(results, key=lambda result: result.score)
-        curves(f"{pathlib.Path(best.run.script).name}: best {line_of(best, varied(lab.asked))}\n"
-               f"{len(results)} runs: {tally(results)}", report_panels(results), args.plot)
+        best = next(s for s in by_setting(results) if s.seeds)
+        curves(f"{pathlib.Path(results[0].run.script).name}: best {best.metric} {best.words()}: "
+               f"{phrase(best.flags, varied(lab.asked)) or 'the only setting'}\n{len(results)} runs: {tally(results)}",
+               report_panels(results), args.plot)
     if unfinished:
         fail("{} of {} runs are not finished: ".format(*unfinished.args) + "the same command " +
              ("without --report does them" if args.report else "goes on"), status=1)
