@@ -197,7 +197,7 @@ def pairs(texts, flag):
 
 def split(text):
     """"a,(b,c)" -> ["a", "(b,c)"]."""
-    return [item.strip() for item in re.findall(r"(?:\([^()]*\)|[^,])+", text)]
+    return [item.strip() for item in re.split(r",(?![^()]*\))", text)]
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,8 @@ def parse_space(texts):
     texts = re.sub(r"paper:\S+", lambda name: PAPER_SPACES.get(name[0]) or fail(
         f"--space {name[0]}: there is no such space, there are {', '.join(PAPER_SPACES)}"), " ".join(texts or []))
     for key, text in pairs([texts], "--space").items():
-        parts = re.fullmatch(r"(log|one_minus_log|uniform|choice)\((.*\w.*)\)", text)
-        if not parts:
+        parts = re.fullmatch(r"(log|one_minus_log|uniform|choice)\((.*)\)", text)
+        if not parts or "" in split(parts[2]):
             fail(f"--space {key}={text}: write log(a,b), one_minus_log(a,b), uniform(a,b) or choice(a,b,c), in quotes")
         kind, values = parts[1], split(parts[2])
         spaces[key] = (Space(kind, tuple(dict.fromkeys(map(plain, values)))) if kind == "choice" else
@@ -257,16 +257,14 @@ def parse_space(texts):
 
 def grid_values(text, where):
     """"0,1e-3:1e-1:log3" -> ["0", "0.001", "0.01", "0.1"]."""
-    if "" in text.split(","):
-        fail(f"{where}: there is nothing before or after a comma")
     values = []
     for item in split(text):
         spread = re.fullmatch(r"([^:]+):([^:]+):(log|lin)(\d{1,6})", item)
         if spread and int(spread[4]) > 1:
             space, last = Space.between(spread[3], spread.groups()[:2], where), int(spread[4]) - 1
             values += [space.at(i / last) for i in range(last + 1)]
-        elif re.match(r"[-+.]?\d[^:]*:", item):     # text may have a colon, too
-            fail(f"{where}: write a range as FROM:TO:log8 or FROM:TO:lin8, for 8 values, and at least 2")
+        elif not item or re.match(r"[-+.]?\d[^:]*:", item):     # text may have a colon, too
+            fail(f"{where}: write one comma between two values, and 8 values (at least 2) as FROM:TO:log8 or :lin8")
         else:
             values.append(plain(item))
     return list(dict.fromkeys(values))
@@ -718,8 +716,8 @@ Curve = collections.namedtuple("Curve", "x y low high style", defaults=([], [], 
 
 
 def curves(title, panels, path):
-    """{Panel: {label: Curve}} -> a file, and matplotlib's figure. All pictures are made here. Panels with one text at the
-    y axis stand together and share a legend; there, one text at an axis means one range."""
+    """{Panel: {label: Curve}} -> a file, and matplotlib's figure. All pictures are made here. Panels with the same y
+    stand together and share a legend. There, the same words at an axis mean the same range."""
     import matplotlib
     from matplotlib.figure import Figure
     groups = [list(group) for _, group in itertools.groupby(panels, key=lambda panel: panel.y)]
@@ -857,8 +855,9 @@ def over_seeds(logs, read):
               math.isfinite(value)} for log in logs]
     steps = sorted(set.intersection(*map(set, found)))
     ys = [[values[step] for values in found] for step in steps]
-    mean, spread = [statistics.fmean(y) for y in ys], [statistics.stdev(y) if len(y) > 1 else 0 for y in ys]
-    return steps, mean, *([m + sign * s for m, s in zip(mean, spread)] if len(logs) > 1 else [] for sign in (-1, 1))
+    mean = [statistics.fmean(y) for y in ys]
+    spread = [statistics.stdev(y) for y in ys] if len(logs) > 1 else []        # of one there is none to show
+    return steps, mean, [m - s for m, s in zip(mean, spread)], [m + s for m, s in zip(mean, spread)]
 
 
 def angles(logs):
