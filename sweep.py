@@ -705,6 +705,7 @@ def report(results):
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito's, for the colour-blind
 DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+FAILED = "a seed diverged or failed", dict(color="black", linestyle="none", marker="x")
 BEST = dict(color="black", linestyle=":", marker="*", markersize=16, zorder=9)
 
 
@@ -793,28 +794,25 @@ def report_panels(results):
         found, keys = sorted(found, key=lambda s: s.score), ["seed"]
     keys.sort(key=lambda key: -len({s.flags.get(key) for s in found}))
     joined = len(keys) == 1 or is_grid(found, keys)
-    panels, lines = {}, keys[1:] if joined else []
+    panels, lines, style = {}, keys[1:] if joined else [], {} if joined else dict(linestyle="none")
     for key in keys[:1] if joined else keys:
         values, groups = sorted({s.flags.get(key) or "default" for s in found}, key=by_size), {}
         numeric = len(values) > 3 and all(by_size(value)[0] == 1 for value in values)
         log = numeric and float(values[0]) > 0 and float(values[-1]) > 10 * float(values[0])
         for s in sorted(found, key=lambda s: [by_size(s.flags.get(key)) for key in [*lines, key]]):
-            label = phrase(s.flags, lines) or "mean" if s.sound else "a seed diverged or failed"
-            groups.setdefault(label, []).append(s)
-        drawn = panels[Panel("", key, found[0].metric, "x" * log)] = {}
-        for label, some in groups.items():
-            style = dict(linestyle="none", marker="x", color="black") if not some[0].sound else (
-                {} if joined else dict(linestyle="none"))
-            drawn[label] = error_bars(some, key, numeric, style)
-        drawn[f"best: {found[0].words()}"] = error_bars(found[:1], key, numeric, BEST)
+            label, of_group = (phrase(s.flags, lines) or "mean", style) if s.sound else FAILED
+            groups.setdefault(label, (of_group, []))[1].append(s)
+        groups[f"best: {found[0].words()}"] = BEST, found[:1]
+        panels[Panel("", key, found[0].metric, "x" * log)] = {
+            label: error_bars([float(s.flags[key]) if numeric else s.flags.get(key) or "default" for s in some], some,
+                              of_group) for label, (of_group, some) in groups.items()}
     return panels
 
 
-def error_bars(settings, key, numeric=True, style={}):
-    """Settings as a Curve over a flag of theirs: means, and standard deviations over the seeds."""
-    xs = [float(s.flags[key]) if numeric else s.flags.get(key) or "default" for s in settings]
+def error_bars(xs, settings, style={}):
+    """Means as a Curve, with standard deviations over the seeds."""
     ends = [[s.mean + sign * s.spread for s in settings] for sign in (-1, 1)]
-    return Curve(xs, [s.mean for s in settings], *ends, style)
+    return Curve(list(xs), [s.mean for s in settings], *ends, style)
 
 
 # ---- Curves of any runs ----------------------------------------------------------------------------------------------
@@ -1029,11 +1027,6 @@ def at_most(score, limit):
     return math.isfinite(score) and math.isfinite(limit) and score <= limit
 
 
-def bars(named):
-    """{name or number: Setting} -> a Curve of means and standard deviations."""
-    return error_bars(list(named.values()), "", False)._replace(x=list(named))
-
-
 def rotations(result, *keys):
     """-> steps, {hidden matrix: [its row of `rotation` at each of them]}: not the embeddings and the output, of which
     most rows have no gradient in a step, or whose norm matters to the loss. Steps at which one of the keys is null
@@ -1213,7 +1206,7 @@ def balance(lab):
     rows = [["three other seeds", "accuracy", "spread of the angles", "at"]] + [
         [opt, s.words(), f"{apart[opt]:.2f}", phrase(s.flags, ("lr", "weight_decay"))] for opt, s in found.items()]
     return Finding(f"{text}\n{name}, {more}\n{columns(rows)}", checks, {
-        Panel("mean and standard deviation of three seeds", "", ACCURACY): {"": bars(found)}} | {
+        Panel("mean and standard deviation of three seeds", "", ACCURACY): {"": error_bars(found, found.values())}} | {
         Panel(f"{opt}: largest / smallest {apart[opt]:.2f}", "step", "angle per step (radians)", "y"): {
             label: line for label, line in angles([s.results[0].log()]).items() if not label.startswith("head")}
         for opt, s in found.items()},
@@ -1244,7 +1237,7 @@ def imbalance(lab):
               for speed, more in (("10", -0.01), ("1/10", -0.01), ("3", 0.01), ("1/3", 0.01))]
     return Finding("\n".join([*text, "three other seeds:", columns(rows)]), checks, {
         Panel("mean and standard deviation of three seeds", "speed of a tenth of the neurons, over that of the rest",
-              ACCURACY): {"": bars(found)}},
+              ACCURACY): {"": error_bars(found, found.values())}},
         f"If a tenth of the neurons turns ten times as fast as the rest, accuracy goes from "
         f"{found['1'].words()} to {found['10'].words()}; ten times as slowly, to {found['1/10'].words()}.")
 
@@ -1266,7 +1259,7 @@ def lr_against_decay(lab):
         (f"range over the lrs: adamw {plain:.4f}", plain >= 0.05),
         (f"range over the lrs: rotational_adamw {rotational:.4f}, adamw {plain:.4f}", rotational <= plain / 2)], {
         Panel("mean and standard deviation of three seeds", "lr, at lr x weight decay = 0.0004", LOSS, "x"): {
-            opt: bars({lr: found[opt, lr] for lr in lrs}) for opt in opts}},
+            opt: error_bars(lrs, [found[opt, lr] for lr in lrs]) for opt in opts}},
         f"With lr times decay held fixed, a hundredfold change of lr moves AdamW's loss by {plain:.2f} nats and the "
         f"rotational variant's by {rotational:.2f}.")
 
@@ -1290,7 +1283,7 @@ def zero_shot(lab):
             *([opt, *(s.words() for s in some)] for opt, some in pair.items())]
     return Finding(f"{text}\n{columns(rows)}", checks, {
         Panel("mean and standard deviation of three seeds", "optimizer, at the lr and decay of the plain one", LOSS): {
-            kind: bars({opt: some[i] for opt, some in pair.items()})
+            kind: error_bars(pair, [some[i] for some in pair.values()])
             for i, kind in enumerate(("plain", "rotational"))}},
         "At the plain optimizer's own settings, rotation changes the loss by " + ", ".join(
             f"{rotational.mean - plain.mean:+.3f} ({opt})" for opt, (plain, rotational) in pair.items()) + " nats.")
@@ -1319,7 +1312,7 @@ def warmup(lab):
     return Finding(crossing({(f"{name}, lr {lr:g}", f"{warm} steps of warmup"): spread(losses(s))
                              for (name, lr, warm), s in found.items()}, "val_loss"), checks, {
         Panel(f"{name}: no warmup costs {spread(costs[name])}", f"lr of {name}", LOSS): {
-            label: bars({f"{lr:g}": found[name, lr, warm] for lr in lrs})
+            label: error_bars([f"{lr:g}" for lr in lrs], [found[name, lr, warm] for lr in lrs])
             for warm, label in ((50, "50 steps of warmup"), (0, "no warmup"))} for name, (_, lrs, _) in hyper.items()},
         "Leaving out the warmup costs " + ", ".join(f"{name} {x:.3f}" for name, x in cost.items()) + " nats.")
 
@@ -1472,8 +1465,8 @@ def root_free(lab):
         [net, opt, s.words(), phrase(s.flags, {*spaces["adamw"], *spaces["rf_rmsprop"]})]
         for net in found for opt, s in found[net].items()]
     return Finding(edges + columns(rows), checks, {
-        Panel(f"{net}: mean and standard deviation of four seeds", "", y): {"": bars(found[net])}
-        for net, y in (("gpt", LOSS), ("vgg", ACCURACY))}, "; ".join(
+        Panel(f"{net}: mean and standard deviation of four seeds", "", y): {"": error_bars(some, some.values())}
+        for (net, some), y in zip(found.items(), (LOSS, ACCURACY))}, "; ".join(
             f"{what} goes from {found[net]['rmsprop'].mean:.3f} to {found[net]['rf_rmsprop'].mean:.3f} when RMSProp "
             f"loses its root, and AdamW's is {found[net]['adamw'].mean:.3f}"
             for net, what in (("gpt", "The GPT's loss"), ("vgg", "the accuracy of VGG"))) + ".")
@@ -1534,7 +1527,7 @@ def half_precision(lab):
     rows = crossing({(kind, column): text for kind, s in final.items() for column, text in {
         "val_loss": s.words(), **({"ms a step": f"{times[kind][0]:.1f}"} if times else {}),
         "at": phrase(s.flags, spaces["gpt", "if_shampoo"])}.items()}, "")
-    panels = {Panel("mean and standard deviation of three seeds", "", LOSS): {"": bars(final)}}
+    panels = {Panel("mean and standard deviation of three seeds", "", LOSS): {"": error_bars(final, final.values())}}
     if times:
         panels[Panel("optimizer step on matrices 512 wide", "", "milliseconds")] = {"time": Curve(
             list(times), [milliseconds for milliseconds, _ in times.values()])}
