@@ -264,7 +264,7 @@ def grid_values(text, where):
             space, last = Space.between(spread[3], spread.groups()[:2], where), int(spread[4]) - 1
             values += [space.at(i / last) for i in range(last + 1)]
         elif not item or re.match(r"[-+.]?\d[^:]*:", item):     # text may have a colon, too
-            fail(f"{where}: write one comma between two values, and 8 values (at least 2) as FROM:TO:log8 or :lin8")
+            fail(f"{where}: write a comma between values; FROM:TO:log8 or FROM:TO:lin8 are 8 values, and at least 2")
         else:
             values.append(plain(item))
     return list(dict.fromkeys(values))
@@ -305,9 +305,9 @@ def planned(args):
     size = args.random or (args.runs or 100) * args.two_stage or math.prod(map(len, grid))
     if size * (args.seeds or 1) > 10**6:
         fail("more than a million runs would not end in your lifetime: make the grid coarser")
+    seeds = [{"seed": seed + 1} for seed in range(args.seeds or 0)] or [{}]
 
     def make(flags):
-        seeds = [{"seed": seed} for seed in range(1, args.seeds + 1)] if args.seeds else [{}]
         return [Run.of(args.script, fixed | flags | seed) for seed in seeds]
     settings = [dict(collections.ChainMap(*parts)) for parts in itertools.product(*grid)]
     return make, draws(spaces, args.random, args.seed) if args.random else settings, spaces
