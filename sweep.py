@@ -5,17 +5,15 @@ of any runs.
     python sweep.py --grid lr=1e-4:1e-1:log8 weight_decay=0,0.01,0.1 --fixed "opt=adamw steps=500" --seeds 3
     python sweep.py --grid "lr,weight_decay=(1e-3,1),(1e-2,0.1)" ...            pairs, in place of all combinations
     python sweep.py --random 40 --space "lr=log(1e-4,1e-1) momentum=uniform(0.5,0.99) damping=log(1e-6,1e-3)" ...
-    python sweep.py --two_stage --runs 100 --space ...      a wide random search, one around its best fifth, then the best
-                                                            setting again with three fresh seeds
+    python sweep.py --two_stage --runs 100 --space ...      a wide random search, one around its best fifth, then the
+                                                            best setting again with three fresh seeds
     python sweep.py --experiment zero_shot --plot out.png   a paper's claim, what was measured, and whether it held
     python sweep.py --curves out/a out/b --plot out.png     runs beside each other; or sweeps: means over seeds
 
-The same command again goes on where a stopped or killed sweep was. A finished run is never run again. A half-done one
-is resumed from its checkpoint. Two flags ask for less:
-
-    --report            show what is there so far and run nothing (--report --out_dir DIR: whatever DIR holds)
-    --print_commands    print the script's own command for each run that is not finished, one a line:
-                        ... --print_commands | tr '\\n' '\\0' | xargs -0 -P2 -I{} sh -c {}        or a Slurm array
+The same command again goes on where a stopped or killed sweep was: a finished run is never run again, a half-done one
+is resumed from its checkpoint. --report shows what is there so far and runs nothing (--report --out_dir DIR: whatever
+DIR holds). --print_commands prints the script's own command for each run that is not finished, one a line, for a Slurm
+array, or for      ... --print_commands | tr '\\n' '\\0' | xargs -0 -P2 -I{} sh -c {}
 
 A key of --grid, --fixed or --space is a flag of the script, without dashes. What the script has no flag for goes into
 its --opt_kwargs. (Two options of optimizers are called like flags: write opt_kwargs.dtype and opt_kwargs.seed.) Each
@@ -51,7 +49,6 @@ import sys
 import textwrap
 import time
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -100,29 +97,25 @@ def parse():
                                 allow_abbrev=False)
     p.error = fail                                  # one line, without the usage
     kind, mode = p.add_mutually_exclusive_group(), p.add_mutually_exclusive_group()
-    several, flag = dict(nargs="+", action="extend"), dict(action="store_true")
+    several, flag, number = dict(nargs="+", action="extend"), dict(action="store_true"), dict(metavar="N", type=int)
     kind.add_argument("--grid", metavar="KEY=VALUES", **several,
                       help="all combinations of these: a,b,c or 1e-4:1e-1:log8 (8 values) or 0:1:lin5")
-    kind.add_argument("--random", metavar="N", type=int, help="N random draws from --space")
-    kind.add_argument("--two_stage", **flag,
-                      help="--runs draws from --space, then as many from the box around the best fifth of them")
+    kind.add_argument("--random", **number, help="N random draws from --space")
+    kind.add_argument("--two_stage", **flag, help="--runs draws from --space, as many around the best fifth of them")
     kind.add_argument("--experiment", metavar="NAME", choices=EXPERIMENTS, help=", ".join(EXPERIMENTS))
     kind.add_argument("--curves", metavar="DIR", **several, help="run nothing: compare the runs in these folders")
     mode.add_argument("--report", **flag, help="run nothing, show what is there")
     mode.add_argument("--print_commands", **flag, help="print a command for each run that is not finished")
     p.add_argument("--script", default="nanogpt_train.py", help="or cifar_train.py, translate_train.py, one like them")
     p.add_argument("--fixed", metavar="KEY=VALUE", **several, help="the same for all runs")
-    p.add_argument("--seeds", metavar="N", type=int,
-                   help="each setting N times, with seed=1 to N; of an experiment: add 10 N to all its seeds")
+    p.add_argument("--seeds", **number, help="each setting with seed=1 to N; in an experiment: 10 N more for all seeds")
     p.add_argument("--space", metavar="KEY=RANGE", **several,
-                   help="log(1e-4,1e-1), one_minus_log(1e-3,0.5) for 0.5 to 0.999, uniform(0.5,0.99) or choice(a,b); "
-                        "in quotes, for the shell. Or a paper's: " + ", ".join(PAPER_SPACES))
-    p.add_argument("--runs", metavar="N", type=int,
-                   help="of each stage of --two_stage (default 100), or of an experiment with a search")
-    p.add_argument("--seed", type=int, help="of the random draws (default 0)")
-    p.add_argument("--scale", choices=("cpu", "gpu"), help="of an experiment: minutes on two cores (default), or a GPU")
-    p.add_argument("--jobs", metavar="N", type=int,
-                   help="runs at a time (default: one per GPU, or one per core; OMP_NUM_THREADS is 1 unless it is set)")
+                   help="log(1e-4,1e-1), one_minus_log(1e-3,0.5) for 0.5 to 0.999, uniform(0.5,0.99) or choice(a,b), "
+                        "in quotes; or a paper's: " + ", ".join(PAPER_SPACES))
+    p.add_argument("--runs", **number, help="of each stage of --two_stage (default 100) or of an experiment's search")
+    p.add_argument("--seed", type=int, default=0, help="of the random draws (default 0)")
+    p.add_argument("--scale", choices=("cpu", "gpu"), default="cpu", help="of an experiment, for two cores or a GPU")
+    p.add_argument("--jobs", **number, help="runs at a time (default: one per GPU, or per core, there of one thread)")
     p.add_argument("--out_dir", help="default out/sweep-SCRIPT or out/sweep-EXPERIMENT-SCALE")
     p.add_argument("--retry", **flag, help="run again what failed (after the cause is mended)")
     p.add_argument("--keep_checkpoints", **flag, help="default: a finished run's ckpt.pt is deleted")
@@ -130,33 +123,29 @@ def parse():
     p.add_argument("--plot", metavar="FILE", help="draw it: .png, .pdf, .svg (needs matplotlib)")
     args, unknown = p.parse_known_args()
     if unknown:
-        name = unknown[0].partition("=")[0]
-        near = difflib.get_close_matches(name, p._option_string_actions, n=1, cutoff=0)[0]
-        fail(f"unknown flag {name}: did you mean {near}? (flags of the script go into --fixed \"{name.strip('-')}=...\""
-             " or --grid)")
+        fail(f"unknown flag {unknown[0]}: --help shows those of a sweep; a flag of the script goes into --fixed or "
+             "--grid, without dashes")
 
-    given = {name for name, value in vars(args).items() if value != p.get_default(name)}
-    for name in given:
-        value, least = getattr(args, name), int(name != "seed")
-        if type(value) is int and value < least:
-            fail(f"--{name} {value}: it must be at least {least}")
-        if isinstance(value, (str, list)) and not "".join(value).strip():
-            fail(f"--{name} is empty")              # a shell variable that is not set, say
     always = {"out_dir", "plot", "report", "print_commands", "jobs", "retry", "keep_checkpoints"}
     sweep = always | {"script", "fixed", "seeds", "metric"}
     takes = {"grid": sweep, "random": sweep | {"space", "seed"}, "two_stage": sweep | {"space", "seed", "runs"},
              "experiment": always | {"scale", "seeds", "runs"}, "curves": {"metric", "plot"}}
-    of_kind = next((takes[name] | {name} for name in takes if name in given), sweep)
-    for name in sorted(given - of_kind):
-        fail(f"--{name} is only for --{', --'.join(kind for kind in takes if name in takes[kind])}: leave it out" +
-             " (the script's seed goes into --fixed seed=N; or use --seeds N)" * (name == "seed"))
+    given = {name: value for name, value in vars(args).items() if value != p.get_default(name)}
+    kind = next((name for name in takes if name in given), None)
+    for name, value in given.items():
+        if type(value) is int and value < 1 and name != "seed":
+            fail(f"--{name} {value}: it must be at least 1")
+        if isinstance(value, (str, list)) and not "".join(value).strip():
+            fail(f"--{name} is empty")              # a shell variable that is not set, say
+        if name != kind and name not in takes.get(kind, sweep):
+            fail(f"--{name} is only for --{', --'.join(kind for kind in takes if name in takes[kind])}: leave it out")
     if args.experiment and args.runs and "--runs" not in EXPERIMENTS[args.experiment].__doc__:
         fail(f"--experiment {args.experiment} searches nothing: leave out --runs")
     if args.print_commands and args.plot:
         fail("--print_commands has nothing to draw: leave out --plot")
-    if "space" in of_kind and not args.space:
+    if kind in ("random", "two_stage") and not args.space:
         fail("random draws need --space, say --space \"lr=log(1e-4,1e-1)\"")
-    if not given & {*takes, "fixed", "seeds", "report"}:
+    if not (kind or args.fixed or args.seeds or args.report):
         fail("nothing to run: give --grid, --random, --two_stage, --fixed, --seeds, --experiment, --curves or --report "
              "(--help shows examples)")
     if args.plot:                                   # before an hour of runs, not after it
@@ -165,9 +154,11 @@ def parse():
             fail(f"--plot {args.plot}: name a .png, .pdf or .svg file in a folder that exists")
         if not importlib.util.find_spec("matplotlib"):
             fail("--plot needs matplotlib: pip install matplotlib, then the same command; nothing will be run twice")
-    args.scale, args.script = args.scale or "cpu", whole_name(args.script)
-    args.out_dir = pathlib.Path(args.out_dir or ("out/sweep-" + (
-        f"{args.experiment}-{args.scale}" if args.experiment else pathlib.Path(args.script).stem)))
+    script = next((path for path in (pathlib.Path(args.script), HERE / args.script) if path.is_file()), None)
+    script = (script or fail(f"--script {args.script}: there is no such file")).resolve()
+    args.script = script.name if script.parent == HERE else str(script)         # its one name, however it was given
+    name = f"{args.experiment}-{args.scale}" if args.experiment else script.stem
+    args.out_dir = pathlib.Path(args.out_dir or f"out/sweep-{name}")
     return args
 
 
@@ -182,7 +173,7 @@ def plain(text):
         return text
     if not math.isfinite(x) or "_" in text or re.match(r"[-+]?0\d", text):              # 007 is a name
         return text
-    if x.is_integer() and len(text) > 15:           # 2**53: where floats get coarse
+    if x.is_integer() and len(text) > 15:           # from 2**53 on floats leave out some
         return text
     return str(int(x)) if x.is_integer() and abs(x) < 1e15 else repr(x)
 
@@ -198,49 +189,48 @@ def pairs(texts, flag):
             if any(key in other.split(",") for other in found):
                 fail(f"{flag} has {key} twice: give all its values at once")
             if key in ("out_dir", "resume", "help", "opt_kwargs"):
-                fail(f"{flag} {key}: leave it out. " + ("What the script has no flag for goes there, as KEY=VALUE"
-                     if key == "opt_kwargs" else "The sweep gives every run its own folder"))
+                fail(f"{flag} {key}: leave it out. The sweep gives every run its own folder; what the script has no "
+                     "flag for goes into its opt_kwargs, as KEY=VALUE")
         found[keys] = value
     return found
 
 
 def split(text):
     """"a,(b,c)" -> ["a", "(b,c)"]."""
-    return [item.strip() for item in re.findall(r"(?:\([^()]*\)|[^,])+", text)]
+    return [item.strip() for item in re.split(r",(?![^()]*\))", text)]
 
 
-class Space(NamedTuple):
+@dataclass(frozen=True)
+class Space:
     """Where one hyperparameter is drawn from. values: the two ends, or all choices. In one_minus_log they are ends of
     1 - x, which is log-uniform: the way to draw a beta near 1."""
     kind: str                                       # log, one_minus_log, lin or choice
     values: tuple
 
     @staticmethod
-    def between(kind, a, b, where):
-        with contextlib.suppress(ValueError):
-            ends = float(a), float(b)
-            low, high = {"lin": (-math.inf, math.inf), "log": (0, math.inf), "one_minus_log": (0, 1)}[kind]
-            if low < ends[0] < ends[1] < high:
-                return Space(kind, ends)
-        fail(f"{where}: a range goes from one number to a larger one" + ", both above 0" * (kind != "lin")
-             + " and below 1" * (kind == "one_minus_log"))
+    def between(kind, ends, where):
+        low, high = {"lin": (-math.inf, math.inf), "log": (0, math.inf), "one_minus_log": (0, 1)}[kind]
+        with contextlib.suppress(ValueError):       # no numbers, or not two
+            a, b = map(float, ends)
+            if low < a < b < high:
+                return Space(kind, (a, b))
+        fail(f"{where}: a range goes from one number to a larger one" + ", both above 0" * (low == 0) +
+             " and below 1" * (high == 1))
 
     def at(self, u):
-        """The value at 0 <= u <= 1, as text with six digits, ten where it may be close to 1."""
+        """The value at 0 <= u < 1 (or 1, if it is no choice), as text with six digits, ten where it may be near 1."""
         if self.kind == "choice":
-            return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+            return self.values[int(u * len(self.values))]
         a, b = self.values
-        if self.kind == "one_minus_log":
-            return plain(f"{1 - a ** (1 - u) * b**u:.10g}")
-        return plain(f"{a ** (1 - u) * b**u if self.kind == 'log' else a * (1 - u) + b * u:.6g}")
+        x = a * (1 - u) + b * u if self.kind == "lin" else a ** (1 - u) * b**u
+        return plain(f"{1 - x:.10g}" if self.kind == "one_minus_log" else f"{x:.6g}")
 
     def near_edge(self, text):
         """Whether a value lies in the first or last twentieth of the range, so that a better one may lie beyond."""
         if self.kind == "choice":
             return False
-        x, a, b = float(text), *self.values
-        u = (x - a) / (b - a) if self.kind == "lin" else math.log((x if self.kind == "log" else 1 - x) / a, b / a)
-        return not 0.05 <= u <= 0.95
+        low, high = sorted(float(self.at(u)) for u in (0.05, 0.95))
+        return not low <= float(text) <= high
 
     def around(self, texts):
         """The smallest space of this kind that holds all these values."""
@@ -256,28 +246,25 @@ def parse_space(texts):
     texts = re.sub(r"paper:\S+", lambda name: PAPER_SPACES.get(name[0]) or fail(
         f"--space {name[0]}: there is no such space, there are {', '.join(PAPER_SPACES)}"), " ".join(texts or []))
     for key, text in pairs([texts], "--space").items():
-        where, parts = f"--space {key}={text}", re.fullmatch(r"(log|one_minus_log|uniform|choice)\((.*)\)", text)
-        kind, values = (parts[1], split(parts[2])) if parts else ("", [])
-        if not values or kind != "choice" and len(values) != 2:
-            fail(f"{where}: write log(a,b), one_minus_log(a,b), uniform(a,b) or choice(a,b,...), in quotes; the rest is"
-                 " for --fixed")
+        parts = re.fullmatch(r"(log|one_minus_log|uniform|choice)\((.*)\)", text)
+        if not parts or "" in split(parts[2]):
+            fail(f"--space {key}={text}: write log(a,b), one_minus_log(a,b), uniform(a,b) or choice(a,b,c), in quotes")
+        kind, values = parts[1], split(parts[2])
         spaces[key] = (Space(kind, tuple(dict.fromkeys(map(plain, values)))) if kind == "choice" else
-                       Space.between("lin" if kind == "uniform" else kind, *values, where))
+                       Space.between("lin" if kind == "uniform" else kind, values, f"--space {key}={text}"))
     return spaces
 
 
 def grid_values(text, where):
     """"0,1e-3:1e-1:log3" -> ["0", "0.001", "0.01", "0.1"]."""
-    if "" in text.split(","):
-        fail(f"{where}: there is nothing before or after a comma")
     values = []
     for item in split(text):
         spread = re.fullmatch(r"([^:]+):([^:]+):(log|lin)(\d{1,6})", item)
         if spread and int(spread[4]) > 1:
-            space, last = Space.between(spread[3], spread[1], spread[2], where), int(spread[4]) - 1
+            space, last = Space.between(spread[3], spread.groups()[:2], where), int(spread[4]) - 1
             values += [space.at(i / last) for i in range(last + 1)]
-        elif re.match(r"[-+.]?\d[^:]*:", item):     # text may have a colon, too
-            fail(f"{where}: write a range as FROM:TO:log8 or FROM:TO:lin8, for 8 values, and at least 2")
+        elif not item or re.match(r"[-+.]?\d[^:]*:", item):     # text may have a colon, too
+            fail(f"{where}: write a comma between values; FROM:TO:log8 or FROM:TO:lin8 are 8 values, and at least 2")
         else:
             values.append(plain(item))
     return list(dict.fromkeys(values))
@@ -285,12 +272,12 @@ def grid_values(text, where):
 
 def grid_flags(keys, text):
     """"lr,weight_decay", "(1,2),(3,4)" -> [{"lr": "1", "weight_decay": "2"}, {"lr": "3", "weight_decay": "4"}]."""
-    values = [[value] for value in grid_values(text, f"--grid {keys}={text}")]
-    if "," in keys:
-        values = [[plain(x) for x in split(value[1:-1])] for value, in values if value[0] + value[-1] == "()"]
-        if not values or {len(keys.split(","))} != set(map(len, values)):
+    names, rows = keys.split(","), [[value] for value in grid_values(text, f"--grid {keys}={text}")]
+    if len(names) > 1:
+        rows = [[plain(x) for x in split(value[1:-1])] if value[0] + value[-1] == "()" else [] for value, in rows]
+        if {len(row) for row in rows} != {len(names)}:
             fail(f"--grid {keys}={text}: give a value for each key, as in \"lr,weight_decay=(1e-3,1),(1e-2,0.1)\"")
-    return [dict(zip(keys.split(","), value)) for value in values]
+    return [dict(zip(names, row)) for row in rows]
 
 
 def draws(spaces, n, seed, stage=1):
@@ -301,7 +288,7 @@ def draws(spaces, n, seed, stage=1):
 
 
 def planned(args):
-    """-> make(flags) -> the runs of one setting, one a seed; and all settings, or for --two_stage their spaces."""
+    """-> make(flags), which gives the runs of one setting, one a seed; all settings; and the spaces of a search."""
     fixed, spaces, known = pairs(args.fixed, "--fixed"), parse_space(args.space), flags_of(args.script)
     grid = [grid_flags(*pair) for pair in pairs(args.grid, "--grid").items()]
     keys = [*fixed, *(key for flags in grid for key in flags[0]), *spaces, *["seed"] * bool(args.seeds)]
@@ -318,36 +305,25 @@ def planned(args):
     size = args.random or (args.runs or 100) * args.two_stage or math.prod(map(len, grid))
     if size * (args.seeds or 1) > 10**6:
         fail("more than a million runs would not end in your lifetime: make the grid coarser")
+    seeds = [{"seed": seed + 1} for seed in range(args.seeds or 0)] or [{}]
 
     def make(flags):
-        seeds = [{"seed": seed} for seed in range(1, args.seeds + 1)] if args.seeds else [{}]
         return [Run.of(args.script, fixed | flags | seed) for seed in seeds]
-    return make, (spaces if args.two_stage else draws(spaces, args.random, args.seed or 0) if args.random else
-                  [dict(itertools.chain(*map(dict.items, parts))) for parts in itertools.product(*grid)])
+    settings = [dict(collections.ChainMap(*parts)) for parts in itertools.product(*grid)]
+    return make, draws(spaces, args.random, args.seed) if args.random else settings, spaces
 
 
 # ---- Runs: what one is, where it lives, what came of it --------------------------------------------------------------
-
-
-def whole_name(script):
-    """The one name of a script, however it was given: beside this file its own, elsewhere the whole path."""
-    for path in (script, HERE / script):
-        if os.path.isfile(path):
-            path = pathlib.Path(path).resolve()
-            return path.name if path.parent == HERE else str(path)
-    fail(f"--script {script}: there is no such file")
 
 
 @functools.cache
 def flags_of(script):
     """The flags that a script knows, read from its source, since starting it takes seconds: the fields of its class
     Settings, or what it gives to add_argument."""
-    try:
-        source = (HERE / script).read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        fail(f"cannot read {HERE / script}: name a script in Python with --script")
+    source = (HERE / script).read_text(encoding="utf-8", errors="replace")
     fields = re.search(r"^class Settings\b.*\n(?:(?: .*)?\n)+|\Z", source, re.M)[0]
-    return {*re.findall(r"^    (\w+): \w", fields, re.M), *re.findall(r"""add_argument\(\s*["']--(\w+)""", source)}
+    return {*re.findall(r"^    (\w+): \w", fields, re.M), *re.findall(r"""add_argument\(\s*["']--(\w+)""", source)} or (
+        fail(f"no flags are to be found in {HERE / script}: name a script in Python with --script"))
 
 
 @dataclass(frozen=True)
@@ -370,16 +346,17 @@ class Run:
     def command(self, folder):
         """The script's own. A checkpoint is resumed: what that holds is not said again, but where to compute is. The
         flag `change` is no flag of a script: it asks for one of CHANGES, in which this file starts the script."""
-        known = flags_of(self.script)
-        start = [str(HERE / self.script)]
-        if self["change"]:
-            start = [str(HERE / "sweep.py"), "--change", self["change"], *start]
-        flags = [f"--{key}={value}" for key, value in self.flags if key in known]
-        others = [f"{key.removeprefix('opt_kwargs.')}={value}" for key, value in self.flags
-                  if key not in known | {"change"}]
+        start, flags, options = [str(HERE / self.script)], [], []
+        for key, value in self.flags:
+            if key == "change":
+                start = [str(HERE / "sweep.py"), "--change", value, *start]
+            elif key in flags_of(self.script):
+                flags.append(f"--{key}={value}")
+            else:
+                options.append(f"{key.removeprefix('opt_kwargs.')}={value}")
         if (folder / "ckpt.pt").exists():
-            flags, others = ["--resume"] + [flag for flag in flags if flag.startswith("--device=")], []
-        return [sys.executable, *start, *flags, *(["--opt_kwargs", *others] if others else []), f"--out_dir={folder}"]
+            flags, options = ["--resume"] + [flag for flag in flags if flag.startswith("--device=")], []
+        return [sys.executable, *start, *flags, *["--opt_kwargs"] * bool(options), *options, f"--out_dir={folder}"]
 
 
 @dataclass
@@ -391,11 +368,6 @@ class Result:
     message: str = ""                               # of one that diverged or failed
     metric: str = "val_loss"
     value: float = math.nan
-
-    @property
-    def score(self):
-        """The value, but less is better, and without one it is infinite: for sorting."""
-        return METRICS[self.metric]["sign"] * self.value if self.state == "done" else math.inf
 
     def log(self):
         return read_jsons(self.folder / "log.jsonl")
@@ -410,25 +382,6 @@ def read_jsons(path):
             with contextlib.suppress(ValueError, RecursionError):
                 records.append(json.loads(line))
     return [record for record in records if isinstance(record, dict)]
-
-
-def read_result(run, folder, metric=None):
-    """Look into its folder. A log that has its last line counts, whatever happened to the process after that."""
-    log, end, result = read_jsons(folder / "log.jsonl"), read_jsons(folder / "failed.json"), Result(run, folder)
-    if log and log[-1].get("final"):
-        there = [name for name in METRICS if name in log[-1]]
-        result.metric = metric or (there or ["val_loss"])[0]
-        value = log[-1].get(result.metric)
-        if not isinstance(value, (int, float)):
-            result.state, result.message = "failed", (f"its log ends without a number for {result.metric}; it has "
-                                                      f"{', '.join(there) or 'no metric'}")
-        elif not math.isfinite(value):
-            result.state, result.message = "diverged", f"its {result.metric} is {value}"
-        else:
-            result.state, result.value = "done", value
-    elif end:
-        result.state, result.message = "diverged" if end[0]["status"] == 3 else "failed", end[0]["message"]
-    return result
 
 
 def read_run(folder):
@@ -446,8 +399,8 @@ def write_atomically(path, content):
 
 # ---- Running them ----------------------------------------------------------------------------------------------------
 
-# exit statuses of a process that was stopped or killed, not of one that failed
-STOPPED = {130, 143} | {-number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)}
+# Exit statuses of a process that was stopped or killed, not of one that failed. Windows has no name for SIGKILL, 9.
+STOPPED = {130, 143, -signal.SIGINT, -signal.SIGTERM, -9}
 
 
 def lock(out_dir):
@@ -481,7 +434,26 @@ class Lab:
         self.args, self.out_dir, self.asked, self.lock = args, args.out_dir, [], None
 
     def result(self, run):
-        return read_result(run, self.out_dir / run.name, self.args.metric)
+        """What its folder says. A log that has its last line counts, whatever happened to the process after that."""
+        result = Result(run, self.out_dir / run.name)
+        log, end = result.log(), read_jsons(result.folder / "failed.json")
+        if log and log[-1].get("final"):
+            there = [name for name in METRICS if name in log[-1]]
+            result.metric = self.args.metric or (there or ["val_loss"])[0]
+            value = log[-1].get(result.metric)
+            if not isinstance(value, (int, float)):
+                result.state, result.message = "failed", (f"its log ends without a number for {result.metric}; it has "
+                                                          f"{', '.join(there) or 'no metric'}")
+            elif not math.isfinite(value):
+                result.state, result.message = "diverged", f"its {result.metric} is {value}"
+            else:
+                result.state, result.value = "done", value
+        elif end:
+            result.state, result.message = "diverged" if end[0]["status"] == 3 else "failed", end[0]["message"]
+        return result
+
+    def unfinished(self, runs):
+        return [run for run in runs if self.result(run).state == "unfinished"]
 
     def results(self, runs):
         """The results of these runs, in their order, after doing what is missing. Raises Unfinished where that is not
@@ -492,8 +464,8 @@ class Lab:
             for run in runs:
                 self.note(run)
         if not (self.args.report or self.args.print_commands) and self.unfinished(runs):
-            self.lock = self.lock or lock(self.out_dir)         # the sweep that we waited for may have done some
-            self.do(self.unfinished(runs), len(runs))
+            self.lock = self.lock or lock(self.out_dir)
+            self.do(runs)
         missing, results = self.unfinished(runs), [self.result(run) for run in runs]
         if self.args.print_commands:
             for run in missing:
@@ -505,9 +477,6 @@ class Lab:
         if missing:
             raise Unfinished(len(missing), len(runs))
         return results
-
-    def unfinished(self, runs):
-        return [run for run in runs if self.result(run).state == "unfinished"]
 
     def note(self, run):
         """Make the run's folder and write down in it what its name stands for. With --retry, forget that it failed."""
@@ -532,8 +501,8 @@ class Lab:
         say so. One that was stopped or killed stays unfinished."""
         folder, result = self.out_dir / run.name, self.result(run)
         if result.state == "unfinished" and status not in STOPPED:
-            said = re.split(r"[\r\n]+", (folder / "stderr.txt").read_text(errors="replace").strip())[-1]
-            message = (said or "it said nothing") if status else "it ended without a final line in log.jsonl"
+            said = (folder / "stderr.txt").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            message = said[-1] if status else "it ended without a final line in log.jsonl"
             message = message.removeprefix(f"{pathlib.Path(run.script).name}: ").replace(str(folder), run.name)
             if status == 3:                         # what diverged, and when; the advice after that is for one run
                 message = message.split(". ")[0]
@@ -545,62 +514,60 @@ class Lab:
             (folder / "ckpt.pt").unlink(missing_ok=True)
         return result
 
-    def do(self, waiting, total):
-        """Do these runs, some at a time; total: with those that are finished already."""
+    def do(self, runs):
+        """Do what is missing of these runs, some at a time. The sweep that the lock waited for may have done some."""
+        waiting = self.unfinished(runs)
         devices = [] if all(run["device"] == "cpu" for run in waiting) else gpus()
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         jobs = self.args.jobs or len(devices) or cores
         free = list(itertools.islice(itertools.cycle(devices or [None]), jobs))         # a place for each run: its GPU
-        keys, running, finished, best = varied(self.asked), {}, total - len(waiting), None
-        stopped_by, told = [], 0
-        before = {number: signal.signal(number, lambda number, frame: stopped_by.append(number))
-                  for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM))
+        keys, running, signals, passed_on = varied(self.asked), {}, [], 0
+        before = {number: signal.signal(number, lambda number, frame: signals.append(number))
+                  for number in {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
                   if signal.getsignal(number) is not signal.SIG_IGN}    # nohup ignores SIGHUP: so do we, then
-        bar = tqdm(total=total, initial=finished, unit="run", disable=total == 1,
+        bar = tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run", disable=len(runs) == 1,
                    mininterval=0.5 if sys.stderr.isatty() else 30)
-        while (waiting and not stopped_by) or running:
-            while waiting and free and not stopped_by:
+        while running or (waiting and not signals):
+            while waiting and free and not signals:
                 run, gpu = waiting.pop(0), free.pop(0)
                 running[self.start(run, gpu)] = run, gpu
-            if told < len(stopped_by):              # the first signal lets them save, the second does not
+            if passed_on < len(signals):            # the first signal lets them save, the second does not
                 for process in running:
-                    process.send_signal(signal.SIGKILL if told else signal.SIGTERM)
-                told += 1
+                    process.kill() if passed_on else process.terminate()
+                passed_on += 1
             for process in [process for process in running if process.poll() is not None]:
                 run, gpu = running.pop(process)
                 free.append(gpu)
                 result = self.ended(run, process.returncode)
                 if result.state != "unfinished":
-                    finished, best = finished + 1, min(best or result, result, key=lambda result: result.score)
                     bar.write(line_of(result, keys), file=sys.stdout)
-                    bar.set_postfix_str(f"best {line_of(best, keys)}" * (best.state == "done"), refresh=False)
                     bar.update()
             time.sleep(0.05)
         bar.close()
         for number, handler in before.items():
             signal.signal(number, handler)
-        if stopped_by:
-            print(f"stopped: {finished} of {total} runs are finished. The same command goes on", flush=True)
-            sys.exit(128 + stopped_by[0])
+        if signals:
+            print(f"stopped: {len(runs) - len(self.unfinished(runs))} of {len(runs)} runs are finished. The same "
+                  "command goes on", flush=True)
+            sys.exit(128 + signals[0])
 
 
 def two_stage(lab, searches, n, seed):
     """Random search in two stages, the protocol of [RF]: n draws from each space, then n from the smallest box around
     the best fifth of them. searches: {name: (make, spaces)}, make(flags) -> runs. -> {name: all results}."""
-    def stage(number, spaces):
-        asked = {name: [run for flags in draws(spaces[name], n, seed, number) for run in searches[name][0](flags)]
-                 for name in spaces}
-        lab.results([run for runs in asked.values() for run in runs])
-        return {name: [lab.result(run) for run in dict.fromkeys(runs)] for name, runs in asked.items()}
-
-    first, narrow = stage(1, {name: spaces for name, (_, spaces) in searches.items()}), {}
-    for name, results in first.items():
-        best = [s.flags for s in by_setting(results) if s.sound][:max(2, n // 5)]
-        if best:                                    # nothing to search around if none came to a result
-            narrow[name] = {key: space.around([flags[key] for flags in best])
-                            for key, space in searches[name][1].items()}
-    second = stage(2, narrow)
-    return {name: results + second.get(name, []) for name, results in first.items()}
+    found, narrowed = {name: [] for name in searches}, {name: spaces for name, (_, spaces) in searches.items()}
+    for stage in (1, 2):
+        asked = {name: [run for flags in draws(spaces, n, seed, stage) for run in searches[name][0](flags)]
+                 for name, spaces in narrowed.items()}
+        lab.results(itertools.chain(*asked.values()))
+        narrowed = {}
+        for name, runs in asked.items():
+            found[name] += [lab.result(run) for run in dict.fromkeys(runs)]
+            best = [s.flags for s in by_setting(found[name]) if s.sound][:max(2, n // 5)]
+            if best:                                # nothing to search around if none came to a result
+                narrowed[name] = {key: space.around([flags[key] for flags in best])
+                                  for key, space in searches[name][1].items()}
+    return found
 
 
 def at_edges(spaces, flags):
@@ -615,7 +582,7 @@ def again(lab, results, spaces):
     if not best.sound:
         return "no setting came to a result with all its seeds"
     first = 1 + max(int(result.run["seed"] or 0) for result in results)
-    fresh = lab.results([Run.of(best.results[0].run.script, best.flags | {"seed": first + i}) for i in range(3)])
+    fresh = lab.results(Run.of(results[0].run.script, best.flags | {"seed": first + i}) for i in range(3))
     edges = at_edges(spaces, best.flags)
     return (f"the best, {phrase(best.flags, spaces)}, again with three fresh seeds: "
             f"{Setting(best.flags, fresh).words()}" + f"\n{edges}" * bool(edges))
@@ -630,11 +597,12 @@ class Setting:
 
     def __init__(self, flags, results):
         done = [result for result in results if result.state == "done"]
+        values = [result.value for result in done]
         self.flags, self.results, self.seeds = flags, results, len(done)
         self.metric = done[0].metric if done else "val_loss"
-        self.mean = statistics.fmean(result.value for result in done) if done else math.nan
-        self.spread = statistics.stdev(result.value for result in done) if len(done) > 1 else 0.0
-        self.sound = bool(done) and not any(result.state in ("diverged", "failed") for result in results)
+        self.mean = statistics.fmean(values) if done else math.nan
+        self.spread = statistics.stdev(values) if len(done) > 1 else 0.0
+        self.sound = bool(done) and all(result.state in ("done", "unfinished") for result in results)
         self.score = METRICS[self.metric]["sign"] * self.mean if self.sound else math.inf
 
     def number(self):
@@ -648,11 +616,11 @@ class Setting:
         return self.number() + f", {lost} of {len(self.results)} diverged" * bool(lost)
 
 
-def by_setting(results, without={"seed"}):
+def by_setting(results):
     """Results that differ in the seed alone are one setting. Best first."""
     found = {}
     for result in results:
-        flags = tuple(pair for pair in result.run.flags if pair[0] not in without)
+        flags = tuple(pair for pair in result.run.flags if pair[0] != "seed")
         found.setdefault((result.run.script, flags), []).append(result)
     return sorted((Setting(dict(flags), results) for (_, flags), results in found.items()),
                   key=lambda s: (s.score, [(key, by_size(value)) for key, value in s.flags.items()]))
@@ -702,13 +670,6 @@ def crossing(cells, corner):
     return columns([[corner, *map(str, across)], *rows])
 
 
-def table(found, keys):
-    """-> text: a line a setting, best first."""
-    rows = [[s.number(), str(s.seeds), *(s.flags.get(key, "") for key in keys),
-             tally([result for result in s.results if result.state != "done"])] for s in found]
-    return columns([[found[0].metric, "seeds", *keys, ""], *rows])
-
-
 def grid_map(found, keys):
     """-> text: two flags across and down, and the mean result of each pair, the best with a star."""
     across, down = sorted(keys, key=lambda key: -len({s.flags.get(key) for s in found}))
@@ -723,14 +684,16 @@ def is_grid(found, keys):
 
 
 def report(results):
-    """-> text: table, map if two flags vary, and every failure, for each script that occurs."""
+    """-> text, for each script that occurs: a table, a line a setting; a map if two flags vary; and every failure."""
     lines = []
     for script in sorted({result.run.script for result in results}):
         some = [result for result in results if result.run.script == script]
         keys, found = varied([result.run for result in some]), by_setting(some)
         same = phrase(some[0].run.flags, {key for key, _ in some[0].run.flags} - {*keys, "seed"})
+        rows = [[s.number(), str(s.seeds), *(s.flags.get(key, "") for key in keys),
+                 tally([result for result in s.results if result.state != "done"])] for s in found]
         lines += [f"{len(some)} runs of {pathlib.Path(script).name}: {tally(some)}",
-                  f"all with {same or 'the defaults'}", table(found, keys)]
+                  f"all with {same or 'the defaults'}", columns([[found[0].metric, "seeds", *keys, ""], *rows])]
         if is_grid(found, keys):
             lines.append(grid_map(found, keys))
         lines += [line_of(result, keys) for state in ("failed", "diverged") for result in some if result.state == state]
@@ -742,6 +705,7 @@ def report(results):
 COLOURS = "#0072B2 #D55E00 #009E73 #CC79A7 #E69F00 #56B4E9 #000000".split()     # Okabe and Ito's, for the colour-blind
 DASHES, MARKERS = ("-", "--", "-.", ":"), "os^Dv"
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+FAILED = "a seed diverged or failed", dict(color="black", linestyle="none", marker="x")
 BEST = dict(color="black", linestyle=":", marker="*", markersize=16, zorder=9)
 
 
@@ -752,45 +716,29 @@ Panel = collections.namedtuple("Panel", "title x y log band", defaults=("", ()))
 Curve = collections.namedtuple("Curve", "x y low high style", defaults=([], [], {}))
 
 
-def escaped(text):
-    """Text for matplotlib, to which $ begins a formula."""
-    return text.replace("$", r"\$")
-
-
-def wrapped(text, width):
-    """Text in lines of about the same length."""
-    return textwrap.fill(text, len(text) // math.ceil(len(text) / width) + 8) if len(text) > width else text
-
-
 def curves(title, panels, path):
-    """{Panel: {label: Curve}} -> a file, and matplotlib's figure. All pictures are made here. Panels with the same
-    labels, or with the same words at the y axis, stand together and share a legend. There, the same words at an axis
-    mean the same range."""
+    """{Panel: {label: Curve}} -> a file, and matplotlib's figure. All pictures are made here. Panels with the same y
+    stand together and share a legend. There, the same words at an axis mean the same range."""
     import matplotlib
     from matplotlib.figure import Figure
-    groups = []
-    for panel in panels:
-        if not groups or panel.y != groups[-1][-1].y and list(panels[panel]) != list(panels[groups[-1][-1]]):
-            groups.append([])
-        groups[-1].append(panel)
-    shapes = [(math.ceil(len(group) / 3), min(len(group), 3)) if len(group) != 4 else (2, 2) for group in groups]
+    groups = [list(group) for _, group in itertools.groupby(panels, key=lambda panel: panel.y)]
+    shapes = [(2, 2) if len(group) == 4 else (math.ceil(len(group) / 3), min(len(group), 3)) for group in groups]
     rows = [rows for rows, _ in shapes]
-    with matplotlib.rc_context({"font.size": 13, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3}):
+    with matplotlib.rc_context({"font.size": 13, "axes.titlesize": 13, "axes.grid": True, "grid.alpha": 0.3,
+                                "text.parse_math": False}):
         figure = Figure(figsize=(13.3, max(7.5, 4.2 * sum(rows))), dpi=120, layout="constrained")
-        figure.suptitle(escaped("\n".join(wrapped(line, 105) for line in title.splitlines())), fontsize=15)
+        figure.suptitle("\n".join(textwrap.fill(line, 105) for line in title.splitlines()), fontsize=15)
         parts = figure.subfigures(len(groups), 1, squeeze=False, height_ratios=rows)[:, 0]
         for group, shape, part in zip(groups, shapes, parts):
             labels, shared = {label: None for panel in group for label in panels[panel]}, {}
             for i, panel in enumerate(group):
-                axes = part.add_subplot(*shape, i + 1, sharex=shared.get(("x", panel.x)),
-                                        sharey=shared.get(("y", panel.y)))
-                shared |= {("x", panel.x): axes, ("y", panel.y): axes}
-                axes.set(xlabel=escaped(panel.x), ylabel=escaped(panel.y),
-                         title=escaped(wrapped(panel.title, 90 // shape[1])))
+                axes = part.add_subplot(*shape, i + 1, sharex=shared.get(panel.x), sharey=shared.get(panel.y))
+                shared |= {panel.x: axes, panel.y: axes}
+                axes.set(xlabel=panel.x, ylabel=panel.y, title=textwrap.fill(panel.title, 90 // shape[1]))
                 fill(axes, panel, panels[panel], list(labels))
                 labels |= {label: line for line, label in zip(*axes.get_legend_handles_labels())}
             if len(labels) > 1:
-                part.legend(labels.values(), map(escaped, labels), loc="outside right center")
+                part.legend(labels.values(), labels, loc="outside right center")
         figure.savefig(path)
     print(f"figure: {path}")
     return figure
@@ -805,17 +753,15 @@ def fill(axes, panel, lines, labels):
                      marker=MARKERS[i % 5] if len(xs) <= 25 else "") | style
         if names:                                   # pairs side by side
             xs = [names.index(x) + 0.12 * (i - (len(labels) - 1) / 2) for x in xs]
-        for j, line in enumerate(y if y and isinstance(y[0], list) else [y]):
-            axes.plot(xs, line, label="" if j else label, **style)
+        axes.plot(xs, list(zip(*y)) if y and isinstance(y[0], list) else y, label=label, **style)
         if low and style["marker"]:
-            ends = [[b - a for a, b in zip(low, y)], [b - a for a, b in zip(y, high)]]
-            axes.errorbar(xs, y, ends, fmt="none", ecolor=style["color"], capsize=4)
+            axes.vlines(xs, low, high, color=style["color"])
         elif low:
             axes.fill_between(xs, low, high, color=style["color"], alpha=0.2, linewidth=0)
     if panel.band:
         axes.axhspan(*panel.band, color="grey", alpha=0.2, linewidth=0)
     if names:
-        axes.set_xticks(range(len(names)), [escaped(textwrap.fill(name, 11, break_long_words=False)) for name in names],
+        axes.set_xticks(range(len(names)), [textwrap.fill(name, 11, break_long_words=False) for name in names],
                         **(dict(rotation=30, ha="right") if len(names) > 6 else {}))
         axes.set_xlim(-0.5, len(names) - 0.5)
     elif "x" not in panel.log:
@@ -843,31 +789,30 @@ def report_panels(results):
     """Of a grid of one or two flags a panel: over the flag with more values, a line for each value of the other. Of
     anything else a panel for each flag, a point for each setting. A star: the best; a cross: one with a failed seed."""
     found, keys = [s for s in by_setting(results) if s.seeds], varied([result.run for result in results])
-    if not keys:
-        found, keys = by_setting([result for result in results if result.state == "done"], {}), ["seed"]
+    if not keys:                                    # one setting: its seeds beside each other
+        found = [Setting(dict(result.run.flags), [result]) for result in results if result.state == "done"]
+        found, keys = sorted(found, key=lambda s: s.score), ["seed"]
     keys.sort(key=lambda key: -len({s.flags.get(key) for s in found}))
     joined = len(keys) == 1 or is_grid(found, keys)
-    panels, lines = {}, keys[1:] if joined else []
+    panels, lines, style = {}, keys[1:] if joined else [], {} if joined else dict(linestyle="none")
     for key in keys[:1] if joined else keys:
         values, groups = sorted({s.flags.get(key) or "default" for s in found}, key=by_size), {}
         numeric = len(values) > 3 and all(by_size(value)[0] == 1 for value in values)
         log = numeric and float(values[0]) > 0 and float(values[-1]) > 10 * float(values[0])
         for s in sorted(found, key=lambda s: [by_size(s.flags.get(key)) for key in [*lines, key]]):
-            label = phrase(s.flags, lines) or "mean" if s.sound else "a seed diverged or failed"
-            groups.setdefault(label, []).append(s)
+            label, of_group = (phrase(s.flags, lines) or "mean", style) if s.sound else FAILED
+            groups.setdefault(label, (of_group, []))[1].append(s)
+        groups[f"best: {found[0].words()}"] = BEST, found[:1]
         panels[Panel("", key, found[0].metric, "x" * log)] = {
-            label: error_bars(some, key, numeric, {"linestyle": "none", "marker": "x", "color": "black"} if
-                              not some[0].sound else {} if joined else {"linestyle": "none"})
-            for label, some in groups.items()
-        } | {f"best: {found[0].words()}": error_bars(found[:1], key, numeric, BEST)}
+            label: error_bars([float(s.flags[key]) if numeric else s.flags.get(key) or "default" for s in some], some,
+                              of_group) for label, (of_group, some) in groups.items()}
     return panels
 
 
-def error_bars(settings, key, numeric=True, style={}):
-    """Settings as a Curve over a flag of theirs: means, and standard deviations over the seeds."""
-    xs = [float(s.flags[key]) if numeric else s.flags.get(key) or "default" for s in settings]
+def error_bars(xs, settings, style={}):
+    """Means as a Curve, with standard deviations over the seeds."""
     ends = [[s.mean + sign * s.spread for s in settings] for sign in (-1, 1)]
-    return Curve(xs, [s.mean for s in settings], *ends, style)
+    return Curve(list(xs), [s.mean for s in settings], *ends, style)
 
 
 # ---- Curves of any runs ----------------------------------------------------------------------------------------------
@@ -876,29 +821,29 @@ def error_bars(settings, key, numeric=True, style={}):
 def load(folders):
     """Runs, or whole sweeps -> {name: [the log of each seed]}. Runs whose config.json differ in the seed alone are one.
     Its name is made of the settings that tell it from the others, or is its folder."""
-    groups = {}                                     # {(settings, copy): [(folder, seed), ...]}
+    groups, seen = {}, collections.Counter()        # {(settings, copy): folders}
     for folder in map(pathlib.Path, dict.fromkeys(folders)):
         homes = [folder] if (folder / "log.jsonl").exists() else [p.parent for p in sorted(folder.glob("*/log.jsonl"))]
         for home in homes or fail(f"--curves {folder}: no log.jsonl is in it, or in the folders in it"):
             config = json.loads((home / "config.json").read_text() if (home / "config.json").exists() else "{}")
-            config = {key: str(value) for key, value in (config | (config.get("hyper") or {})).items()
-                      if key not in ("hyper", "tuned", "out_dir", "resume")}
-            seed, copy = config.pop("seed", ""), 0
-            settings = tuple(sorted(config.items()))
-            while seed in [seed for _, seed in groups.get((settings, copy), [])]:
-                copy += 1                           # the same run twice is two curves, not two seeds
-            groups.setdefault((settings, copy), []).append((home, seed))
+            config |= config.get("hyper") or {}
+            settings = tuple(sorted((key, str(value)) for key, value in config.items()
+                                    if key not in ("hyper", "tuned", "out_dir", "resume", "seed")))
+            run = settings, config.get("seed")
+            groups.setdefault((settings, seen[run]), []).append(home)
+            seen[run] += 1                          # the same run twice is two curves, not two seeds
 
-    def count(keys):
+    def told_apart(keys):
         return len({tuple(dict(settings).get(key) for key in keys) for settings, _ in groups})
-    keys, told_first = [], ["opt", "data", "model", "arch", "n_layer", "n_embd", "lr", "weight_decay"]
-    for key in told_first + sorted({key for settings, _ in groups for key, _ in settings} - set(told_first)):
-        keys += [key] * (count([*keys, key]) > count(keys))
+    keys, first = [], ["opt", "data", "model", "arch", "n_layer", "n_embd", "lr", "weight_decay"]
+    for key in first + sorted({key for settings, _ in groups for key, _ in settings} - set(first)):
+        keys += [key] * (told_apart([*keys, key]) > told_apart(keys))
     names = {}
-    for (settings, copy), found in groups.items():
+    for (settings, copy), homes in groups.items():
         name = ", ".join(f"{key} {dict(settings)[key]}" for key in keys if key in dict(settings)).removeprefix("opt ")
-        names[f"{name} in {found[0][0]}".removeprefix(" in ") if copy or not name else name] = [
-            read_jsons(home / "log.jsonl") for home, _ in found]
+        if copy or not name:
+            name = f"{name} in {homes[0]}".removeprefix(" in ")
+        names[name] = [read_jsons(home / "log.jsonl") for home in homes]
     return names
 
 
@@ -908,74 +853,76 @@ def over_seeds(logs, read):
               math.isfinite(value)} for log in logs]
     steps = sorted(set.intersection(*map(set, found)))
     ys = [[values[step] for values in found] for step in steps]
-    mean, spread = [statistics.fmean(y) for y in ys], [statistics.stdev(y) if len(y) > 1 else 0 for y in ys]
-    return steps, mean, *([m + sign * s for m, s in zip(mean, spread)] if len(logs) > 1 else [] for sign in (-1, 1))
+    mean = [statistics.fmean(y) for y in ys]
+    spread = [statistics.stdev(y) for y in ys] if len(logs) > 1 else []        # of one there is none to show
+    return steps, mean, [m - s for m, s in zip(mean, spread)], [m + s for m, s in zip(mean, spread)]
 
 
 def angles(logs):
     """{kind of layer: Curve of the angles of all its layers}, the predicted ones dashed; {} without rotation."""
-    names = list(dict.fromkeys(name for log in logs for record in log for name in record.get("rotation") or {}))
-    found, predicted = {}, {}
-    for name in names:
+    names = dict.fromkeys(name for log in logs for record in log for name in record.get("rotation") or {})
+    found = {"angle": {}, "predicted_angle": {}}    # {what: {kind: (steps, [a line for each layer])}}
+    for name, (what, kinds) in itertools.product(names, found.items()):
         kind = ".".join(word for word in name.split(".") if not word.isdigit() and word not in ("blocks", "weight"))
-        for what, into in (("angle", found), ("predicted_angle", predicted)):
-            steps, mean, *_ = over_seeds(logs, lambda record: (record.get("rotation") or {}).get(name, {}).get(what))
-            if steps:
-                into.setdefault(kind, (steps, []))[1].append(mean)
+        steps, mean, *_ = over_seeds(logs, lambda record: (record.get("rotation") or {}).get(name, {}).get(what))
+        if steps:
+            kinds.setdefault(kind, (steps, []))[1].append(mean)
+    measured, predicted = found.values()
     lines = {kind: Curve(*curve, style=dict(color=COLOURS[i % 7], linestyle=("-", "-.", ":")[i % 3], linewidth=1.5,
-                                            marker="")) for i, (kind, curve) in enumerate(found.items())}
+                                            marker="")) for i, (kind, curve) in enumerate(measured.items())}
     alike = len({tuple(f"{angle:.2g}" for angle in line) for _, some in predicted.values() for line in some}) == 1
     for i, (kind, curve) in enumerate(predicted.items()):
         lines["predicted" if alike else f"{kind}, predicted"] = Curve(*curve, style=dict(
-            color="black" if alike else COLOURS[i % 7], linestyle="--", marker="", linewidth=2))
+            color="black" if alike else COLOURS[i % 7], linestyle="--", marker=""))
     return lines
 
 
-def chart(lines, width=100, height=16):
-    """{label: (x, y)} -> text: a small picture in letters, the first of which is a."""
-    points = [(x, y, chr(97 + i)) for i, (xs, ys, *_) in enumerate(lines.values()) for x, y in zip(xs, ys)]
-    (left, right), (low, high) = ([f(point[i] for point in points) for f in (min, max)] for i in (0, 1))
-    cells = [[" "] * width for _ in range(height)]
+def chart(lines):
+    """{label: Curve} -> text: a small picture in letters, the first of which is a."""
+    points = [(x, y, chr(97 + i)) for i, curve in enumerate(lines.values()) for x, y in zip(curve.x, curve.y)]
+    xs, ys, _ = zip(*points)
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    cells = [[" "] * 100 for _ in range(16)]
     for x, y, letter in points:
-        cells[round((high - y) / (high - low or 1) * (height - 1))][
-            round((x - left) / (right - left or 1) * (width - 1))] = letter
-    ends = {0: f"{high:.4g}", height - 1: f"{low:.4g}"}
-    return "\n".join([f"  {ends.get(i, ''):>7s} |{''.join(row).rstrip()}" for i, row in enumerate(cells)] + [
-        f"{'':10s}{left:<{width - 8}g}{right:>8g} steps"])
+        cells[round(15 * (high - y) / (high - low or 1))][round(99 * (x - left) / (right - left or 1))] = letter
+    ends = [f"{high:.4g}", *[""] * 14, f"{low:.4g}"]
+    rows = [f"  {end:>7s} |{''.join(row).rstrip()}" for end, row in zip(ends, cells)]
+    return "\n".join([*rows, f"{'':10s}{left:<92g}{right:>8g} steps"])
 
 
 def compare(folders, metric, plot):
     """Print a table and a small chart of these runs, and draw them: results over steps and over seconds, and angles."""
-    found, panels, findings = {}, {}, []            # found: {metric: [(score, label, logs, steps, mean, low, high)]}
+    found, panels, findings = {}, {}, []            # found: {metric: [(label, logs, steps, mean, low, high)]}
     for label, logs in load(folders).items():
         for name in [metric] if metric else METRICS:        # bleu is only in the last record: that is no curve
-            steps, mean, *ends = over_seeds(logs, lambda record: record.get(name))
+            steps, *ys = over_seeds(logs, lambda record: record.get(name))
             if len(steps) > 1:
-                found.setdefault(name, []).append((METRICS[name]["sign"] * mean[-1], label, logs, steps, mean, *ends))
+                found.setdefault(name, []).append((label, logs, steps, *ys))
                 break
         else:
             print(f"{label}: no two records have {metric or ', '.join(METRICS)} yet")
     for name, some in found.items():
-        some.sort(key=lambda row: row[0])
-        rows = [["", name, "", "at step", "seconds", "seeds", ""]]
-        over_steps, over_time = {}, {}
-        after = int(all(steps[0] == 0 and len(steps) > 2 for _, _, _, steps, *_ in some))     # untrained, all are alike
-        for i, (_, label, logs, steps, mean, *ends) in enumerate(some):
+        sign = METRICS[name]["sign"]
+        some.sort(key=lambda row: sign * row[3][-1])
+        after = int(all(steps[0] == 0 and len(steps) > 2 for _, _, steps, *_ in some))      # untrained, all are alike
+        rows, over_steps, over_time = [["", name, "", "at step", "seconds", "seeds", ""]], {}, {}
+        for letter, (label, logs, steps, *ys) in zip(map(chr, itertools.count(97)), some):
             times = dict(zip(*over_seeds(logs, lambda record: record.get("seconds") if name in record else None)[:2]))
             running = sum(not log[-1].get("final") for log in logs)
-            rows.append([chr(97 + i), f"{mean[-1]:.4f}", label, str(steps[-1]), f"{times.get(steps[-1], math.nan):.1f}",
+            rows.append([letter, f"{ys[0][-1]:.4f}", label, str(steps[-1]), f"{times.get(steps[-1], math.nan):.1f}",
                          str(len(logs)), f"{running} not at the end" * bool(running)])
-            if i < 8:                               # as many as can be told apart
-                ys = [values[after:] for values in (mean, *ends)]
+            if len(over_steps) < 8:                 # as many as can be told apart
+                ys = [values[after:] for values in ys]
                 over_steps[label] = Curve(steps[after:], *ys)
                 over_time[label] = Curve([times.get(step, math.nan) for step in steps[after:]], *ys)
         print(columns(rows) + f"\n\n{name}\n{chart(over_steps)}\n")
-        findings.append(f"{'lowest' if METRICS[name]['sign'] > 0 else 'highest'} {name}: {some[0][4][-1]:.4f}, "
-                        f"{some[0][1]}" + f" (the 8 best of {len(some)})" * (len(some) > 8))
+        findings.append(f"{'lowest' if sign > 0 else 'highest'} {name}: {rows[1][1]}, {some[0][0]}" +
+                        f" (the 8 best of {len(some)})" * (len(some) > 8))
         unit = f"{name} (nats)" if name == "val_loss" else name
         panels |= {Panel("", "step", unit): over_steps, Panel("", "seconds", unit): over_time}
-    turning = {label: lines for some in found.values() for _, label, logs, *_ in some[:6] if (lines := angles(logs))}
-    panels |= {Panel(label, "step", "angle per step (radians)"): lines for label, lines in turning.items()}
+    for label, logs, *_ in itertools.chain(*(some[:6] for some in found.values())):
+        if lines := angles(logs):
+            panels[Panel(label, "step", "angle per step (radians)")] = lines
     if not panels:
         fail("--curves: there is nothing to draw yet", status=1)
     if plot:
@@ -1078,11 +1025,6 @@ def spread(values, digits=3):
 def at_most(score, limit):
     """Whether a Setting.score keeps a limit. If either is infinite something diverged, and nothing is shown."""
     return math.isfinite(score) and math.isfinite(limit) and score <= limit
-
-
-def bars(named):
-    """{name or number: Setting} -> a Curve of means and standard deviations."""
-    return error_bars(list(named.values()), "", False)._replace(x=list(named))
 
 
 def rotations(result, *keys):
@@ -1264,7 +1206,7 @@ def balance(lab):
     rows = [["three other seeds", "accuracy", "spread of the angles", "at"]] + [
         [opt, s.words(), f"{apart[opt]:.2f}", phrase(s.flags, ("lr", "weight_decay"))] for opt, s in found.items()]
     return Finding(f"{text}\n{name}, {more}\n{columns(rows)}", checks, {
-        Panel("mean and standard deviation of three seeds", "", ACCURACY): {"": bars(found)}} | {
+        Panel("mean and standard deviation of three seeds", "", ACCURACY): {"": error_bars(found, found.values())}} | {
         Panel(f"{opt}: largest / smallest {apart[opt]:.2f}", "step", "angle per step (radians)", "y"): {
             label: line for label, line in angles([s.results[0].log()]).items() if not label.startswith("head")}
         for opt, s in found.items()},
@@ -1295,7 +1237,7 @@ def imbalance(lab):
               for speed, more in (("10", -0.01), ("1/10", -0.01), ("3", 0.01), ("1/3", 0.01))]
     return Finding("\n".join([*text, "three other seeds:", columns(rows)]), checks, {
         Panel("mean and standard deviation of three seeds", "speed of a tenth of the neurons, over that of the rest",
-              ACCURACY): {"": bars(found)}},
+              ACCURACY): {"": error_bars(found, found.values())}},
         f"If a tenth of the neurons turns ten times as fast as the rest, accuracy goes from "
         f"{found['1'].words()} to {found['10'].words()}; ten times as slowly, to {found['1/10'].words()}.")
 
@@ -1317,7 +1259,7 @@ def lr_against_decay(lab):
         (f"range over the lrs: adamw {plain:.4f}", plain >= 0.05),
         (f"range over the lrs: rotational_adamw {rotational:.4f}, adamw {plain:.4f}", rotational <= plain / 2)], {
         Panel("mean and standard deviation of three seeds", "lr, at lr x weight decay = 0.0004", LOSS, "x"): {
-            opt: bars({lr: found[opt, lr] for lr in lrs}) for opt in opts}},
+            opt: error_bars(lrs, [found[opt, lr] for lr in lrs]) for opt in opts}},
         f"With lr times decay held fixed, a hundredfold change of lr moves AdamW's loss by {plain:.2f} nats and the "
         f"rotational variant's by {rotational:.2f}.")
 
@@ -1341,7 +1283,7 @@ def zero_shot(lab):
             *([opt, *(s.words() for s in some)] for opt, some in pair.items())]
     return Finding(f"{text}\n{columns(rows)}", checks, {
         Panel("mean and standard deviation of three seeds", "optimizer, at the lr and decay of the plain one", LOSS): {
-            kind: bars({opt: some[i] for opt, some in pair.items()})
+            kind: error_bars(pair, [some[i] for some in pair.values()])
             for i, kind in enumerate(("plain", "rotational"))}},
         "At the plain optimizer's own settings, rotation changes the loss by " + ", ".join(
             f"{rotational.mean - plain.mean:+.3f} ({opt})" for opt, (plain, rotational) in pair.items()) + " nats.")
@@ -1370,7 +1312,7 @@ def warmup(lab):
     return Finding(crossing({(f"{name}, lr {lr:g}", f"{warm} steps of warmup"): spread(losses(s))
                              for (name, lr, warm), s in found.items()}, "val_loss"), checks, {
         Panel(f"{name}: no warmup costs {spread(costs[name])}", f"lr of {name}", LOSS): {
-            label: bars({f"{lr:g}": found[name, lr, warm] for lr in lrs})
+            label: error_bars([f"{lr:g}" for lr in lrs], [found[name, lr, warm] for lr in lrs])
             for warm, label in ((50, "50 steps of warmup"), (0, "no warmup"))} for name, (_, lrs, _) in hyper.items()},
         "Leaving out the warmup costs " + ", ".join(f"{name} {x:.3f}" for name, x in cost.items()) + " nats.")
 
@@ -1490,13 +1432,13 @@ def root_free(lab):
     Held if  on the GPT rf_rmsprop's mean loss is at most 0.03 above adamw's and below rmsprop's; on VGG its accuracy is
              at least rmsprop's and at most 0.02 below adamw's; and on both, without decay, it is ahead of the
              control."""
-    momentum, memory, coupled = Space("lin", (0.5, 0.95)), Space("choice", ("0.97", "0.99")), Space("log", (1e-4, 1e-2))
-    common = dict(lr=Space("log", (1e-4, 1e-2)), momentum=momentum, alpha=memory)
-    rmsprop, control, undecayed = common | dict(weight_decay=coupled), "rmsprop from 1/B", "rf_rmsprop, decay 0"
-    spaces = {"adamw": dict(lr=Space("log", (1e-3, 3e-2)), beta1=momentum,
-                            beta2=Space("choice", ("0.97", "0.99", "0.999")), weight_decay=Space("log", (0.01, 4))),
-              "rmsprop": rmsprop, control: common,
-              "rf_rmsprop": rmsprop | dict(lr=Space("log", (1e-3, 0.2)), eps=Space("log", (1e-7, 5e-4)))}
+    control, undecayed = "rmsprop from 1/B", "rf_rmsprop, decay 0"
+    spaces = {opt: parse_space([text]) for opt, text in {
+        "adamw": "lr=log(1e-3,3e-2) beta1=uniform(0.5,0.95) beta2=choice(0.97,0.99,0.999) weight_decay=log(0.01,4)",
+        "rmsprop": "lr=log(1e-4,1e-2) momentum=uniform(0.5,0.95) alpha=choice(0.97,0.99) weight_decay=log(1e-4,1e-2)",
+        control: "lr=log(1e-4,1e-2) momentum=uniform(0.5,0.95) alpha=choice(0.97,0.99)",
+        "rf_rmsprop": "lr=log(1e-3,0.2) momentum=uniform(0.5,0.95) alpha=choice(0.97,0.99) weight_decay=log(1e-4,1e-2) "
+                      "eps=log(1e-7,5e-4)"}.items()}
     size = dict(n_embd=32, batch_size=32) if lab.args.scale == "cpu" else dict(block_size=256, batch_size=64)
 
     def flags(net, opt):
@@ -1523,8 +1465,8 @@ def root_free(lab):
         [net, opt, s.words(), phrase(s.flags, {*spaces["adamw"], *spaces["rf_rmsprop"]})]
         for net in found for opt, s in found[net].items()]
     return Finding(edges + columns(rows), checks, {
-        Panel(f"{net}: mean and standard deviation of four seeds", "", y): {"": bars(found[net])}
-        for net, y in (("gpt", LOSS), ("vgg", ACCURACY))}, "; ".join(
+        Panel(f"{net}: mean and standard deviation of four seeds", "", y): {"": error_bars(some, some.values())}
+        for (net, some), y in zip(found.items(), (LOSS, ACCURACY))}, "; ".join(
             f"{what} goes from {found[net]['rmsprop'].mean:.3f} to {found[net]['rf_rmsprop'].mean:.3f} when RMSProp "
             f"loses its root, and AdamW's is {found[net]['adamw'].mean:.3f}"
             for net, what in (("gpt", "The GPT's loss"), ("vgg", "the accuracy of VGG"))) + ".")
@@ -1534,33 +1476,26 @@ HALF, FULL, SHAMPOO = "if_shampoo, bfloat16", "if_shampoo, float32", "shampoo, f
 
 
 def step_times(path):
-    """-> times, product, as time_steps measured them once: a report reads them from this file."""
+    """-> {kind: milliseconds of an optimizer step on 512 x 512 and 1024 x 512 matrices with random gradients; the same
+    over that of HALF, timed in turn}, empty where bfloat16 is emulated; the time of a product in bfloat16 over that of
+    one in float32. They are measured once: a report reads them from this file."""
     if not path.exists():
-        write_atomically(path, time_steps())
-    return read_jsons(path)[0]["times"], read_jsons(path)[0]["product"]
-
-
-def time_steps():
-    """times: {kind: milliseconds of an optimizer step on 512 x 512 and 1024 x 512 matrices with random gradients; the
-    same over that of HALF, timed in turn}, empty where bfloat16 is emulated; product: the time of one in bfloat16 over
-    that of one in float32."""
-    import torch
-    import optim
-    steps, device = {}, "cuda" if torch.cuda.is_available() else "cpu"
-    half, full = (torch.randn(512, 512, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    product = optim.in_turn(lambda: half @ half, lambda: full @ full, repeats=3)[1]
-    if product >= 1:                                # emulated: a step may take minutes
-        return {"times": {}, "product": product}
-    for kind in (HALF, FULL, SHAMPOO):
-        opt, dtype = kind.split(", ")
-        weights = [torch.nn.Parameter(torch.randn(n, 512, device=device)) for n in (512, 1024)]
-        for w in weights:
-            w.grad = torch.randn_like(w)
-        extra = dict(dtype=getattr(torch, dtype), batch_size=1) if opt == "if_shampoo" else {}
-        steps[kind] = optim.OPTIMIZERS[opt](weights, lr=1e-3, update_every=1, **extra).step
-        steps[kind]()                               # the first makes the state
-    return {"times": {kind: optim.in_turn(step, steps[HALF], repeats=3) for kind, step in steps.items()},
-            "product": product}
+        import torch
+        import optim
+        steps, times, device = {}, {}, "cuda" if torch.cuda.is_available() else "cpu"
+        half, full = (torch.randn(512, 512, device=device, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+        product = optim.in_turn(lambda: half @ half, lambda: full @ full, repeats=3)[1]
+        for kind in (HALF, FULL, SHAMPOO) if product < 1 else ():       # emulated, a step may take minutes
+            opt, dtype = kind.split(", ")
+            weights = [torch.nn.Parameter(torch.randn(n, 512, device=device)) for n in (512, 1024)]
+            for w in weights:
+                w.grad = torch.randn_like(w)
+            extra = dict(dtype=getattr(torch, dtype), batch_size=1) if opt == "if_shampoo" else {}
+            steps[kind] = optim.OPTIMIZERS[opt](weights, lr=1e-3, update_every=1, **extra).step
+            steps[kind]()                           # the first makes the state
+            times[kind] = optim.in_turn(steps[kind], steps[HALF], repeats=3)
+        write_atomically(path, {"times": times, "product": product})
+    return [read_jsons(path)[0][key] for key in ("times", "product")]
 
 
 def half_precision(lab):
@@ -1574,15 +1509,11 @@ def half_precision(lab):
              times are compared.
     Held if  bfloat16's mean loss is at most 0.02 above float32's and shampoo's, and its step takes less time than
              either's."""
-    momentum, log = Space("lin", (0.5, 0.95)), functools.partial(Space, "log")
-    spaces = {"if_shampoo": dict(lr=log((3e-4, 3e-2)), momentum=momentum, damping=log((1e-5, 1e-3)),
-                                 lr_cov=log((0.03, 0.5)), riemannian_momentum=Space("lin", (0, 0.9))),
-              "shampoo": dict(lr=log((3e-4, 1e-2)), momentum=momentum, damping=log((1e-9, 1e-5)),
-                              lr_cov=log((0.01, 0.3)))}
-
-    def flags(net, opt):
-        return dict(opt=opt, update_every=2)
-    best, edges = searched(lab, {("gpt", opt): space for opt, space in spaces.items()}, flags, {
+    spaces = {("gpt", opt): parse_space([text]) for opt, text in {
+        "if_shampoo": "lr=log(3e-4,3e-2) momentum=uniform(0.5,0.95) damping=log(1e-5,1e-3) lr_cov=log(0.03,0.5) "
+                      "riemannian_momentum=uniform(0,0.9)",
+        "shampoo": "lr=log(3e-4,1e-2) momentum=uniform(0.5,0.95) damping=log(1e-9,1e-5) lr_cov=log(0.01,0.3)"}.items()}
+    best, edges = searched(lab, spaces, lambda net, opt: dict(opt=opt, update_every=2), {
         ("gpt", "if_shampoo"): dict(lr=0.004776, momentum=0.7539, damping=6.171e-4, lr_cov=0.09012,
                                     riemannian_momentum=0.3806),
         ("gpt", "shampoo"): dict(lr=0.002347, momentum=0.5375, damping=1.931e-6, lr_cov=0.03644)})
@@ -1595,8 +1526,8 @@ def half_precision(lab):
                for other in (FULL, SHAMPOO) if times]
     rows = crossing({(kind, column): text for kind, s in final.items() for column, text in {
         "val_loss": s.words(), **({"ms a step": f"{times[kind][0]:.1f}"} if times else {}),
-        "at": phrase(s.flags, spaces["if_shampoo"])}.items()}, "")
-    panels = {Panel("mean and standard deviation of three seeds", "", LOSS): {"": bars(final)}}
+        "at": phrase(s.flags, spaces["gpt", "if_shampoo"])}.items()}, "")
+    panels = {Panel("mean and standard deviation of three seeds", "", LOSS): {"": error_bars(final, final.values())}}
     if times:
         panels[Panel("optimizer step on matrices 512 wide", "", "milliseconds")] = {"time": Curve(
             list(times), [milliseconds for milliseconds, _ in times.values()])}
@@ -1690,10 +1621,10 @@ def main():
         if args.experiment:
             experiment(lab, args.experiment, args.plot)
         elif args.grid or args.space or args.fixed or args.seeds:
-            make, settings = planned(args)
+            make, settings, spaces = planned(args)
             if args.two_stage:
-                found = two_stage(lab, {"search": (make, settings)}, args.runs or 100, args.seed or 0)["search"]
-                said = again(lab, found, settings)
+                found = two_stage(lab, {"search": (make, spaces)}, args.runs or 100, args.seed)["search"]
+                said = again(lab, found, spaces)
             else:
                 lab.results([run for flags in settings for run in make(flags)])
         else:                                       # --report alone
@@ -1714,9 +1645,10 @@ def main():
     if args.plot and not args.experiment:
         if len({result.run.script for result in results}) > 1 or all(result.state != "done" for result in results):
             fail("--plot draws the results of one script, and here are none yet, or several scripts'", status=1)
-        best = min(results, key=lambda result: result.score)
-        curves(f"{pathlib.Path(best.run.script).name}: best {line_of(best, varied(lab.asked))}\n"
-               f"{len(results)} runs: {tally(results)}", report_panels(results), args.plot)
+        best = next(s for s in by_setting(results) if s.seeds)
+        curves(f"{pathlib.Path(results[0].run.script).name}: best {best.metric} {best.words()}: "
+               f"{phrase(best.flags, varied(lab.asked)) or 'the only setting'}\n{len(results)} runs: {tally(results)}",
+               report_panels(results), args.plot)
     if unfinished:
         fail("{} of {} runs are not finished: ".format(*unfinished.args) + "the same command " +
              ("without --report does them" if args.report else "goes on"), status=1)

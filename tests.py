@@ -4171,8 +4171,8 @@ def test_sweep_pictures():
                    for i, setting in enumerate(settings) for seed in range(seeds)]
         panels = sweep.report_panels(results)
         texts = look_at(drawn(lambda path: sweep.curves("a title", panels, path)))
-        assert len(panels) == (3 if "betas" in flags else 1) and ("betas" not in flags or "\\$\\foo\\$" in texts), texts
-        best = min(results, key=lambda r: r.score) if len(settings) == 1 else sweep.by_setting(results)[0]
+        assert len(panels) == (3 if "betas" in flags else 1) and ("betas" not in flags or "$\\foo$" in texts), texts
+        best = sweep.Setting({}, results[:1]) if len(settings) == 1 else sweep.by_setting(results)[0]
         for curves in panels.values():
             *labels, star = curves
             assert labels == lines and star.startswith("best") and curves[star].y[0] == best.score, (labels, star)
