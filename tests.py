@@ -2869,7 +2869,7 @@ def test_translate_grammar():
             number 0: null = zero; number 30: dreißig = thirty; number 66: sechsundsechzig = sixty-six
             number 101011: einhunderteintausendelf = one hundred and one thousand and eleven
             number 2001: zweitausendeins = two thousand and one
-            number 342900: dreihundertzweiundvierzigtausendneunhundert = three hundred and forty-two thousand nine hundred
+            number 12900: zwölftausendneunhundert = twelve thousand nine hundred
             clock 7 30: halb acht = half past seven; clock 12 30: halb eins = half past twelve
             clock 7 15: Viertel nach sieben = a quarter past seven; clock 7 45: Viertel vor acht = a quarter to eight
             clock 12 50: zehn vor eins = ten to one; clock 7 25: fünf vor halb acht = twenty-five past seven
