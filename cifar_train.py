@@ -6,7 +6,7 @@ training. The training loop is in `main`, the last page: begin there.
     python cifar_train.py --opt rotational_lion               any name of optim.OPTIMIZERS, with its tuned defaults
     python cifar_train.py --show shapes.png                   what the pictures look like (needs matplotlib)
     python cifar_train.py --data cifar10 --model resnet20     photographs, downloaded; or a folder of the .bin files
-    python cifar_train.py --opt rotational_lion --resume      goes on after a kill, a crash, Ctrl-C: the same command
+    python cifar_train.py --opt rotational_lion --resume      goes on after a kill, a crash, Ctrl-C: add --resume
     python cifar_train.py --preset paper_resnet20_rotational_adamw    a paper's settings (a GPU is advisable)
     python cifar_train.py --bench                             images per second, and where the time of a step goes
 
@@ -84,7 +84,7 @@ class Settings:
     # training
     preset: str = None              # a name of PRESETS; default: cpu, with CUDA the resnet18 model on shapes
     schedule: str = "cosine"        # {cosine, linear, constant, step} after the warmup; step: a tenth at 1/3 and at 2/3
-    warmup: int = 60                # [0, 1e9] steps over which lr rises linearly
+    warmup: int = 60                # [0, 1e9] steps over which lr rises linearly; a default is at most half of them all
     steps: int = None               # [1, 1e9] optimizer steps, instead of epochs
     epochs: int = None              # [1, 1e9] passes over the training images
     batch_size: int = 64            # [1, 1e6] images per step
@@ -101,7 +101,7 @@ class Settings:
     data: str = "shapes"            # shapes, cifar10, cifar100, a folder with CIFAR's .bin files, imagenet32:FOLDER
     split: float = 1.0              # (0, 1] train on this share, evaluate on the rest instead of the test set: to tune
     crop: int = 4                   # [0, 1e3] shift images by up to this many pixels
-    flip: bool = True               # {0, 1} mirror half of them
+    flip: bool = True               # {0, 1} mirror half of the images
     data_dir: str = "data"          # where downloads and drawn images are kept
     out_dir: str = None             # default: out/cifar-OPT-MODEL-DATA and the other flags that were given
     resume: bool = False            # {0, 1} go on from ckpt.pt in out_dir, with the settings in it
@@ -177,7 +177,7 @@ def paper(setup, opt, **hyper):
 
 PRESETS = {
     # The default without CUDA: about a minute on two cores.
-    "cpu": dict(model="resnet18", width=8, epochs=3),
+    "cpu": dict(model="resnet18", width=8, epochs=3, compile=False),
     # The defaults of these models, a minute or two on two cores. Shapes lie anywhere already: without shifts a short
     # training gets further. With all but gnn adamw learns nothing at the lr of ResNets. Its values are a guess, those
     # of rotational_adamw and rf_rmsprop the best of a few.
@@ -331,8 +331,8 @@ def said_by_hand(given):
     said = {key: value for key, value in given.items() if key in HYPER - {"opt_kwargs"}}
     for pair in given.get("opt_kwargs", []):
         key, equals, text = pair.partition("=")
-        if not equals or key in said:
-            fail(f"--opt_kwargs {pair}: write KEY=VALUE, and give no KEY twice")
+        if not equals or key in said or key == "betas":
+            fail(f"--opt_kwargs {pair}: write KEY=VALUE, give no KEY twice, and betas by --beta1 and --beta2")
         try:
             said[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -1201,7 +1201,8 @@ def diverged(what, step, bar, s):
 
 def lr_at(step, peak, s):
     """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of
-    your own goes into the dict below, and its name into the comment of Settings.schedule."""
+    your own goes into the dict below, and its name into the comment of Settings.schedule. Each entry is computed at
+    every step, from done = 0 on."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
@@ -1401,7 +1402,7 @@ def bench(count, what, **parts):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # a terminal without a letter must not cost the result
+    sys.stdout.reconfigure(errors="backslashreplace")           # what a terminal cannot show must not cost the result
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught

@@ -5,7 +5,7 @@ The training loop is in `main`, the last page: begin there.
     python nanogpt_train.py                                   AdamW, a 0.8M-parameter GPT, Python's own manual: offline
     python nanogpt_train.py --opt rotational_lion             any name of optim.OPTIMIZERS, with its tuned defaults
     python nanogpt_train.py --data my_novel.txt --sample 500  any text; at the end 500 characters in its style
-    python nanogpt_train.py --opt rotational_lion --resume    goes on after a kill, a crash, Ctrl-C: the same command
+    python nanogpt_train.py --opt rotational_lion --resume    goes on after a kill, a crash, Ctrl-C: add --resume
     python nanogpt_train.py --preset shakespeare              nanoGPT's 10M-parameter model (a GPU is advisable)
     torchrun --nproc_per_node=8 nanogpt_train.py --preset gpt2    GPT-2 124M on OpenWebText, on 8 GPUs
     python nanogpt_train.py --bench                           tokens per second, and where the time of a step goes
@@ -80,7 +80,7 @@ class Settings:
     # training
     preset: str = None              # a name of PRESETS; default: cpu, with CUDA the shakespeare model on python_docs
     schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
-    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly
+    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; a default is at most half of them all
     steps: int = 2000               # [1, 1e9] optimizer steps
     batch_size: int = 12            # [1, 1e6] sequences in one forward pass
     grad_accum: int = 1             # [1, 1e6] a step averages over batch_size * grad_accum sequences, of all GPUs
@@ -158,7 +158,7 @@ def parse(argv=None):
     return vars(given)
 
 
-# `tuned` comes before the table TUNED, whose values nobody has tried at other sizes.
+# `tuned` comes before the table TUNED. Nobody has tried the values of TUNED at other sizes.
 PRESETS = {
     # The default without CUDA: the size of nanoGPT's CPU example, a little over a minute on two cores.
     "cpu": dict(compile=False),
@@ -215,7 +215,7 @@ TUNED["shampoo"]["graft"] = TUNED["rotational_shampoo"]["graft"] = "adam"
 def settle(given):
     """All settings of a new run: the command line over the preset over the defaults; the optimizer's own in s.hyper."""
     device = pick_device(given.get("device"))
-    name = given.get("preset", "shakespeare" if device == "cuda" else "lstm" if given.get("arch") == "lstm" else "cpu")
+    name = given.get("preset", "lstm" if given.get("arch") == "lstm" else "shakespeare" if device == "cuda" else "cpu")
     preset = PRESETS.get(name) or fail(f"--preset {name}: invalid choice, there are {', '.join(PRESETS)}")
     preset = preset | ({} if "preset" in given else {"data": Settings.data})       # nobody asked for a download
     chosen = {key: getattr(Settings, key) for key in LIMITS} | preset | given | {"preset": name, "device": device}
@@ -262,8 +262,8 @@ def said_by_hand(given):
     said = {key: value for key, value in given.items() if key in HYPER - {"opt_kwargs"}}
     for pair in given.get("opt_kwargs", []):
         key, equals, text = pair.partition("=")
-        if not equals or key in said:
-            fail(f"--opt_kwargs {pair}: write KEY=VALUE, and give no KEY twice")
+        if not equals or key in said or key == "betas":
+            fail(f"--opt_kwargs {pair}: write KEY=VALUE, give no KEY twice, and betas by --beta1 and --beta2")
         try:
             said[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -378,7 +378,7 @@ class Characters:
         try:
             return [self.ids[c] for c in text]
         except KeyError as error:                   # only a --prompt has a character that is not in the text
-            fail(f"--prompt: the character {error.args[0]!r} does not occur in the text")
+            fail(f"--prompt: {error.args[0]!r} does not occur in the text: use its characters, or --tokenizer gpt2")
 
     def decode(self, ids):
         return "".join(self.chars[i] for i in ids)
@@ -713,7 +713,8 @@ def diverged(what, step, bar, s):
 
 def lr_at(step, peak, s):
     """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of
-    your own goes into the dict below, and its name into the comment of Settings.schedule."""
+    your own goes into the dict below, and its name into the comment of Settings.schedule. Each entry is computed at
+    every step, from done = 0 on."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
@@ -758,7 +759,8 @@ def evaluate(model, val, s, autocast, stopped_by=()):
 
 
 def gradients(network, windows, s, autocast):
-    """Forward and backward passes over this process's windows, batch_size at a time -> the mean loss, on the device."""
+    """Forward (the loss: Model.forward) and backward passes over this process's windows, batch_size at a time -> the
+    mean loss, on the device."""
     total, parts = 0.0, windows.split(s.batch_size)
     for i, part in enumerate(parts):
         if WORLD > 1:                               # the processes exchange their gradients once a step
@@ -798,7 +800,7 @@ def main():
              f"{s.block_size}: use more text or a smaller block")
     if ckpt and fingerprint != ckpt["fingerprint"]:
         fail(f"--data {s.data} is not the text that this run began with: bring it back, or start without --resume")
-    sequences = s.batch_size * s.grad_accum         # of a step. N processes share what one would draw
+    sequences = s.batch_size * s.grad_accum         # of a step, all processes together
     if sequences % WORLD:
         fail(f"batch_size * grad_accum = {sequences} sequences cannot be shared by {WORLD} processes: use a multiple")
     mine = slice(RANK * sequences // WORLD, (RANK + 1) * sequences // WORLD)
@@ -871,7 +873,7 @@ def main():
             # a step: the loss and its gradients, then the optimizer
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = lr_at(step, peak, s)
-            if s.dropout:                           # as the batch, it depends on (seed, step) alone: nothing to restore
+            if s.dropout:                           # dropout depends on seed, step and process: nothing to restore
                 torch.manual_seed(int(np.random.SeedSequence([s.seed, step, RANK]).generate_state(1)[0]))
             windows = get_windows(train, np.random.default_rng([s.seed, step]), sequences, s, mine)
             losses.append(gradients(network, windows, s, autocast))
@@ -922,7 +924,7 @@ def bench(count, what, **parts):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # a sampled character must not cost the result line
+    sys.stdout.reconfigure(errors="backslashreplace")           # what a terminal cannot show must not cost the result
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught

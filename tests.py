@@ -2201,7 +2201,7 @@ BAD = {
         ("--optt adam", "did you mean --opt?"), ("--learning_rate 1", "did you mean --lr?"),
         ("--opt if_shampoo --opt_kwargs damping=-1", "damping"), ("--opt_kwargs dtype=float", "dtype"),
         ("--opt_kwargs eps={1}", "eps"), ("--opt_kwargs lr", "KEY=VALUE"), ("--opt sgd --beta1 0.9", "takes no beta1"),
-        ("--opt_kwargs per_neuron=True", "takes no per_neuron"), ("--lr 1 --opt_kwargs lr=2", "twice"),
+        ("--opt_kwargs betas=(0.5,0.6)", "--beta1"), ("--opt_kwargs per_neuron=True", "takes no per_neuron"), ("--lr 1 --opt_kwargs lr=2", "twice"),
         ("--opt rotational_lion --weight_decay 0", "weight_decay > 0"),
         ("--device mps" if torch.cuda.is_available() else "--device cuda", "--device cpu"), ("--out_dir ''", "empty"),
         ("--out_dir @/file", "--out_dir"), ("--out_dir @/run --lr 1", "finished run with another"),

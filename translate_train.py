@@ -5,7 +5,7 @@ data, byte pairs, BLEU, model, beam search, files, training. The training loop i
     python translate_train.py                                 AdamW, a 0.9M-parameter Transformer, numbers: offline
     python translate_train.py --opt rotational_lion           any name of optim.OPTIMIZERS, with its tuned defaults
     python translate_train.py --translate "halb acht"         with the trained model; --translate - reads lines
-    python translate_train.py --opt rotational_lion --resume  goes on after a kill, a crash, Ctrl-C: the same command
+    python translate_train.py --opt rotational_lion --resume  goes on after a kill, a crash, Ctrl-C: add --resume
     python translate_train.py --preset multi30k               image captions: a quarter of an hour on a CPU, and more
     python translate_train.py --preset multi30k --data corpus     text of your own: corpus/train.de, train.en, ...
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
@@ -94,7 +94,7 @@ class Settings:
     # training
     preset: str = None              # a name of PRESETS; default: cpu
     schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
-    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly
+    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; a default is at most half of them all
     steps: int = 600                # [1, 1e9] optimizer steps
     max_tokens: int = 1024          # [1, 1e9] of a batch, in each language, padding counted
     label_smoothing: float = 0.1    # [0, 1] of the training loss
@@ -172,7 +172,7 @@ def parse(argv=None):
     return vars(given)
 
 
-# `tuned` comes before the table TUNED, whose values nobody has tried at other sizes.
+# `tuned` comes before the table TUNED. Nobody has tried the values of TUNED at other sizes.
 PRESETS = {
     # The default: about a minute on two cores.
     "cpu": dict(compile=False),
@@ -254,8 +254,8 @@ def said_by_hand(given):
     said = {key: value for key, value in given.items() if key in HYPER - {"opt_kwargs"}}
     for pair in given.get("opt_kwargs", []):
         key, equals, text = pair.partition("=")
-        if not equals or key in said:
-            fail(f"--opt_kwargs {pair}: write KEY=VALUE, and give no KEY twice")
+        if not equals or key in said or key == "betas":
+            fail(f"--opt_kwargs {pair}: write KEY=VALUE, give no KEY twice, and betas by --beta1 and --beta2")
         try:
             said[key] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -1007,7 +1007,8 @@ def diverged(what, step, bar, s):
 
 def lr_at(step, peak, s):
     """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of
-    your own goes into the dict below, and its name into the comment of Settings.schedule."""
+    your own goes into the dict below, and its name into the comment of Settings.schedule. Each entry is computed at
+    every step, from done = 0 on."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
@@ -1052,7 +1053,7 @@ def evaluate(model, valid, s, autocast, stopped_by=()):
 
 
 def gradients(network, batch, s, autocast):
-    """Forward and backward passes over one batch -> its loss, on the device."""
+    """Forward and backward pass over a batch -> its loss, on the device."""
     with autocast:
         loss = loss_of(network, network.pad, *batch, s.label_smoothing)
     loss.backward()
@@ -1167,7 +1168,7 @@ def main():
             # a step: the loss and its gradients, then the optimizer
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = lr_at(step, peak, s)
-            if s.dropout:                           # as the batch, it depends on (seed, step) alone: nothing to restore
+            if s.dropout:                           # dropout depends on seed and step: nothing to restore
                 torch.manual_seed(int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0]))
             epoch, i = divmod(step, len(train.sizes))
             batches = train.epoch([s.seed, epoch]) if i == 0 or step == start else batches
@@ -1221,7 +1222,7 @@ def bench(count, what, **parts):
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")           # a terminal without a letter must not cost the result
+    sys.stdout.reconfigure(errors="backslashreplace")           # what a terminal cannot show must not cost the result
     try:
         main()
         sys.stdout.flush()                          # here, where a full disk or a closed pipe can be caught
