@@ -492,7 +492,7 @@ def lion_walk_norm(h, C):
 #                    a * (tangent part of d), at a right angle to w
 #            w o-----------------------------------o w'  (before it is put back on the sphere)
 #              |                             .
-#        n     |                  .              ||w'|| = sqrt(||w||^2 + a^2 ||d||^2): known before w' is
+#        n     |                  .              ||w'|| = sqrt(||w||^2 + a^2 ||d||^2): known before w' is computed
 #              |        .  angle
 #              o
 # ======================================================================================================================
@@ -530,7 +530,7 @@ class Rotational(Geometry):
              geometry, with their group's decay and lr
     Options  per_neuron=False keeps the norm of the whole tensor instead. zero_mean: neurons and updates are centred.
              rotational, in a group: True or False overrules the choice by shape and decay
-    Notice   The constructor centres the weights, keeping their norm, which changes what a trained network computes
+    Notice   The constructor centres the weights, keeping their norm, which changes what a trained network computes.
              The first step turns by exactly arctan(angle) (if eps = 0), since U is then the size of this very d. Later
              steps turn more when d is larger than usual, and less when it is smaller. beta = 0: always as the first
     Errors   ValueError for a neuron that cannot turn (too few weights, all zero, all equal)
@@ -630,9 +630,9 @@ class Rotational(Geometry):
 # 7. Without the root ([RF])
 #
 # RMSProp and Adam divide by sqrt(v). Take the root away, and v is no longer a normaliser but a curvature. It is then
-# called s. The mean over B examples makes the average of g^2 about 1/B times the diagonal of the (empirical) Fisher
-# matrix, though that does not depend on B. So B s estimates the diagonal, g / (B s) is a diagonal Newton step, and one
-# lr fits every batch size. s starts at 1/B, so B s starts at 1, and forgets that start slowly.
+# called s. The average of g^2, with g the mean over B examples, is about 1/B times the diagonal of the (empirical) Fisher
+# matrix. The diagonal itself does not depend on B. So B s estimates it, g / (B s) is a diagonal Newton step, and one lr
+# fits every batch size. s starts at 1/B, so B s starts at 1, and forgets that start slowly.
 # ======================================================================================================================
 
 
@@ -2438,8 +2438,8 @@ def main():
 # 3. d is the buffer. The first one is [2.5 2.0; 0.5 2.0]. The second one is 0.9 of it plus G + 0.5 W, with the W that
 #    the first step has left: [2.25+2.375 1.8+1.9; 0.45+0.475 1.8+1.9] = [4.625 3.7; 0.925 3.7].
 # 4. m / (1-b1) = g and sqrt(v / (1-b2)) = |g|, so d = sign(g) = [1 0; 0 1], whatever the size of g (until eps is felt),
-#    and W = [2.9 4.0; 1.0 -0.1]. With b1 = b2, lion is Signum.
-# 5. (a) m has c_j = (1-mu) mu^j, so S = (1-mu)^2 / (1-mu^2) = (1-mu) / (1+mu). The sign has entries of size 1, and one
+#    and W = [2.9 4.0; 1.0 -0.1].
+# 5. (a) b1 = b2 = mu. m has c_j = (1-mu) mu^j, so S = (1-mu)^2 / (1-mu^2) = (1-mu) / (1+mu). The sign has entries of size 1, and one
 #    gradient contributes sqrt(2 / (pi S)) in all. So kappa = sqrt(pi S / 2) = 0.2875 for mu = 0.9.
 #    (b) sgd: norm^4 = lr_total C sigma0^2 / (2 wd). adam: norm^3 = lr C sigma0 / (2 wd). The angle of sgd has no sigma
 #    in it, and stays. That of adam is kappa sqrt(2 lr wd norm / sigma0), with this norm.
