@@ -630,7 +630,7 @@ class Rotational(Geometry):
 # 7. Without the root ([RF])
 #
 # RMSProp and Adam divide by sqrt(v). Take the root away, and v is no longer a normaliser but a curvature. It is then
-# called s. The average of g^2, with g the mean over B examples, is about 1/B times the diagonal of the (empirical) Fisher
+# called s. The average of g^2, with g a mean over B examples, is about 1/B times the diagonal of the (empirical) Fisher
 # matrix. The diagonal itself does not depend on B. So B s estimates it, g / (B s) is a diagonal Newton step, and one lr
 # fits every batch size. s starts at 1/B, so B s starts at 1, and forgets that start slowly.
 # ======================================================================================================================
@@ -2439,8 +2439,8 @@ def main():
 #    the first step has left: [2.25+2.375 1.8+1.9; 0.45+0.475 1.8+1.9] = [4.625 3.7; 0.925 3.7].
 # 4. m / (1-b1) = g and sqrt(v / (1-b2)) = |g|, so d = sign(g) = [1 0; 0 1], whatever the size of g (until eps is felt),
 #    and W = [2.9 4.0; 1.0 -0.1].
-# 5. (a) b1 = b2 = mu. m has c_j = (1-mu) mu^j, so S = (1-mu)^2 / (1-mu^2) = (1-mu) / (1+mu). The sign has entries of size 1, and one
-#    gradient contributes sqrt(2 / (pi S)) in all. So kappa = sqrt(pi S / 2) = 0.2875 for mu = 0.9.
+# 5. (a) b1 = b2 = mu. m has c_j = (1-mu) mu^j, so S = (1-mu)^2 / (1-mu^2) = (1-mu) / (1+mu). The sign has entries of
+#    size 1, and one gradient contributes sqrt(2 / (pi S)) in all. So kappa = sqrt(pi S / 2) = 0.2875 for mu = 0.9.
 #    (b) sgd: norm^4 = lr_total C sigma0^2 / (2 wd). adam: norm^3 = lr C sigma0 / (2 wd). The angle of sgd has no sigma
 #    in it, and stays. That of adam is kappa sqrt(2 lr wd norm / sigma0), with this norm.
 # 6. The weights are equal, since they feel lr * wd alone. In RotationalAdam v sees wd w, so they differ. A bias feels
