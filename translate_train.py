@@ -191,7 +191,7 @@ PRESETS = {
 # NAME was swept in octaves:
 #     python sweep.py --script translate_train.py --metric val_loss --grid opt=NAME lr=1e-3,2e-3 --fixed "beam=1"
 # The other numbers are those of nanogpt_train.py. With max_dim the Shampoos keep a diagonal for the vocabulary, whose
-# matrix would take most of their time. modular_lion reached BLEU 36 with betas (0.9, 0.99), with these 99.
+# matrix would take most of their time. With betas (0.9, 0.99) lion reached BLEU 41, with these 99. (modular_lion: 36.)
 TUNED = {}
 for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
         ("sgd", (0.2, 1e-4), (0.25, 1.2e-4), (0.08, 0.0), dict(momentum=0.9)),
@@ -213,7 +213,7 @@ for direction, plain, rotational, modular, shared in (          # lr and weight_
 TUNED["modular_rmsprop"]["momentum"] = 0.9
 TUNED["rotational_muon"]["adamw_lr_scale"], TUNED["modular_muon"]["adamw_lr_scale"] = 0.25, 1.0
 TUNED["shampoo"]["graft"] = TUNED["rotational_shampoo"]["graft"] = "adam"
-TUNED["modular_lion"]["beta2"] = 0.9
+TUNED["lion"]["beta2"] = TUNED["modular_lion"]["beta2"] = 0.9
 
 
 def settle(given):
