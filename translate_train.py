@@ -1122,10 +1122,9 @@ def main():
     network = torch.compile(model, dynamic=True) if s.compile else model       # batches come in many shapes
     hyper = ", ".join(f"{key} {value}" for key, value in s.hyper.items())
     print(f"{s.opt} ({hyper}; lr: {s.lr_from}) on {s.data}: {' + '.join(f'{len(part):,}' for part in pairs.values())} "
-          f"pairs, {len(train.sizes)} batches of {train.tokens_per_batch:,.0f} English tokens, "
-          f"vocabulary {bpe.n_vocab}; Transformer with "
-          f"{sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s.gains else ''}; {s.device}, "
-          f"{s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
+          f"pairs, {len(train.sizes)} batches of {train.tokens_per_batch:,.0f} English tokens, {bpe.n_vocab} in the "
+          f"vocabulary; {sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s.gains else ''}; "
+          f"{s.device}, {s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
     if s.bench:
         batch = train.get(train.epoch([s.seed, 0])[0], s.device)
         return bench((batch[2] != bpe.pad).sum().item(), "English tokens",
@@ -1134,8 +1133,7 @@ def main():
     # ---- files, signals
     only_one = lock(out_dir, "--out_dir")           # held until the process ends
     start_files(out_dir, s, ckpt)
-    if not ckpt:
-        (out_dir / "hypotheses.en").unlink(missing_ok=True)         # an older run's
+    (out_dir / "hypotheses.en").unlink(missing_ok=True)         # an older run's: it is written at the end
     stopped_by = catch_signals()
 
     # ---- the loop: evaluate and save where it is time to, then take a step
