@@ -831,9 +831,10 @@ def main():
 
     # ---- processes, files, signals
     if WORLD > 1:                                   # not before: each process has found by itself what is wrong so far
-        if "MASTER_ADDR" not in os.environ:
-            fail(f"WORLD_SIZE is {WORLD}, but there is no MASTER_ADDR: start with torchrun, or unset WORLD_SIZE")
-        torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if s.device == "cuda" else "gloo")
+        except ValueError as error:                 # MASTER_ADDR, RANK, ... are missing
+            fail(f"WORLD_SIZE is {WORLD}, but: {error}. Start the script with torchrun, or unset WORLD_SIZE")
         network = nn.parallel.DistributedDataParallel(network)
     if RANK == 0:
         only_one = lock(out_dir, "--out_dir")       # held until the process ends

@@ -133,8 +133,9 @@ def parse():
     given = {name: value for name, value in vars(args).items() if value != p.get_default(name)}
     kind = next((name for name in takes if name in given), None)
     for name, value in given.items():
-        if type(value) is int and value < 1 and name != "seed":
-            fail(f"--{name} {value}: it must be at least 1")
+        least = int(name != "seed")
+        if type(value) is int and value < least:
+            fail(f"--{name} {value}: it must be at least {least}")
         if isinstance(value, (str, list)) and not "".join(value).strip():
             fail(f"--{name} is empty")              # a shell variable that is not set, say
         if name != kind and name not in takes.get(kind, sweep):

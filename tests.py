@@ -3863,6 +3863,7 @@ SWEEP_BAD = (
     (f"--grid lr=1 --script {sys.executable}", "in Python"), ("--grid lr=1 --plot x.exe", ".png"),
     ("--grid lr=1 --plot no/such/x.png", "a folder that exists"), ("--report --out_dir no/such", "no runs"),
     ("--grid lr=1 --print_commands --report", "--report"), ("--grid lr=1 --jobs 0", "at least 1"),
+    ("--random 2 --space lr=log(1,2) --seed=-1", "at least 0"),
     ("--grid lr=1 --lr 3", "unknown flag --lr"), ("--grid lr=1 --out_dir ''; --grid ''", "is empty"),
     ("--grid lr=1e-300:1e300:log3 weight_decay=-1e308:1e307:lin100000 --seeds 9", "million"))
 

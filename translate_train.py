@@ -965,7 +965,8 @@ def start_files(out_dir, s, ckpt):
             fail(f"{out_dir} holds a finished run with another {', '.join(other)}: choose another --out_dir, or "
                  "delete that folder")
     if not ckpt:                                    # an older run's must not be taken for this one's
-        (out_dir / "ckpt.pt").unlink(missing_ok=True)
+        for name in ("ckpt.pt", "hypotheses.en"):
+            (out_dir / name).unlink(missing_ok=True)
     # A kill can cut the last line short. It then lacks its end.
     kept = [line for line in lines if ckpt and line.endswith("\n") and json.loads(line)["step"] < ckpt["step"]]
     write(config, json.dumps(vars(s) | {"torch": torch.__version__}, indent=1).encode())
@@ -1133,7 +1134,6 @@ def main():
     # ---- files, signals
     only_one = lock(out_dir, "--out_dir")           # held until the process ends
     start_files(out_dir, s, ckpt)
-    (out_dir / "hypotheses.en").unlink(missing_ok=True)         # an older run's: it is written at the end
     stopped_by = catch_signals()
 
     # ---- the loop: evaluate and save where it is time to, then take a step
