@@ -1610,7 +1610,7 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """As in torch, with four differences. Where both sides know the parameters' names (build, named_parameters),
         state goes by name. State keeps its precision, which torch rounds to the parameter's type. `compile` stays as it
-        is here. The checkpoint of another kind of optimizer, or of parameters with other shapes, is refused."""
+        is here. A checkpoint with other hyperparameters, averages or shapes is refused (adam's is as adamw's)."""
         loaded, compiled = [], [group["compile"] for group in self.param_groups]
 
         def match(self, state_dict):                # after the user's own hooks

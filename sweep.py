@@ -123,14 +123,16 @@ def parse():
     p.add_argument("--plot", metavar="FILE", help="draw it: .png, .pdf, .svg (needs matplotlib)")
     args, unknown = p.parse_known_args()
     if unknown:
-        fail(f"unknown flag {unknown[0]}: --help shows those of a sweep; a flag of the script goes into --fixed or "
-             "--grid, without dashes")
+        near = difflib.get_close_matches(unknown[0], map("--{}".format, vars(args)), n=1, cutoff=0)[0]
+        fail(f"unknown flag {unknown[0]}: did you mean {near}? A flag of the script goes into --fixed or --grid, "
+             "without dashes")
 
     always = {"out_dir", "plot", "report", "print_commands", "jobs", "retry", "keep_checkpoints"}
     sweep = always | {"script", "fixed", "seeds", "metric"}
     takes = {"grid": sweep, "random": sweep | {"space", "seed"}, "two_stage": sweep | {"space", "seed", "runs"},
              "experiment": always | {"scale", "seeds", "runs"}, "curves": {"metric", "plot"}}
-    given = {name: value for name, value in vars(args).items() if value != p.get_default(name)}
+    words = {word.partition("=")[0] for word in sys.argv}
+    given = {name: value for name, value in vars(args).items() if f"--{name}" in words}
     kind = next((name for name in takes if name in given), None)
     for name, value in given.items():
         least = int(name != "seed")

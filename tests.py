@@ -74,9 +74,7 @@ TALLY = collections.Counter()                       # what the tests count, for 
 class Skip(unittest.SkipTest):
     """Raise it where a test cannot run here; pytest understands it too."""
 
-# ======================================================================================================================
-# Helpers
-# ======================================================================================================================
+# ---- Helpers ---------------------------------------------------------------------------------------------------------
 
 # Strong settings: every mechanism (momentum, decay, both averages) shows within a few steps.
 STRONG = {"lr": 0.02, "momentum": 0.8, "betas": (0.9, 0.97), "alpha": 0.95, "weight_decay": 0.1, "batch_size": 4,
@@ -224,9 +222,7 @@ class Single(nn.Linear):
         return optim.weight(self)
 
 
-# ======================================================================================================================
-# The same numbers by hand: the papers' algorithms in numpy, one weight at a time; and by torch
-# ======================================================================================================================
+# ---- The same numbers by hand: the papers' algorithms in numpy, one weight at a time; and by torch -------------------
 
 DECOUPLED = ("adamw", "lion", "rf_adamw", "muon", "modular_sgd", "modular_adam")    # decay bypasses the direction
 BY_ENTRY = ("sgd", "adam", "adamw", "lion", "rmsprop", "rf_rmsprop", "rf_adamw")
@@ -577,9 +573,7 @@ def test_defaults_are_the_papers():
         close(optim.state_bytes(optim.OPTIMIZERS[name]), count, 0, f"state of {name}")
 
 
-# ======================================================================================================================
-# Rotation: random walks settle where the closed forms say, and what turning neurons keep
-# ======================================================================================================================
+# ---- Rotation: random walks settle where the closed forms say, and what turning neurons keep -------------------------
 
 
 def walk(name, h, sigma, start):
@@ -721,9 +715,7 @@ def test_weights_that_change_before_their_first_step():
     assert not optimizer.state.get(good), "a step that was refused is counted"
 
 
-# ======================================================================================================================
-# The modular norm: shares, sizes, bounds. Matrices: muon, shampoo, if_shampoo
-# ======================================================================================================================
+# ---- The modular norm: shares, sizes, bounds. Matrices: muon, shampoo, if_shampoo ------------------------------------
 
 
 def linears(count, n_in=6, n_out=None):
@@ -946,9 +938,7 @@ def test_muon_singular_values():
     assert optim.orthogonalise(torch.zeros(4, 3)).abs().max() == 0
 
 
-# ======================================================================================================================
-# What directions and geometries do not feel
-# ======================================================================================================================
+# ---- What directions and geometries do not feel ----------------------------------------------------------------------
 
 ORDER, SIGNS = torch.randperm(24, generator=torch.Generator().manual_seed(1)), normal(2, 4, 6).sign()
 P, Q = (torch.linalg.qr(normal(seed, n, n))[0] for seed, n in ((3, 4), (4, 6)))
@@ -998,9 +988,7 @@ def test_what_is_not_felt():
                 same_bits([back(u.detach())], [w], what)
 
 
-# ======================================================================================================================
-# The optimizer: do this in mid-run, get the same numbers
-# ======================================================================================================================
+# ---- The optimizer: do this in mid-run, get the same numbers ---------------------------------------------------------
 
 
 class Trial:
@@ -1372,9 +1360,7 @@ def test_compiled_equals_eager():
         assert 0 < graphs[0] == graphs[-1], f"{name}: compiled again and again, or never: {graphs}"
 
 
-# ======================================================================================================================
-# What is refused, whether the message names the offender and the way out, and what build makes of a model
-# ======================================================================================================================
+# ---- What is refused, whether the message names the offender and the way out, and what build makes of a model --------
 
 
 def test_errors_of_values():
@@ -1601,9 +1587,7 @@ def test_table_of_any_optimizer():
     assert rows == {"head.weight": ["3x4", "plain", "0.5", "0"]}, rows
 
 
-# ======================================================================================================================
-# RotationProbe: what it measures and predicts. The lesson, and a row of one's own
-# ======================================================================================================================
+# ---- RotationProbe: what it measures and predicts. The lesson, and a row of one's own --------------------------------
 
 
 def probed(optimizer, gradients):
@@ -1811,9 +1795,7 @@ def test_rows_of_ones_own():
         assert "rotational_signum" in listed and "rotational_normalised_sgd" not in listed, "the lesson leaves it out"
 
 
-# ======================================================================================================================
-# Helpers for the scripts
-# ======================================================================================================================
+# ---- Helpers for the scripts -----------------------------------------------------------------------------------------
 
 SCRIPTS = (nanogpt_train, cifar_train, translate_train)
 
@@ -2026,9 +2008,7 @@ def flags_of(**settings):
     return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
 
 
-# ======================================================================================================================
-# The life of a run
-# ======================================================================================================================
+# ---- The life of a run -----------------------------------------------------------------------------------------------
 
 # The fates of a run, one after the other: the fate (arguments of in_fork), the exit status, words of the last line, the
 # step of the checkpoint afterwards.
@@ -2185,9 +2165,7 @@ def test_scripts_compile_and_bfloat16():
                 assert 0 < abs(losses[1] - losses[0]) < 0.3, f"{script.__name__}, {opt}: {losses}"
 
 
-# ======================================================================================================================
-# Bad input: exit status 2, one line that names the mend, no traceback, nothing written
-# ======================================================================================================================
+# ---- Bad input: exit status 2, one line that names the mend, no traceback, nothing written ---------------------------
 
 # Initials of the scripts: flags, or several of them; what the line must hold. @ is a folder with FILES, a finished
 # run, @/run, and one whose data changed afterwards, @/elsewhere. The flags come after those of a small run; with
@@ -2201,7 +2179,8 @@ BAD = {
         ("--optt adam", "did you mean --opt?"), ("--learning_rate 1", "did you mean --lr?"),
         ("--opt if_shampoo --opt_kwargs damping=-1", "damping"), ("--opt_kwargs dtype=float", "dtype"),
         ("--opt_kwargs eps={1}", "eps"), ("--opt_kwargs lr", "KEY=VALUE"), ("--opt sgd --beta1 0.9", "takes no beta1"),
-        ("--opt_kwargs betas=(0.5,0.6)", "--beta1"), ("--opt_kwargs per_neuron=True", "takes no per_neuron"), ("--lr 1 --opt_kwargs lr=2", "twice"),
+        ("--opt_kwargs betas=(0.5,0.6)", "--beta1"), ("--opt_kwargs per_neuron=True", "takes no per_neuron"),
+        ("--lr 1 --opt_kwargs lr=2", "twice"),
         ("--opt rotational_lion --weight_decay 0", "weight_decay > 0"),
         ("--device mps" if torch.cuda.is_available() else "--device cuda", "--device cpu"), ("--out_dir ''", "empty"),
         ("--out_dir @/file", "--out_dir"), ("--out_dir @/run --lr 1", "finished run with another"),
@@ -2324,9 +2303,7 @@ def test_scripts_bad_input():
     assert not problems, "\n".join(problems)
 
 
-# ======================================================================================================================
-# Numbers of a run: one loop by hand for all three scripts, with torch's optimizers
-# ======================================================================================================================
+# ---- Numbers of a run: one loop by hand for all three scripts, with torch's optimizers -------------------------------
 
 
 def config(folder):
@@ -2562,9 +2539,7 @@ def test_translate_translations():
             assert succeed(translate_train, "--translate", spelling, *run, *how) == out, repr(spelling)
 
 
-# ======================================================================================================================
-# Settings
-# ======================================================================================================================
+# ---- Settings --------------------------------------------------------------------------------------------------------
 
 
 def settled(script, *arguments):
@@ -2660,9 +2635,7 @@ def test_scripts_schedule():
             close(found, [*range(1, 11), *(11 * share for share in shares)], 1e-12, name)
 
 
-# ======================================================================================================================
-# Data
-# ======================================================================================================================
+# ---- Data ------------------------------------------------------------------------------------------------------------
 
 
 def tar_of(files, mode="w"):
@@ -3059,9 +3032,7 @@ def test_scripts_downloads():
         listening.shutdown()
 
 
-# ======================================================================================================================
-# Models
-# ======================================================================================================================
+# ---- Models ----------------------------------------------------------------------------------------------------------
 
 
 def image_model(flags, classes=10):
@@ -3334,9 +3305,7 @@ def test_translate_bleu():
     assert abs(translate_train.bleu(plain[1], plain[1]) - 100) < 1e-9
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The test beds of the root-free paper
-# ----------------------------------------------------------------------------------------------------------------------
+# ---- The test beds of the root-free paper ----------------------------------------------------------------------------
 
 
 def bed(flags):
@@ -3503,9 +3472,7 @@ def test_scripts_beds_resume():
             same_run(folder / "calm", folder / "killed")
 
 
-# ======================================================================================================================
-# sweep.py
-# ======================================================================================================================
+# ---- sweep.py --------------------------------------------------------------------------------------------------------
 
 # A training script in miniature: the same flags, files and exit statuses as the real ones, but it starts at once.
 # Its loss is a recurrence over the steps, so that one that is lost or done twice shows. `starts` counts its starts.
@@ -3855,16 +3822,17 @@ SWEEP_BAD = (
     ("--grid lr=1 --random 3", "not allowed with"), ("--random 3", "--space"), ("--random 2 --space lr=3", "log(a,b)"),
     ("--random 2 --space paper:cnn:lion", "paper:cnn:rf_rmsprop"), ("--grid lr=1 --space lr=log(1,2)", "--random"),
     ("--grid lr=1 --runs 10", "--two_stage"), ("--two_stage --runs 0 --space lr=log(1,2)", "--runs 0"),
-    ("--experiment warmup --runs 8", "leave out --runs"),
-    ("--grid lr=1 --seed 1", "--random"), ("--experiment warmpu", "warmup"), ("--curves x --jobs 2", "--jobs"),
+    ("--experiment warmup --runs 8", "leave out --runs"), ("--experiment warmpu", "warmup"),
+    ("--grid lr=1 --seed 1; --grid lr=1 --seed 0", "--random"), ("--curves x --jobs 2", "--jobs"),
     ("--experiment warmup --grid lr=1", "--grid"), ("--experiment warmup --fixed lr=1", "--fixed"),
     ("--experiment warmup --print_commands --plot x.png", "leave out --plot"), ("--curves no/such", "no log.jsonl"),
-    ("--grid lr=1 --scale gpu", "--experiment"), ("--grid lr=1 --script nanogtp_train.py", "no such file"),
+    ("--grid lr=1 --scale gpu; --grid lr=1 --scale cpu", "--experiment"),
+    ("--grid lr=1 --script nanogtp_train.py", "no such file"),
     (f"--grid lr=1 --script {sys.executable}", "in Python"), ("--grid lr=1 --plot x.exe", ".png"),
     ("--grid lr=1 --plot no/such/x.png", "a folder that exists"), ("--report --out_dir no/such", "no runs"),
     ("--grid lr=1 --print_commands --report", "--report"), ("--grid lr=1 --jobs 0", "at least 1"),
-    ("--random 2 --space lr=log(1,2) --seed=-1", "at least 0"),
-    ("--grid lr=1 --lr 3", "unknown flag --lr"), ("--grid lr=1 --out_dir ''; --grid ''", "is empty"),
+    ("--random 2 --space lr=log(1,2) --seed=-1", "at least 0"), ("--grid lr=1 --lr 3", "unknown flag --lr"),
+    ("--gird lr=1", "did you mean --grid?"), ("--grid lr=1 --out_dir ''; --grid ''", "is empty"),
     ("--grid lr=1e-300:1e300:log3 weight_decay=-1e308:1e307:lin100000 --seeds 9", "million"))
 
 
@@ -4218,9 +4186,7 @@ def test_sweep_curves():
         assert {"step", "seconds", "val_loss (nats)", "lion", "adamw", "up", "predicted"} <= set(look_at(figure))
 
 
-# ======================================================================================================================
-# Running them
-# ======================================================================================================================
+# ---- Running them ----------------------------------------------------------------------------------------------------
 
 
 def one_thread():
