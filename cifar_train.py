@@ -12,12 +12,12 @@ training. The training loop is in `main`, the last page: begin there.
 
 A run writes config.json, ckpt.pt and log.jsonl under --out_dir. log.jsonl has one JSON object a line, of two kinds:
 
-    {"step": 312, "train_loss": ..., "train_acc": ..., "test_loss": ..., "test_acc": ..., "lr": ..., ...}  an evaluation
-    {"step": 350, "lr": ..., "rotation": {"conv.weight": {"angle": ..., "norm": ...}, ...}}          every --track steps
+    {"step": 312, "train_loss": ..., "train_acc": ..., "test_loss": ..., "test_acc": ..., "lr": ..., ...}
+    {"step": 350, "lr": ..., "rotation": {"conv.weight": {"angle": ..., "norm": ...}, ...}}          in the 351st step
 
-The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
-predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is no number any more, 130 or 143 stopped
-by Ctrl-C or SIGTERM after saving.
+The first is of an evaluation after 312 steps. The last one has "final": true. The angle is the mean over the neurons of
+a weight, in radians, for that one step. Theory's predicted_angle and predicted_norm stand beside it. Exit status: 0
+done, 2 bad input, 3 the loss is no number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
 
 References of the presets: Kosson et al. 2024 (Rotational Equilibrium), Large et al. 2024 (Scalable Optimization in the
 Modular Norm), Lin et al. 2024 (root-free methods). Each model names its own.
@@ -71,6 +71,8 @@ def fail(message, status=2):
 # ---- Settings: the command line overrides the preset, and the preset the defaults ------------------------------------
 
 
+# A line is a flag:  name: type = default  # its help, which may begin with limits, [low, high) or {a, b}.  Read it as
+# s.name. If it leaves what is learned unchanged, add it to ASIDE. LIMITS has the limits of every flag, or "".
 class Settings:
     # optimizer (what is not given comes from the preset, else from TUNED, else from the optimizer's class)
     opt: str = "adamw"              # any name of optim.OPTIMIZERS
@@ -82,9 +84,9 @@ class Settings:
     eps: float = None               # [0, inf) of the adam and rmsprop families (modular_adam has none)
     opt_kwargs: list = None         # KEY=VALUE ... anything else that the optimizer's class takes
     # training
-    preset: str = None              # a name of PRESETS; default: cpu, with CUDA the resnet18 model on shapes
-    schedule: str = "cosine"        # {cosine, linear, constant, step} after the warmup; step: a tenth at 1/3 and at 2/3
-    warmup: int = 60                # [0, 1e9] steps over which lr rises linearly; a default is at most half of them all
+    preset: str = None              # a name of PRESETS; default: --model's own, else cpu, with CUDA resnet18 on shapes
+    schedule: str = "cosine"        # {cosine, linear, constant, step} after the warmup; step: over 10 at 1/3 and at 2/3
+    warmup: int = 60                # [0, 1e9] steps over which lr rises linearly; if not given, at most half of all
     steps: int = None               # [1, 1e9] optimizer steps, instead of epochs
     epochs: int = None              # [1, 1e9] passes over the training images
     batch_size: int = 64            # [1, 1e6] images per step
@@ -252,7 +254,7 @@ PRESETS = {
 
 # Tuned for the cpu preset on shapes, one seed, the test set untouched. The lr of each NAME was swept in octaves:
 #     python sweep.py --script cifar_train.py --grid opt=NAME lr=1e-3,2e-3,4e-3 --fixed "epochs=1 split=0.9"
-# The other numbers are by hand. For the rotational ones they give angles of 0.02 to 0.06.
+# The other numbers are by hand. For the rotational ones they give angles of 0.02 to 0.07.
 TUNED = {}
 for direction, plain, rotational, modular, shared in (          # lr and weight_decay of each geometry
         ("sgd", (0.4, 5e-4), (0.5, 2.5e-3), (2.0, 0.0), dict(momentum=0.9)),
@@ -320,9 +322,9 @@ def settle(given):
     if s.dtype is None:                             # older GPUs have bfloat16, but only emulate it
         native = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         s.dtype = "bfloat16" if native else "float32"
-    words, named = ["cifar", s.opt, model, pathlib.Path(s.data).stem], {"opt", "model", "data", "opt_kwargs"}
-    words += given.get("opt_kwargs", [])
-    words += [f"{key}={value}" for key, value in given.items() if key not in ASIDE | named]
+    words = ["cifar", s.opt, model, pathlib.Path(s.data).name, *given.get("opt_kwargs", [])]
+    words += [f"{key}={value}" for key, value in given.items()
+              if key not in ASIDE | {"opt", "model", "data", "opt_kwargs"}]
     s.out_dir = s.out_dir or "out/" + re.sub(r"[^\w.=+-]", "_", "-".join(words))
     return s
 
@@ -673,7 +675,7 @@ class ResidualBlock(nn.Module):
     """relu(shortcut(x) + f(x)).  f is two 3x3 convolutions or, as a bottleneck, 1x1, 3x3, and 1x1 to 4 times the
     channels. A normalisation follows each of them, and relu lies in between."""
 
-    def __init__(self, s, n_in, channels, stride, bottleneck):
+    def __init__(self, n_in, channels, stride, bottleneck):
         super().__init__()
         plan = [(3, channels, stride), (3, channels, 1)]                            # kernel, channels out, stride
         if bottleneck:
@@ -716,7 +718,7 @@ class ResNet(nn.Module):
         for stage, count in enumerate(blocks):
             for i in range(count):
                 stride = 2 if stage > 0 and i == 0 else 1
-                self.blocks.append(ResidualBlock(s, n_in, s.width * 2**stage, stride, bottleneck))
+                self.blocks.append(ResidualBlock(n_in, s.width * 2**stage, stride, bottleneck))
                 n_in = self.blocks[-1].n_out
         self.head = Linear(n_in, n_classes, True, s.gains)
         he_initialise(self)
@@ -1168,7 +1170,9 @@ def start_files(out_dir, s, ckpt):
 
 
 def save(path, s, model, optimizer, bar, **progress):
-    """Write a checkpoint, unless a number in it is not finite."""
+    """Write a checkpoint, unless a number in it is not finite. It holds settings, weights, the optimizer's state and
+    `progress`: step, seconds, losses since the last evaluation, a hash of the data. Batches and dropout depend on
+    (seed, step) alone, so a resumed run needs no random state."""
     held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
     if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
         diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)
@@ -1201,9 +1205,9 @@ def diverged(what, step, bar, s):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of
-    your own goes into the dict below, and its name into the comment of Settings.schedule. Each entry is computed at
-    every step, from done = 0 on."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of your
+    own goes into the dict below, and its name into the comment of Settings.schedule. All entries are computed at every
+    step, so yours must be a number at done = 0, too: "rsqrt": (1 + step - s.warmup) ** -0.5, say."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
@@ -1300,7 +1304,7 @@ def main():
     s.steps = s.steps or s.epochs * batches.an_epoch
     s.eval_every = s.eval_every or batches.an_epoch
     s.save_every = s.save_every or s.eval_every
-    if "warmup" not in given:
+    if not ckpt and "warmup" not in given:
         s.warmup = min(s.warmup, s.steps // 2)      # a preset's warmup, in a much shorter run
 
     # ---- model and optimizer
@@ -1339,23 +1343,23 @@ def main():
             last, leave = step == s.steps, bool(stopped_by)
             evaluate_now = last or step % s.eval_every == 0
             if evaluate_now:
-                loss, accuracy = evaluate(model, test, test_labels, batches, s, autocast, stopped_by)
-                leave = loss is None
-                if not (leave or math.isfinite(loss)):
-                    diverged(f"the {held_out} loss is {loss}", step, bar, s)
+                val_loss, val_acc = evaluate(model, test, test_labels, batches, s, autocast, stopped_by)
+                leave = val_loss is None
+                if not (leave or math.isfinite(val_loss)):
+                    diverged(f"the {held_out} loss is {val_loss}", step, bar, s)
             if last or leave or step % s.save_every == 0:
                 save(out_dir / "ckpt.pt", s, model, optimizer, bar, step=step, seconds=time.time() - began,
                      losses=torch.stack(losses).tolist() if losses else [], fingerprint=images.fingerprint)
             if evaluate_now and not leave:
-                record = {"step": step, f"{held_out}_loss": loss, f"{held_out}_acc": accuracy,
+                record = {"step": step, f"{held_out}_loss": val_loss, f"{held_out}_acc": val_acc,
                           "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
                 if losses:
                     train_loss, train_acc = torch.stack(losses).mean(0).tolist()
                     record |= {"train_loss": train_loss, "train_acc": train_acc,
                                "epoch": step * s.batch_size / len(train)}
-                    bar.write(f"step {step:6d}   train_loss {train_loss:.4f}   {held_out}_loss {loss:.4f}   "
-                              f"{held_out}_acc {100 * accuracy:5.2f} %   {record['seconds']:6.1f} s", file=sys.stdout)
+                    bar.write(f"step {step:6d}   train_loss {train_loss:.4f}   {held_out}_loss {val_loss:.4f}   "
+                              f"{held_out}_acc {100 * val_acc:5.2f} %   {record['seconds']:6.1f} s", file=sys.stdout)
                 append(out_dir / "log.jsonl", record | ({"final": True} if last else {}))
                 losses = []
             if last or leave:
@@ -1364,13 +1368,12 @@ def main():
             # a step: the loss and its gradients, then the optimizer
             for group, peak in zip(optimizer.param_groups, peaks):
                 group["lr"] = lr_at(step, peak, s)
-            x, y = batches(step)                    # the batch depends on (seed, step) alone: nothing to restore
-            losses.append(gradients(network, x, y, s, autocast))
+            losses.append(gradients(network, *batches(step), s, autocast))
             if step % 10 == 0:                      # not oftener: it waits for the device
-                train_loss = losses[-1][0].item()
-                if not math.isfinite(train_loss):
-                    diverged(f"the loss is {train_loss}", step + 1, bar, s)
-                bar.set_postfix_str(f"loss {train_loss:.4f}", refresh=False)
+                loss = losses[-1][0].item()
+                if not math.isfinite(loss):
+                    diverged(f"the loss is {loss}", step + 1, bar, s)
+                bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             if s.grad_clip:
                 nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip)
             measure = s.track and step and step % s.track == 0
@@ -1389,7 +1392,7 @@ def main():
         print(f"stopped after step {step}. To go on: "
               + shlex.join([sys.executable, sys.argv[0], "--resume", "--out_dir", str(out_dir)]))
         sys.exit(128 + stopped_by[0])
-    print(f"{held_out}_acc {100 * accuracy:.2f} % ({held_out}_loss {loss:.4f}) after {step} steps of {s.opt} in "
+    print(f"{held_out}_acc {100 * val_acc:.2f} % ({held_out}_loss {val_loss:.4f}) after {step} steps of {s.opt} in "
           f"{time.time() - began:.0f} s: {out_dir}")
 
 

@@ -12,12 +12,13 @@ The training loop is in `main`, the last page: begin there.
 
 A run writes config.json, ckpt.pt and log.jsonl under --out_dir. log.jsonl has one JSON object a line, of two kinds:
 
-    {"step": 500, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}      an evaluation
-    {"step": 550, "lr": ..., "rotation": {"blocks.0.up.weight": {"angle": ..., "norm": ...}, ...}}   every --track steps
+    {"step": 500, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}      after 500 steps
+    {"step": 550, "lr": ..., "rotation": {"blocks.0.up.weight": {"angle": ..., "norm": ...}, ...}}   in the 551st step
 
-The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
-predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is no number any more, 130 or 143 stopped
-by Ctrl-C or SIGTERM after saving (not under torchrun). Sizes and spirit are those of Karpathy's nanoGPT.
+The last one has "final": true. The angle is the mean over the neurons of a weight, in radians, for that one step.
+Theory's predicted_angle and predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is no number
+any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving (not under torchrun). Sizes and spirit are those of
+Karpathy's nanoGPT.
 """
 import argparse
 import ast
@@ -67,6 +68,8 @@ def fail(message, status=2):
 # ---- Settings: the command line overrides the preset, and the preset the defaults ------------------------------------
 
 
+# A line is a flag:  name: type = default  # its help, which may begin with limits, [low, high) or {a, b}.  Read it as
+# s.name. If it leaves what is learned unchanged, add it to ASIDE. LIMITS has the limits of every flag, or "".
 class Settings:
     # optimizer (what is not given comes from the preset, else from TUNED, else from the optimizer's class)
     opt: str = "adamw"              # any name of optim.OPTIMIZERS
@@ -78,9 +81,9 @@ class Settings:
     eps: float = None               # [0, inf) of the adam and rmsprop families (modular_adam has none)
     opt_kwargs: list = None         # KEY=VALUE ... anything else that the optimizer's class takes
     # training
-    preset: str = None              # a name of PRESETS; default: cpu, with CUDA the shakespeare model on python_docs
+    preset: str = None              # a name of PRESETS; default: cpu (lstm), with CUDA shakespeare on python_docs
     schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
-    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; a default is at most half of them all
+    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; if not given, at most half of all
     steps: int = 2000               # [1, 1e9] optimizer steps
     batch_size: int = 12            # [1, 1e6] sequences in one forward pass
     grad_accum: int = 1             # [1, 1e6] a step averages over batch_size * grad_accum sequences, of all GPUs
@@ -158,11 +161,11 @@ def parse(argv=None):
     return vars(given)
 
 
-# `tuned` comes before the table TUNED. Nobody has tried the values of TUNED at other sizes.
+# `tuned` stands in for the table TUNED. Nobody has tried the values of TUNED at other sizes.
 PRESETS = {
     # The default without CUDA: the size of nanoGPT's CPU example, a little over a minute on two cores.
     "cpu": dict(compile=False),
-    # The same with --arch lstm: three quarters of the weights. A bed of the kind that Lin et al. 2024 name.
+    # The same with --arch lstm: three quarters of the weights. A test bed of the kind of Lin et al. 2024.
     "lstm": dict(compile=False, arch="lstm", n_layer=2, n_embd=192),
     # The default with CUDA, then on python_docs: nanoGPT's config/train_shakespeare_char.py.
     "shakespeare": dict(data="shakespeare", n_layer=6, n_head=6, n_embd=384, block_size=256, dropout=0.2, batch_size=64,
@@ -679,7 +682,9 @@ def start_files(out_dir, s, ckpt):
 
 
 def save(path, s, model, optimizer, bar, **progress):
-    """Write a checkpoint, unless a number in it is not finite."""
+    """Write a checkpoint, unless a number in it is not finite. It holds settings, weights, the optimizer's state and
+    `progress`: step, seconds, losses since the last evaluation, a hash of the data. Batches and dropout depend on
+    (seed, step) alone, so a resumed run needs no random state."""
     held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
     if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
         diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)
@@ -712,9 +717,9 @@ def diverged(what, step, bar, s):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of
-    your own goes into the dict below, and its name into the comment of Settings.schedule. Each entry is computed at
-    every step, from done = 0 on."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of your
+    own goes into the dict below, and its name into the comment of Settings.schedule. All entries are computed at every
+    step, so yours must be a number at done = 0, too: "rsqrt": (1 + step - s.warmup) ** -0.5, say."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
@@ -827,6 +832,7 @@ def main():
     if s.bench:
         windows = get_windows(train, np.random.default_rng(0), sequences, s)
         return bench(windows[:, 1:].numel(), "tokens",
+                     data=lambda: get_windows(train, np.random.default_rng(0), sequences, s),
                      forward_and_backward=lambda: gradients(network, windows, s, autocast), optimizer=optimizer.step)
 
     # ---- processes, files, signals

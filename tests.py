@@ -2027,7 +2027,7 @@ def survive(script, folder, model, opt, seed):
     every three kills one is at a random file operation, one in the middle of a write, one at any time."""
     chance, run, killed = random.Random(seed), folder / "it's a run", (-signal.SIGKILL,)
     flags = [*tiny(script, folder, model),
-             *flags_of(opt=opt, steps=30 + 18 * KILLS, eval_every=30, save_every=2, track=12)]
+             *flags_of(opt=opt, steps=30 + 18 * KILLS, warmup=20 + 10 * KILLS, eval_every=30, save_every=2, track=12)]
     if script is cifar_train:
         cifar_folder(folder, 100, 1100)             # evaluated in two batches
     run_fork(script, folder, *flags, "--out_dir", "calm")

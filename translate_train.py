@@ -1,12 +1,13 @@
 """
 Train a Transformer to translate German to English with any optimizer of optim.py. One file, top to bottom: settings,
-data, byte pairs, BLEU, model, beam search, files, training. The training loop is in `main`, the last page: begin there.
+data, byte pairs, batches, BLEU, model, beam search, files, training. The training loop is in `main`, the last page:
+begin there.
 
     python translate_train.py                                 AdamW, a 0.9M-parameter Transformer, numbers: offline
     python translate_train.py --opt rotational_lion           any name of optim.OPTIMIZERS, with its tuned defaults
     python translate_train.py --translate "halb acht"         with the trained model; --translate - reads lines
     python translate_train.py --opt rotational_lion --resume  goes on after a kill, a crash, Ctrl-C: add --resume
-    python translate_train.py --preset multi30k               image captions: a quarter of an hour on a CPU, and more
+    python translate_train.py --preset multi30k               image captions: 15 minutes or more on a CPU
     python translate_train.py --preset multi30k --data corpus     text of your own: corpus/train.de, train.en, ...
     python translate_train.py --preset iwslt                  6 + 6 layers on IWSLT'14 (a GPU is advisable)
     python translate_train.py --bench                         tokens per second, and where the time of a step goes
@@ -14,8 +15,8 @@ data, byte pairs, BLEU, model, beam search, files, training. The training loop i
 A run writes config.json, ckpt.pt, log.jsonl and hypotheses.en (its translation of the test set) under --out_dir.
 log.jsonl has one JSON object a line, of three kinds:
 
-    {"step": 250, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}       an evaluation
-    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}        every --track steps
+    {"step": 250, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}         after 250 steps
+    {"step": 300, "lr": ..., "rotation": {"source.weight": {"angle": ..., "norm": ...}, ...}}          in the 301st step
     {"step": 1000, "val_loss": ..., "bleu": ..., "beam": 5, "length_penalty": 1.0, ..., "final": true}        the result
 
 The angle is the mean over the neurons of a weight, in radians, for that one step. Theory's predicted_angle and
@@ -23,8 +24,9 @@ predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is 
 by Ctrl-C or SIGTERM after saving.
 
 The default data, `numbers`, comes out of a grammar in this file. A number or time of its test set is never one of
-the training set. Only minutes may repeat. Text of your own is a folder with train.de and train.en, or their
-.gz, and with valid and test named the same way. Line n of one language translates line n of the other.
+the training set (a number may occur there as the minutes of a time). Text of your own is a folder with train.de and
+train.en, or their .gz, and with valid and test named the same way. Line n of one language translates line n of the
+other.
 
 References: Vaswani et al. 2017 (Transformer); Sennrich et al. 2016 (byte-pair encoding); Papineni et al. 2002 (BLEU);
 Post 2018 (sacrebleu, whose figures `bleu` gives); Kosson et al. 2024 (Rotational Equilibrium) for the preset iwslt.
@@ -81,6 +83,8 @@ def fail(message, status=2):
 # ---- Settings: the command line overrides the preset, and the preset the defaults ------------------------------------
 
 
+# A line is a flag:  name: type = default  # its help, which may begin with limits, [low, high) or {a, b}.  Read it as
+# s.name. If it leaves what is learned unchanged, add it to ASIDE. LIMITS has the limits of every flag, or "".
 class Settings:
     # optimizer (what is not given comes from the preset, else from TUNED, else from the optimizer's class)
     opt: str = "adamw"              # any name of optim.OPTIMIZERS
@@ -94,7 +98,7 @@ class Settings:
     # training
     preset: str = None              # a name of PRESETS; default: cpu
     schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
-    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; a default is at most half of them all
+    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; if not given, at most half of all
     steps: int = 1000               # [1, 1e9] optimizer steps
     max_tokens: int = 1024          # [1, 1e9] of a batch, in each language, padding counted
     label_smoothing: float = 0.1    # [0, 1] of the training loss
@@ -119,7 +123,7 @@ class Settings:
     # machine
     device: str = None              # {cpu, cuda, mps} default: the best there is
     dtype: str = None               # {float32, bfloat16} of autocast; default: bfloat16 on GPUs that compute in it
-    compile: bool = None            # {0, 1} torch.compile the model and the optimizer; default: with CUDA
+    compile: bool = None            # {0, 1} torch.compile the model and the optimizer; default: with CUDA, under iwslt
     track: int = 50                 # [0, 1e9] steps between records of how far neurons turn; 0: none
     bench: bool = False             # {0, 1} time a step and its parts, then leave; writes nothing
     # translation
@@ -172,7 +176,7 @@ def parse(argv=None):
     return vars(given)
 
 
-# `tuned` comes before the table TUNED. Nobody has tried the values of TUNED at other sizes.
+# `tuned` stands in for the table TUNED. Nobody has tried the values of TUNED at other sizes.
 PRESETS = {
     # The default: about a minute on two cores.
     "cpu": dict(compile=False),
@@ -633,6 +637,7 @@ class Batches:
                 self.sizes.append(1)
                 longest = length
         self.tokens_per_batch = self.lengths[:, 1].sum() / max(len(self.sizes), 1)
+        self.drawn = None, []                       # an epoch, and its batches
 
     def order(self, rng=None):
         """Indices of `fits`, from short to long; equal lengths in the order of the text, or by chance."""
@@ -644,6 +649,13 @@ class Batches:
         rng = None if seed is None else np.random.default_rng(seed)
         batches = np.split(self.fits[self.order(rng)], np.cumsum(self.sizes)[:-1])
         return batches if rng is None else [batches[i] for i in rng.permutation(len(batches))]
+
+    def __call__(self, step, s):
+        """The batch of a step."""
+        epoch, place = divmod(step, len(self.sizes))
+        if epoch != self.drawn[0]:
+            self.drawn = epoch, self.epoch([s.seed, epoch])
+        return self.get(self.drawn[1][place], s.device)
 
     def get(self, indices, device):
         """-> source (B, S), what the decoder reads (B, T), what it should say (B, T): that, one token on."""
@@ -842,12 +854,6 @@ def positions(start, count, width, device):
     return torch.cat((angle.sin(), angle.cos()), dim=1)
 
 
-def loss_of(model, pad, source, x, y, smoothing=0.0):
-    """Mean cross-entropy in nats per target token, padding left out."""
-    logits = model(source, x)
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=pad, label_smoothing=smoothing)
-
-
 # ---- Beam search -----------------------------------------------------------------------------------------------------
 
 
@@ -912,7 +918,6 @@ def translate(model, bpe, lines, s, autocast):
             for i, hypothesis in zip(batch, ids):
                 out[i] = sentence(bpe.decode(hypothesis))
             bar.update(len(batch))
-    model.train()
     return out
 
 
@@ -974,7 +979,9 @@ def start_files(out_dir, s, ckpt):
 
 
 def save(path, s, model, optimizer, bar, **progress):
-    """Write a checkpoint, unless a number in it is not finite."""
+    """Write a checkpoint, unless a number in it is not finite. It holds settings, weights, the optimizer's state and
+    `progress`: step, seconds, losses since the last evaluation, a hash of the data. Batches and dropout depend on
+    (seed, step) alone, so a resumed run needs no random state."""
     held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
     if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
         diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)
@@ -1007,13 +1014,19 @@ def diverged(what, step, bar, s):
 
 
 def lr_at(step, peak, s):
-    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of
-    your own goes into the dict below, and its name into the comment of Settings.schedule. Each entry is computed at
-    every step, from done = 0 on."""
+    """Learning rate of step 0, 1, ...: a linear warmup that never starts at 0, then the schedule. A schedule of your
+    own goes into the dict below, and its name into the comment of Settings.schedule. All entries are computed at every
+    step, so yours must be a number at done = 0, too: "rsqrt": (1 + step - s.warmup) ** -0.5, say."""
     if step < s.warmup:
         return peak * (step + 1) / (s.warmup + 1)
     done = (step - s.warmup) / max(s.steps - s.warmup, 1)
     return peak * {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[s.schedule]
+
+
+def loss_of(model, pad, source, x, y, smoothing=0.0):
+    """Mean cross-entropy in nats per target token, padding left out."""
+    logits = model(source, x)
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten(), ignore_index=pad, label_smoothing=smoothing)
 
 
 def make_model(s, bpe):
@@ -1127,8 +1140,8 @@ def main():
           f"vocabulary; {sum(p.numel() for p in model.parameters()):,} parameters{', gains' if s.gains else ''}; "
           f"{s.device}, {s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
     if s.bench:
-        batch = train.get(train.epoch([s.seed, 0])[0], s.device)
-        return bench((batch[2] != bpe.pad).sum().item(), "English tokens",
+        batch = train(0, s)
+        return bench((batch[2] != bpe.pad).sum().item(), "English tokens", data=lambda: train(0, s),
                      forward_and_backward=lambda: gradients(network, batch, s, autocast), optimizer=optimizer.step)
 
     # ---- files, signals
@@ -1137,7 +1150,7 @@ def main():
     stopped_by = catch_signals()
 
     # ---- the loop: evaluate and save where it is time to, then take a step
-    start, began = step, time.time() - spent
+    began = time.time() - spent
     with tqdm(total=s.steps, initial=step, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30) as bar:
         while True:
             last, leave = step == s.steps, bool(stopped_by)
@@ -1168,9 +1181,7 @@ def main():
                 group["lr"] = lr_at(step, peak, s)
             if s.dropout:                           # dropout depends on seed and step: nothing to restore
                 torch.manual_seed(int(np.random.SeedSequence([s.seed, step]).generate_state(1)[0]))
-            epoch, i = divmod(step, len(train.sizes))
-            batches = train.epoch([s.seed, epoch]) if i == 0 or step == start else batches
-            losses.append(gradients(network, train.get(batches[i], s.device), s, autocast))
+            losses.append(gradients(network, train(step, s), s, autocast))
             if step % 10 == 0:                      # not oftener: it waits for the device
                 loss = losses[-1].item()
                 if not math.isfinite(loss):
