@@ -197,7 +197,7 @@ class HeavyBall(Direction):
         return super().start(w, h) | ({"momentum_buffer": torch.zeros_like(w)} if h["momentum"] else {})
 
     def ball(self, x, state, h):
-        if "momentum_buffer" not in state:
+        if not h["momentum"]:
             return x
         return state["momentum_buffer"].mul_(h["momentum"]).add_(x)
 
@@ -779,7 +779,8 @@ class Modular(Geometry):
              Conv        spectral, for each kernel position    the same / (number of positions)      decay
              Embedding   "rows": Euclidean, for each row       sqrt(dim)         rows are put back, whatever wd is
     Shapes   w, d: (out, in, ...), or (rows, dim)            State   u: the vector of the power iteration
-    Units    none: the size of d does not matter. At lr = 1 an update would be as large as the weight, times its share
+    Units    none: the size of d does not matter, as long as its type can hold the squares. At lr = 1 an update would be
+             as large as the weight, times its share
     Groups   norm: "spectral", or "rows" for embeddings; share; scale: the norm of the weights, None: their usual one.
              `build` takes them from the model's modular_tree(). Without groups every weight is taken for a Linear's or
              a Conv's, with share 1: layers are balanced, but not by what they do to each other
@@ -891,6 +892,9 @@ class Tree:
     def __rmatmul__(self, then):
         return as_tree(then) @ self
 
+    def __radd__(self, other):
+        return as_tree(other) + self
+
     def __add__(self, other):
         other = as_tree(other)
         both = as_tree((self, other))
@@ -901,6 +905,8 @@ class Tree:
             raise TypeError(f"a part of a network can be multiplied by a finite number, not by {factor!r}")
         scaled = bond(f"{factor:.4g}", abs(factor)) @ self
         return Tree(f"{factor:.4g} * {self.braced}", scaled.mass, scaled.sensitivity, scaled.parts)
+
+    __mul__ = __rmul__
 
     def __pow__(self, copies):
         if not isinstance(copies, int) or copies < 1:
@@ -935,6 +941,8 @@ class Tree:
         return self.name
 
     def __str__(self):
+        if any(len(w.layers) > 1 for w in self.parts):              # shares are known when the copies are, by **
+            return self.name
         rows = [("weight", "norm", "scale", "mass", "share")]
         rows += [(w.words(), w.norm, *(f"{x:.4g}" for x in (w.scale, m, share))) for w, m, share in self.weights()]
         return f"{columns(rows)}\nmass {self.mass:.4g}, sensitivity {self.sensitivity:.4g}: {self.name}"
@@ -1019,7 +1027,8 @@ def initialise(tree):
             if getattr(leaf.layer, "padding_idx", None) is not None:
                 w[leaf.layer.padding_idx] = 0
             continue
-        for position in w.flatten(2).unbind(2) if w.dim() > 2 else [w]:
+        for at in itertools.product(*map(range, w.shape[2:])):      # of a Linear: one position, ()
+            position = w[(..., *at)]
             position.copy_(leaf.scale * torch.nn.init.orthogonal_(torch.empty_like(working_copy(position))))
 
 
@@ -1055,6 +1064,7 @@ class muon(Direction):
              take adamw's direction, with `betas` and `eps`. Their lr, for the decay too, is adamw_lr_scale times the
              group's
     Options  dtype: of the iterations; None: bfloat16 on CUDA, the type of m elsewhere
+    Notice   OneCycleLR and CyclicLR would cycle b1 of the others, not mu: give them cycle_momentum=False
     Source   [Muon]; equal to torch.optim.Muon, which takes matrices alone and works in bfloat16
     """
     formula = "d = U V^T of mean(g) = U S V^T"
@@ -1398,9 +1408,14 @@ def interval(text):
     return words, above, float(low), float(high), below
 
 
+# Options of torch.optim that change the method. A group may carry them if they are off.
+NOT_OFFERED = {"maximize", "amsgrad", "nesterov", "differentiable", "dampening", "centered", "decoupled_weight_decay"}
+
+
 def name_of(group, i, index):
     """What to call parameter i of a group: the name it came with (pass model.named_parameters() to have them)."""
-    return group["param_names"][i] if "param_names" in group else f"parameter {i} of group {index}"
+    names = group.get("param_names", ())
+    return names[i] if i < len(names) else f"parameter {i} of group {index}"
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -1413,20 +1428,21 @@ class Optimizer(torch.optim.Optimizer):
     (but a first step may centre neurons).
 
     Groups may be edited in mid-run, by hand or by a scheduler. Every step checks their values as the constructor did.
-    But a parameter's first step settles what its state looks like, so per_neuron, rotational, norm, graft, dtype,
-    max_dim and use_muon must stay as they are from there on. Keys that are no hyperparameter are kept, and mean nothing
-    here.
+    But a parameter's first step settles what its state looks like, so per_neuron, zero_mean, rotational, norm, graft,
+    dtype, max_dim and use_muon must stay as they are from there on. Keys that are no hyperparameter are kept, and mean
+    nothing here.
 
     On the CPU the same gradients give the same weights, to the bit. On CUDA gradients themselves can differ from run to
     run, since some backward passes add with atomics: see torch.use_deterministic_algorithms.
 
     compile=True: the step goes through torch.compile. lr may then change at every step. A change of another
     hyperparameter compiles anew, and after some eight of those torch gives up and runs the step eagerly. Another set of
-    parameters that have a gradient compiles anew, too, without such a limit.
+    parameters that have a gradient compiles anew, too, without such a limit. (torch.compile around step() itself would
+    compile anew in every step.)
 
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
-    Errors   TypeError for an unknown argument. ValueError for all else: values out of range, misspelt keys in a group,
-             parameters or gradients of another kind, a checkpoint of another model or kind of optimizer
+    Errors   TypeError for an unknown argument. ValueError for values out of range, misspelt keys in a group, parameters
+             or gradients of another kind, a checkpoint of another model or kind of optimizer
     """
     direction = None
     geometry = PLAIN
@@ -1490,9 +1506,14 @@ class Optimizer(torch.optim.Optimizer):
                 return f": did you mean {near!r}?"
         return ""
 
+    def _variants(self, group):
+        """Keys of a group that ask for a method that this class is not."""
+        fine = self.takes().keys() | ({"decoupled_weight_decay"} if self.direction.decoupled else set())
+        return {key for key in NOT_OFFERED - fine if group.get(key)}
+
     def _check_values(self, index):
         group = self.param_groups[index]
-        for key in self.takes():                    # in every step: no dict is merged for it
+        for key in self.takes():
             allowed = self.direction.ranges.get(key, RANGES.get(key))
             if allowed is None:
                 self._refuse(f"nobody has said which values {key} may have: add them to the `ranges` of its row")
@@ -1510,10 +1531,10 @@ class Optimizer(torch.optim.Optimizer):
         self._check_values(index)
         group = self.param_groups[index]
         for key in group.keys() - self.takes().keys():
-            if meant := self._meant(key):
-                self._refuse(f"unknown key {key!r} in parameter group {index}{meant}")
-            if key in ("maximize", "amsgrad", "nesterov", "differentiable") and group[key]:
+            if key in self._variants(group):
                 self._refuse(f"{key} in parameter group {index} is not offered here: leave it out")
+            if key not in NOT_OFFERED and (meant := self._meant(key)):
+                self._refuse(f"unknown key {key!r} in parameter group {index}{meant}")
         for i, p in enumerate(group["params"]):
             if torch.nn.parameter.is_lazy(p):
                 self._refuse(f"{name_of(group, i, index)} has no shape yet: run the model once first")
@@ -1582,7 +1603,7 @@ class Optimizer(torch.optim.Optimizer):
             averages = {name: x for name, x in state.items() if name != "step" and torch.is_tensor(x)}
             work = compiled if group["compile"] else eager
             work.append((direction, geometry, p.detach(), p.grad, averages, hyper_at[key]))
-        with full_precision({p.device.type for _, _, p, *_ in eager + compiled}):
+        with full_precision(eager + compiled):
             update(blocks(eager))
             update_compiled(compiled)
         for _, geometry, p, _, _, h in eager + compiled:
@@ -1622,7 +1643,7 @@ class Optimizer(torch.optim.Optimizer):
             for group, own in zip(self.param_groups, compiled):
                 group["compile"] = own
             for p, key, value, dtype in loaded:
-                self.state[p][key] = value.to(p.device, dtype, copy=True)
+                self.state[p][key] = int(value) if key == "step" else value.to(p.device, dtype, copy=True)
 
         with (self.register_load_state_dict_pre_hook(match),
               self.register_load_state_dict_post_hook(mend, prepend=True)):
@@ -1636,10 +1657,11 @@ class Optimizer(torch.optim.Optimizer):
         numbers = {name: n for group in saved for name, n in zip(group["param_names"], group["params"])}
         if strange := numbers.keys() ^ {name for group in ours for name in group["param_names"]}:
             self._refuse("this state_dict was saved for another model: only one of the two has "
-                         f"{', '.join(sorted(strange))}. (Is one of them wrapped, and has names like 'module.x'?)")
+                         f"{', '.join(sorted(strange))}. (Is one of them wrapped, with names like 'module.x'?)")
         holding = {frozenset(group["param_names"]): group for group in saved}
         if holding.keys() != {frozenset(group["param_names"]) for group in ours}:
-            self._refuse("this state_dict has the same parameters in other groups: make the groups as they were")
+            self._refuse("this state_dict has the same parameters in other groups: make the groups as they were. "
+                         "(`build` looks at weights: show it those that it saw then, and load yours after it)")
         return state_dict | {"param_groups": [
             holding[frozenset(names)] | {"params": [numbers[name] for name in names], "param_names": [*names]}
             for names in (group["param_names"] for group in ours)]}
@@ -1648,10 +1670,11 @@ class Optimizer(torch.optim.Optimizer):
         """-> (parameter, key, tensor, the type it is to have) for all of a state_dict that fits this optimizer."""
         takes, known = self.takes().keys(), RANGES.keys() | {key for row in DIRECTIONS.values() for key in row.ranges}
         for index, (group, saved) in enumerate(zip(self.param_groups, state_dict["param_groups"])):
-            own = group.keys() - takes                          # a user's own keys, whatever they are called
+            own = group.keys() - takes | {"compile"}            # a user's own keys, whatever they are called
+            own |= NOT_OFFERED - takes - self._variants(saved)  # torch.optim's
             if not MODULAR.defaults.keys() <= saved.keys():
                 own |= MODULAR.defaults.keys() - takes          # "scale", say, is an everyday word
-            if strange := (takes ^ (saved.keys() & known)) - own:
+            if strange := (takes ^ (saved.keys() & (known | NOT_OFFERED))) - own:
                 self._refuse("this state_dict was saved by another optimizer: only one of the two has "
                              f"{', '.join(sorted(strange))}")
             for i, (p, number) in enumerate(zip(group["params"], saved["params"])):
@@ -1700,15 +1723,17 @@ def working_copy(p):
 
 
 @contextlib.contextmanager
-def full_precision(devices):
-    """No autocast, and no tf32 or bfloat16 inside float32 products, whatever surrounds the step."""
+def full_precision(work):
+    """No autocast, and no tf32 or bfloat16 inside float32 products of matrices, whatever surrounds the step."""
+    products = any(geometry is MODULAR or not direction.by_entry for direction, geometry, *_ in work)
     with contextlib.ExitStack() as stack:
-        for device in filter(torch.amp.is_autocast_available, devices):
+        for device in filter(torch.amp.is_autocast_available, {p.device.type for _, _, p, *_ in work}):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
-        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
-            stack.callback(setattr, backend, "fp32_precision", backend.fp32_precision)
-            backend.fp32_precision = "ieee"
+        for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if products else ():
+            found, backend.fp32_precision = backend.fp32_precision, "none"          # none: as torch.backends has it
+            inherited, backend.fp32_precision = backend.fp32_precision, "ieee"
+            stack.callback(setattr, backend, "fp32_precision", "none" if found == inherited else found)
         yield
 
 
@@ -1805,8 +1830,8 @@ class Muon(Optimizer):
     """For all parameters of a model: matrices by muon, the others by adamw (use_muon, in a group). With
     dtype=torch.bfloat16 equal to torch.optim.Muon for what is a matrix.
     Settles ("original") near ||w||^2 = lr / (2 wd S) and an angle of sqrt(2 lr wd S), S from `muon.power`, whatever the
-    gradient's size. By the shape of the matrix (of 64 rows or more, 1 : 4 to 1 : 1) the norm is smaller than that by
-    10 to 29 %, and the angle larger by 4 to 23 % (`muon.on_noise`)."""
+    gradient's size. For matrices of 1 : 4 to 1 : 1, of 64 rows and columns or more, the norm is smaller than that by 10
+    to 29 %, and the angle larger by 4 to 23 % (`muon.on_noise`)."""
     direction = DIRECTIONS["muon"]
 
 
@@ -1939,12 +1964,13 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
 
     Under a modular geometry model.modular_tree(), or `tree`, gives each weight of 2 dims or more a norm, a scale and
     its share. Biases and gains take the plain rule with a hundredth of lr: a modular lr (0.1 to 2) is relative to the
-    norm of a whole weight, and far too large a step for a single number.
+    norm of a whole weight, and far too large a step for a single number. (Schedulers that set one lr for all groups,
+    OneCycleLR and SWALR, take a list, too.)
 
     Args     model: an nn.Module. Parameters with requires_grad=False are left out: thaw first, or add_param_group later
              tree: the Tree of a model without a method modular_tree
              no_decay: names of parameters, or patterns like "*.pos_embed", that get no decay and do not turn
-             hyper: of the class, OPTIMIZERS[name]
+             hyper: of the class, OPTIMIZERS[name], but for what these rules decide (rotational, norm, scale, share)
     Errors   ValueError, with what to give instead; TypeError for something that is no model
     """
     kind = find_optimizer(name)
@@ -1952,6 +1978,7 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
         raise TypeError(f"build: give it the model itself, build({name!r}, model), not its parameters")
     if isinstance(model, torch.nn.DataParallel):
         raise ValueError(f"build: give it the network inside DataParallel: build({name!r}, model.module)")
+    model = getattr(model, "_orig_mod", model)      # torch.compile's wrapper would add a prefix to all names
     trainable, owner = {n: p for n, p in model.named_parameters() if p.requires_grad}, {}
     if not trainable:
         raise ValueError("build: the model has no trainable parameters")
@@ -1962,17 +1989,20 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
         if first != n:
             raise ValueError(f"build: {first} and {n} share memory but are two parameters, which would be updated "
                              "twice: tie them by assigning the same nn.Parameter to both modules")
-    spared = set()
+    spared, all_names = set(), {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     for pattern in [no_decay] if isinstance(no_decay, str) else no_decay:
-        if not (matches := fnmatch.filter(trainable, pattern)):
+        if not (matches := fnmatch.filter(all_names, pattern)):
             raise ValueError(f"build: no_decay={pattern!r} is the name of no trainable parameter")
-        spared.update(matches)
+        spared.update(all_names[n] for n in matches)
+    for key in hyper.keys() & {"rotational", "norm", "scale", "share"}:
+        raise ValueError(f"build: {key} is decided for each parameter: leave it out, or use no_decay= or tree=")
     h = kind.takes() | hyper
     if kind.geometry is ROTATIONAL and h["weight_decay"] == 0:
         raise ValueError(f"build: {name} turns neurons by an angle of kappa sqrt(2 lr weight_decay), so weight_decay=0 "
                          f"cannot rotate anything. Set weight_decay > 0, or take {kind.direction.name!r}")
     shares = modular_rules(model, tree, trainable) if kind.geometry is MODULAR else {}
-    looked_up = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    looked_up = {p for module in model.modules() if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
+                 for p in module.parameters()}
     groups = {}
     for n, p in sorted(trainable.items(), key=lambda item: item[1].dim() < 2):          # matrices first
         rule = shares.get(n, {})
@@ -1982,7 +2012,7 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
                 rule["lr"] = 0.01 * h["lr"]
             if "lr_cov_scale" in h:                 # if_shampoo: the authors' factor; they go by names
                 rule["lr_cov_scale"] = 0.25
-        elif n in spared:
+        elif p in spared:
             rule = rule | {"weight_decay": 0.0} | ({"rotational": False} if kind.geometry is ROTATIONAL else {})
         elif kind.geometry is ROTATIONAL:
             reason = ROTATIONAL.why_stuck(p, h) if p.numel() else "it is empty"
@@ -2095,7 +2125,7 @@ class RotationProbe:
 
     def _before(self, optimizer, args, kwargs):
         self._copies = {p: p.detach().clone() for group in optimizer.param_groups
-                        for p in group["params"] if p.dim() > 1}
+                        for p in group["params"] if p.dim() > 1 and p.requires_grad and not p.is_complex()}
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs):

@@ -533,7 +533,8 @@ def test_plain_equals_torch():
 
     def edited(optimizer):                                  # a scheduler of our own
         edits = itertools.cycle([{"lr": 0.1}, {"weight_decay": 0.7}, {"weight_decay": 0.01}, {"alpha": 0.3, "eps": 0.1},
-                                 {"momentum": 0.1, "betas": (0.0, 0.5)}, {"momentum": 0.95, "betas": (0.95, 0.9)},
+                                 {"momentum": 0.1, "betas": (0.0, 0.5)}, {"momentum": 0.0},
+                                 {"momentum": 0.95, "betas": (0.95, 0.9)},
                                  {"weight_decay": 0}, {"lr": 0}])
         group = optimizer.param_groups[0]
         return types.SimpleNamespace(step=lambda: group.update(
@@ -554,6 +555,16 @@ def test_plain_equals_torch():
                 run(optimizer, [gradients])
                 scheduler.step()
         all_close(ours, theirs, 1e-11, f"{name} {hyper}, scheduler {i}")
+    for name, twin in TORCH_TWINS.items():                  # its checkpoint goes on here
+        theirs = parameters(shapes)
+        first, h = twin(theirs, lr=0.01, weight_decay=0.1), {"lr": 0.5, "weight_decay": 0.0}
+        run(first, noise(shapes, 3))
+        ours = [nn.Parameter(p.detach().clone()) for p in theirs]
+        second = optim.OPTIMIZERS[name](ours, **h)
+        second.load_state_dict(first.state_dict())
+        for optimizer in (first, second):
+            run(optimizer, noise(shapes, 3, seed=9))
+        all_close(ours, theirs, 1e-11, f"{name}, from torch's checkpoint")
 
 
 def test_defaults_are_the_papers():
@@ -771,8 +782,10 @@ def test_trees_in_words_and_in_order():
     assert str(tree).count("Linear 6x6  spectral") == 6 and "sensitivity 0.0625" in str(tree), tree
     for tree, text in (((b @ a) ** 2, "(b @ a) ** 2"), (2 * (a + b) ** 3, "2 * ((a + b) ** 3)"),
                        (a + b @ a, "(a + b @ a)"), (optim.bond("C++") @ a, "C++ @ a"),
-                       ((0.5 * optim.weight(*layers)).tare(3), "(0.5 * Linear 6x6 (of 6)).tare(3)")):
+                       ((0.5 * optim.weight(*layers)).tare(3), "(0.5 * Linear 6x6 (of 6)).tare(3)"),
+                       ((a, b) + a * 2, "((a, b) + 2 * a)")):
         assert repr(tree) == text, repr(tree)
+    assert str(optim.weight(*layers)) == "Linear 6x6 (of 6)", "its shares are not known yet"
 
 
 def test_modular_sizes():
@@ -1100,13 +1113,16 @@ def coarse_products():
     """Fast and coarse matrix products, wherever the hardware has them. A step must have fine ones, all the same."""
     def update(work, original=optim.update):
         found = torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision
-        assert found == ("ieee", "ieee"), found
+        work = list(work)
+        products = any(geometry is optim.MODULAR or not direction.by_entry for direction, geometry, *_ in work)
+        assert found == ("ieee" if products else "tf32",) * 2, found
         original(work)
 
-    torch.set_float32_matmul_precision("medium")
+    torch.backends.fp32_precision = "tf32"
     with unittest.mock.patch.object(optim, "update", update):
         yield
-    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision = "none"
+    assert torch.backends.cuda.matmul.fp32_precision == "none", "the step leaves a setting of its own behind"
 
 
 def under(around):
@@ -1401,7 +1417,10 @@ ROOTED = "shampoo", "rotational_shampoo", "modular_shampoo"
 BAD_GROUPS = [
     (ALL, weight(3, 4), {"weigth_decay": 0.1}, ["'weigth_decay'", "'weight_decay'", "group 0"]),
     (ALL, weight(3, 4), {"learning_rate": 0.1}, None),                  # a user's own, and far from any
-    (ALL, weight(3, 4), {"amsgrad": True}, ["amsgrad", "not offered"]),
+    *((ALL, weight(3, 4), {key: True}, [key, "not offered"]) for key in ("amsgrad", "dampening", "centered")),
+    (("adam", "sgd"), weight(3, 4), {"decoupled_weight_decay": True}, ["decoupled_weight_decay", "not offered"]),
+    (ALL, weight(3, 4), {"dampening": 0, "capturable": False}, None),
+    (("adamw",), weight(3, 4), {"decoupled_weight_decay": True}, None),
     (ALL, weight(4, dtype=torch.complex64), {}, ["parameter 0 of group 0", "complex64", "view_as_real"]),
     (ALL, ("head.w", weight(3, 4, dtype=torch.complex64)), {}, ["head.w", "complex64"]),
     (ALL, nn.Parameter(weight(3, 4).detach().to_sparse()), {}, ["sparse_coo", "dense"]),
@@ -1499,7 +1518,7 @@ def test_build_rules():
     # the matrices: why they are stuck, and their shares of 1/5, halved in front of something of sensitivity 2
     matrices = {"embedding.weight": ("", 0.1), "conv.weight": ("", 0.1), "hidden.weight": ("", 0.2),
                 "one_input.weight": ("1 weight", 0.2), "zero_start.weight": ("zero", 0.2)}
-    for name, no_decay in itertools.product(optim.OPTIMIZERS, ((), ("hidden.weight", "emb*"))):
+    for name, no_decay in itertools.product(optim.OPTIMIZERS, ((), ("hidden.weight", "head*"))):        # a second name
         model, h, spared = zoo(), settings(name), {"hidden.weight", "embedding.weight"} if no_decay else set()
         optimizer = optim.build(name, model, no_decay=no_decay, **h)
         rows = cells(optimizer)
@@ -1542,6 +1561,8 @@ BAD_MODELS = [
     (ALL, Single(4, 3), {"no_decay": ["wieght"]}, ValueError, ["'wieght'"]),
     (ROOTLESS, Single(4, 3), {"batch_size": None}, ValueError, ["batch_size=None", "examples"]),
     (ROTATIONAL, Single(4, 3), {"weight_decay": 0.0}, ValueError, ["weight_decay=0"]),
+    (ROTATIONAL, Single(4, 3), {"rotational": False}, ValueError, ["rotational", "no_decay="]),
+    (MODULAR, Single(4, 3), {"share": 0.5}, ValueError, ["share", "tree="]),
     (ROTATIONAL, SPOILT, {}, ValueError, ["weight", "NaN"]),
     (MODULAR, Single(4, 3), {"lr": "0.1"}, ValueError, ["lr='0.1'"]),
     *((MODULAR, model, {"tree": tree}, ValueError, words) for model, tree, words in (
@@ -1575,6 +1596,8 @@ def test_build_of_odd_models():
         groups = optim.build("modular_adam", model, tree=tree).param_groups
         close([group["share"] for group in groups], expected, 1e-12, "shares")
         model[1].weight.requires_grad_(False)
+    rows = cells(optim.build("muon", torch.compile(nn.Sequential(nn.EmbeddingBag(7, 6)))))
+    assert rows["0.weight"][1] == "plain, by adamw", rows
 
 
 def test_table_of_any_optimizer():
@@ -1585,6 +1608,9 @@ def test_table_of_any_optimizer():
         assert rows["parameter 0 of group 1"][:3] == ["2x5", "plain", "0.5"], f"{kind}: {rows}"
     rows = cells(torch.optim.SGD([("head.weight", weight(3, 4))], lr=torch.tensor([0.5])))
     assert rows == {"head.weight": ["3x4", "plain", "0.5", "0"]}, rows
+    optimizer = optim.SGD([("head.weight", weight(3, 4))])
+    optimizer.param_groups[0]["params"].append(weight(2, 2))
+    assert list(cells(optimizer)) == ["head.weight", "parameter 1 of group 0"], "one that was put in by hand"
 
 
 # ---- RotationProbe: what it measures and predicts. The lesson, and a row of one's own --------------------------------
