@@ -1994,7 +1994,7 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
         if not (matches := fnmatch.filter(all_names, pattern)):
             raise ValueError(f"build: no_decay={pattern!r} is the name of no trainable parameter")
         spared.update(all_names[n] for n in matches)
-    for key in hyper.keys() & {"rotational", "norm", "scale", "share"}:
+    for key in hyper.keys() & kind.takes().keys() & {"rotational", "norm", "scale", "share"}:
         raise ValueError(f"build: {key} is decided for each parameter: leave it out, or use no_decay= or tree=")
     h = kind.takes() | hyper
     if kind.geometry is ROTATIONAL and h["weight_decay"] == 0:
