@@ -15,9 +15,9 @@ A run writes config.json, ckpt.pt and log.jsonl under --out_dir. log.jsonl has o
     {"step": 312, "train_loss": ..., "train_acc": ..., "test_loss": ..., "test_acc": ..., "lr": ..., ...}
     {"step": 350, "lr": ..., "rotation": {"conv.weight": {"angle": ..., "norm": ...}, ...}}          in the 351st step
 
-The first is of an evaluation after 312 steps. The last one has "final": true. The angle is the mean over the neurons of
-a weight, in radians, for that one step. Theory's predicted_angle and predicted_norm stand beside it. Exit status: 0
-done, 2 bad input, 3 the loss is no number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
+The first is of an evaluation, after 312 steps. The log's last line has "final": true. The angle is the mean over the
+neurons of a weight, in radians, for that one step. Theory's predicted_angle and predicted_norm stand beside it. Exit
+status: 0 done, 2 bad input, 3 the loss is no number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving.
 
 References of the presets: Kosson et al. 2024 (Rotational Equilibrium), Large et al. 2024 (Scalable Optimization in the
 Modular Norm), Lin et al. 2024 (root-free methods). Each model names its own.
@@ -85,8 +85,8 @@ class Settings:
     opt_kwargs: list = None         # KEY=VALUE ... anything else that the optimizer's class takes
     # training
     preset: str = None              # a name of PRESETS; default: --model's own, else cpu, with CUDA resnet18 on shapes
-    schedule: str = "cosine"        # {cosine, linear, constant, step} after the warmup; step: over 10 at 1/3 and at 2/3
-    warmup: int = 60                # [0, 1e9] steps over which lr rises linearly; if not given, at most half of all
+    schedule: str = "cosine"        # {cosine, linear, constant, step} after the warmup; step: lr / 10 at 1/3 and 2/3
+    warmup: int = 60                # [0, 1e9] steps over which lr rises linearly; if not given, at most half of a run
     steps: int = None               # [1, 1e9] optimizer steps, instead of epochs
     epochs: int = None              # [1, 1e9] passes over the training images
     batch_size: int = 64            # [1, 1e6] images per step
@@ -1171,8 +1171,8 @@ def start_files(out_dir, s, ckpt):
 
 def save(path, s, model, optimizer, bar, **progress):
     """Write a checkpoint, unless a number in it is not finite. It holds settings, weights, the optimizer's state and
-    `progress`: step, seconds, losses since the last evaluation, a hash of the data. Batches and dropout depend on
-    (seed, step) alone, so a resumed run needs no random state."""
+    `progress`: step, seconds, losses since the last evaluation, a hash of the data. Batches depend on (seed, step)
+    alone, so a resumed run needs no random state."""
     held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
     if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
         diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)

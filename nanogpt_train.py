@@ -15,10 +15,10 @@ A run writes config.json, ckpt.pt and log.jsonl under --out_dir. log.jsonl has o
     {"step": 500, "train_loss": ..., "val_loss": ..., "lr": ..., "seconds": ..., "tokens": ...}      after 500 steps
     {"step": 550, "lr": ..., "rotation": {"blocks.0.up.weight": {"angle": ..., "norm": ...}, ...}}   in the 551st step
 
-The last one has "final": true. The angle is the mean over the neurons of a weight, in radians, for that one step.
-Theory's predicted_angle and predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is no number
-any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving (not under torchrun). Sizes and spirit are those of
-Karpathy's nanoGPT.
+The log's last line has "final": true. The angle is the mean over the neurons of a weight, in radians, for that one
+step. Theory's predicted_angle and predicted_norm stand beside it. Exit status: 0 done, 2 bad input, 3 the loss is no
+number any more, 130 or 143 stopped by Ctrl-C or SIGTERM after saving (not under torchrun). Sizes and spirit are those
+of Karpathy's nanoGPT.
 """
 import argparse
 import ast
@@ -83,7 +83,7 @@ class Settings:
     # training
     preset: str = None              # a name of PRESETS; default: cpu (lstm), with CUDA shakespeare on python_docs
     schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
-    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; if not given, at most half of all
+    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; if not given, at most half of a run
     steps: int = 2000               # [1, 1e9] optimizer steps
     batch_size: int = 12            # [1, 1e6] sequences in one forward pass
     grad_accum: int = 1             # [1, 1e6] a step averages over batch_size * grad_accum sequences, of all GPUs
@@ -683,8 +683,8 @@ def start_files(out_dir, s, ckpt):
 
 def save(path, s, model, optimizer, bar, **progress):
     """Write a checkpoint, unless a number in it is not finite. It holds settings, weights, the optimizer's state and
-    `progress`: step, seconds, losses since the last evaluation, a hash of the data. Batches and dropout depend on
-    (seed, step) alone, so a resumed run needs no random state."""
+    `progress`: step, seconds, losses since the last evaluation, a hash of the data. Batches and dropout depend on seed,
+    step and process alone, so a resumed run needs no random state."""
     held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
     if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
         diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)

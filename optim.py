@@ -186,7 +186,7 @@ class Direction:
 
 
 class HeavyBall(Direction):
-    """Polyak's momentum [HB]:  m <- mu m + x.  Without momentum there is no buffer, and x is returned.
+    """Polyak's momentum [HB]:  m <- mu m + x.  Without momentum x is returned, and a buffer that is there rests.
 
     Shapes   x, m: the parameter's        State   momentum_buffer = 0, so the first m is x (as in torch)
     Units    m is a sum, not an average. A constant x builds up to x / (1 - mu): a factor called the gain (section 5)
@@ -1409,7 +1409,8 @@ def interval(text):
 
 
 # Options of torch.optim that change the method. A group may carry them if they are off.
-NOT_OFFERED = {"maximize", "amsgrad", "nesterov", "differentiable", "dampening", "centered", "decoupled_weight_decay"}
+NOT_OFFERED = {"maximize", "amsgrad", "nesterov", "differentiable", "dampening", "centered", "momentum_decay",
+               "decoupled_weight_decay"}
 
 
 def name_of(group, i, index):
@@ -1428,9 +1429,9 @@ class Optimizer(torch.optim.Optimizer):
     (but a first step may centre neurons).
 
     Groups may be edited in mid-run, by hand or by a scheduler. Every step checks their values as the constructor did.
-    But a parameter's first step settles what its state looks like, so per_neuron, zero_mean, rotational, norm, graft,
-    dtype, max_dim and use_muon must stay as they are from there on. Keys that are no hyperparameter are kept, and mean
-    nothing here.
+    But a parameter's first step settles what its state looks like, so per_neuron, rotational, norm, graft, dtype,
+    max_dim and use_muon must stay as they are from there on. So must zero_mean, as weights are centred only once. Keys
+    that are no hyperparameter are kept, and mean nothing here.
 
     On the CPU the same gradients give the same weights, to the bit. On CUDA gradients themselves can differ from run to
     run, since some backward passes add with atomics: see torch.use_deterministic_algorithms.
@@ -1438,7 +1439,7 @@ class Optimizer(torch.optim.Optimizer):
     compile=True: the step goes through torch.compile. lr may then change at every step. A change of another
     hyperparameter compiles anew, and after some eight of those torch gives up and runs the step eagerly. Another set of
     parameters that have a gradient compiles anew, too, without such a limit. (torch.compile around step() itself would
-    compile anew in every step.)
+    compile anew in each of the first steps, and give up.)
 
     Args     params: parameters, (name, parameter) pairs or groups. hyper: the factors' hyperparameters, and compile
     Errors   TypeError for an unknown argument. ValueError for values out of range, misspelt keys in a group, parameters
@@ -1507,7 +1508,7 @@ class Optimizer(torch.optim.Optimizer):
         return ""
 
     def _variants(self, group):
-        """Keys of a group that ask for a method that this class is not."""
+        """Keys by which a group asks for another method."""
         fine = self.takes().keys() | ({"decoupled_weight_decay"} if self.direction.decoupled else set())
         return {key for key in NOT_OFFERED - fine if group.get(key)}
 
@@ -1593,7 +1594,7 @@ class Optimizer(torch.optim.Optimizer):
             if "step" not in state:
                 geometry.prepare(p, group)
                 w = working_copy(p)
-                state.update(step=0, **direction.start(w, group), **geometry.start(w, group))
+                state.update(direction.start(w, group) | geometry.start(w, group) | state | {"step": 0})
             if isinstance(direction, HeavyBall) and group["momentum"] and "momentum_buffer" not in state:
                 state["momentum_buffer"] = direction.start(working_copy(p), group)["momentum_buffer"]
             state["step"] += 1
@@ -1631,7 +1632,8 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict):
         """As in torch, with four differences. Where both sides know the parameters' names (build, named_parameters),
         state goes by name. State keeps its precision, which torch rounds to the parameter's type. `compile` stays as it
-        is here. A checkpoint with other hyperparameters, averages or shapes is refused (adam's is as adamw's)."""
+        is here. A checkpoint with other hyperparameters, averages or shapes is refused. (Those of adam, adamw and
+        torch's RAdam are alike.)"""
         loaded, compiled = [], [group["compile"] for group in self.param_groups]
 
         def match(self, state_dict):                # after the user's own hooks
@@ -1642,6 +1644,8 @@ class Optimizer(torch.optim.Optimizer):
         def mend(self):                             # before the user's own hooks
             for group, own in zip(self.param_groups, compiled):
                 group["compile"] = own
+            for p, state in self.state.items():     # torch's SGD without momentum may have a buffer None
+                self.state[p] = {key: x for key, x in state.items() if x is not None}
             for p, key, value, dtype in loaded:
                 self.state[p][key] = int(value) if key == "step" else value.to(p.device, dtype, copy=True)
 
@@ -1652,7 +1656,7 @@ class Optimizer(torch.optim.Optimizer):
     def _by_name(self, state_dict):
         """The same state_dict, its groups and parameters in the order that they have here."""
         saved, ours = state_dict["param_groups"], self.param_groups
-        if not all("param_names" in group for group in [*saved, *ours]):
+        if not all(len(group.get("param_names", ())) == len(group["params"]) for group in [*saved, *ours]):
             return state_dict
         numbers = {name: n for group in saved for name, n in zip(group["param_names"], group["params"])}
         if strange := numbers.keys() ^ {name for group in ours for name in group["param_names"]}:
@@ -1661,7 +1665,7 @@ class Optimizer(torch.optim.Optimizer):
         holding = {frozenset(group["param_names"]): group for group in saved}
         if holding.keys() != {frozenset(group["param_names"]) for group in ours}:
             self._refuse("this state_dict has the same parameters in other groups: make the groups as they were. "
-                         "(`build` looks at weights: show it those that it saw then, and load yours after it)")
+                         "(Call `build` before you load the weights, as in the first run)")
         return state_dict | {"param_groups": [
             holding[frozenset(names)] | {"params": [numbers[name] for name in names], "param_names": [*names]}
             for names in (group["param_names"] for group in ours)]}
@@ -1731,7 +1735,8 @@ def full_precision(work):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if products else ():
-            found, backend.fp32_precision = backend.fp32_precision, "none"          # none: as torch.backends has it
+            # none: as torch.backends has it. Whether a value was set or inherited cannot be told, if they are equal
+            found, backend.fp32_precision = backend.fp32_precision, "none"
             inherited, backend.fp32_precision = backend.fp32_precision, "ieee"
             stack.callback(setattr, backend, "fp32_precision", "none" if found == inherited else found)
         yield
@@ -1976,9 +1981,9 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
     kind = find_optimizer(name)
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"build: give it the model itself, build({name!r}, model), not its parameters")
+    model = getattr(model, "_orig_mod", model)      # torch.compile's wrapper would add a prefix to all names
     if isinstance(model, torch.nn.DataParallel):
         raise ValueError(f"build: give it the network inside DataParallel: build({name!r}, model.module)")
-    model = getattr(model, "_orig_mod", model)      # torch.compile's wrapper would add a prefix to all names
     trainable, owner = {n: p for n, p in model.named_parameters() if p.requires_grad}, {}
     if not trainable:
         raise ValueError("build: the model has no trainable parameters")
@@ -1991,18 +1996,19 @@ def build(name, model, *, tree=None, no_decay=(), **hyper):
                              "twice: tie them by assigning the same nn.Parameter to both modules")
     spared, all_names = set(), {n: p for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
     for pattern in [no_decay] if isinstance(no_decay, str) else no_decay:
-        if not (matches := fnmatch.filter(all_names, pattern)):
+        if not (matches := fnmatch.filter(all_names, pattern.replace("_orig_mod.", ""))):
             raise ValueError(f"build: no_decay={pattern!r} is the name of no trainable parameter")
         spared.update(all_names[n] for n in matches)
-    for key in hyper.keys() & kind.takes().keys() & {"rotational", "norm", "scale", "share"}:
-        raise ValueError(f"build: {key} is decided for each parameter: leave it out, or use no_decay= or tree=")
     h = kind.takes() | hyper
+    for key, way in {"rotational": "no_decay=", "norm": "tree=", "scale": "tree=", "share": "tree="}.items():
+        if key in kind.takes() and h[key] != kind.takes()[key]:
+            raise ValueError(f"build: {key} is decided for each parameter: leave it out, or use {way}")
     if kind.geometry is ROTATIONAL and h["weight_decay"] == 0:
         raise ValueError(f"build: {name} turns neurons by an angle of kappa sqrt(2 lr weight_decay), so weight_decay=0 "
                          f"cannot rotate anything. Set weight_decay > 0, or take {kind.direction.name!r}")
     shares = modular_rules(model, tree, trainable) if kind.geometry is MODULAR else {}
     looked_up = {p for module in model.modules() if isinstance(module, (torch.nn.Embedding, torch.nn.EmbeddingBag))
-                 for p in module.parameters()}
+                 for n, p in module.named_parameters() if "." not in n or n.startswith("parametrizations.")}
     groups = {}
     for n, p in sorted(trainable.items(), key=lambda item: item[1].dim() < 2):          # matrices first
         rule = shares.get(n, {})
@@ -2125,7 +2131,7 @@ class RotationProbe:
 
     def _before(self, optimizer, args, kwargs):
         self._copies = {p: p.detach().clone() for group in optimizer.param_groups
-                        for p in group["params"] if p.dim() > 1 and p.requires_grad and not p.is_complex()}
+                        for p in group["params"] if p.dim() > 1 and not p.is_complex()}
 
     @torch.no_grad()
     def _after(self, optimizer, args, kwargs):

@@ -123,9 +123,9 @@ def parse():
     p.add_argument("--plot", metavar="FILE", help="draw it: .png, .pdf, .svg (needs matplotlib)")
     args, unknown = p.parse_known_args()
     if unknown:
-        near = difflib.get_close_matches(unknown[0], map("--{}".format, vars(args)), n=1, cutoff=0)[0]
-        fail(f"unknown flag {unknown[0]}: did you mean {near}? A flag of the script goes into --fixed or --grid, "
-             "without dashes")
+        near = difflib.get_close_matches(unknown[0].partition("=")[0], map("--{}".format, vars(args)), n=1, cutoff=0.7)
+        fail(f"unknown flag {unknown[0]}: " + (f"did you mean {near[0]}?" if near else "--help shows those of a sweep; "
+             "a flag of the script goes into --fixed or --grid, without dashes"))
 
     always = {"out_dir", "plot", "report", "print_commands", "jobs", "retry", "keep_checkpoints"}
     sweep = always | {"script", "fixed", "seeds", "metric"}

@@ -98,7 +98,7 @@ class Settings:
     # training
     preset: str = None              # a name of PRESETS; default: cpu
     schedule: str = "cosine"        # {cosine, linear, constant} after the warmup
-    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; if not given, at most half of all
+    warmup: int = 100               # [0, 1e9] steps over which lr rises linearly; if not given, at most half of a run
     steps: int = 1000               # [1, 1e9] optimizer steps
     max_tokens: int = 1024          # [1, 1e9] of a batch, in each language, padding counted
     label_smoothing: float = 0.1    # [0, 1] of the training loss
@@ -980,8 +980,8 @@ def start_files(out_dir, s, ckpt):
 
 def save(path, s, model, optimizer, bar, **progress):
     """Write a checkpoint, unless a number in it is not finite. It holds settings, weights, the optimizer's state and
-    `progress`: step, seconds, losses since the last evaluation, a hash of the data. Batches and dropout depend on
-    (seed, step) alone, so a resumed run needs no random state."""
+    `progress`: step, seconds, losses since the last evaluation, byte pairs, a hash of the data. Batches and dropout
+    depend on (seed, step) alone, so a resumed run needs no random state."""
     held = [*model.state_dict().values(), *(x for state in optimizer.state.values() for x in state.values())]
     if not all(x.isfinite().all() for x in held if torch.is_tensor(x)):
         diverged("a weight, or what the optimizer remembers, is not finite", progress["step"], bar, s)
