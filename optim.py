@@ -1525,6 +1525,8 @@ class Optimizer(torch.optim.Optimizer):
             if not good:
                 kind = "one of " if isinstance(allowed, tuple) else "a number in " * (allowed[0] in "[(")
                 self._refuse(f"{key}={group[key]!r} in parameter group {index}: must be {kind}{allowed}")
+        for key in self._variants(group):
+            self._refuse(f"{key} in parameter group {index} is not offered here: leave it out")
         if objection := self.direction.objection(group):
             self._refuse(objection)
 
@@ -1532,8 +1534,6 @@ class Optimizer(torch.optim.Optimizer):
         self._check_values(index)
         group = self.param_groups[index]
         for key in group.keys() - self.takes().keys():
-            if key in self._variants(group):
-                self._refuse(f"{key} in parameter group {index} is not offered here: leave it out")
             if key not in NOT_OFFERED and (meant := self._meant(key)):
                 self._refuse(f"unknown key {key!r} in parameter group {index}{meant}")
         for i, p in enumerate(group["params"]):

@@ -1418,6 +1418,9 @@ def test_errors_of_values():
                 kept, group[key] = group[key], value        # by hand, in mid-run
                 refused(ValueError, shown + ["group 0"], optimizer.step)
                 group[key] = kept
+        group["maximize"] = True
+        refused(ValueError, ["maximize", "not offered"], optimizer.step)
+        del group["maximize"]
         assert before == repr(optimizer.state_dict()), f"{name}: moved by a step that it refuses"
 
 
