@@ -923,7 +923,8 @@ def test_if_shampoo_runs_in_bfloat16():
     assert not any(map(torch.equal, coarse, fine)), "bfloat16 was not felt at all"
     g, eye = 2**7 * torch.arange(1.0, 5.0).view(2, 2), torch.eye(2, dtype=torch.float16)
     state = {"K0": 2**10 * eye, "K1": 2**-10 * eye, "M0": 0 * eye, "M1": 0 * eye}
-    close(optim.DIRECTIONS["if_shampoo"].update(g, state, {"refresh": False, "momentum": 0}), g, 0, "K0 = 2^10, K1 = 2^-10")
+    d = optim.DIRECTIONS["if_shampoo"].update(g, state, {"refresh": False, "momentum": 0})
+    close(d, g, 0, "K0 = 2^10, K1 = 2^-10")
 
 
 def test_muon_equals_torch():
