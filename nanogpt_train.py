@@ -830,10 +830,9 @@ def main():
         f"{tokenizer.n_vocab}; {type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
         f"{', gains' if s.gains else ''}; {s.device}, {s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
     if s.bench:
-        windows = get_windows(train, np.random.default_rng(0), sequences, s)
-        return bench(windows[:, 1:].numel(), "tokens",
-                     data=lambda: get_windows(train, np.random.default_rng(0), sequences, s),
-                     forward_and_backward=lambda: gradients(network, windows, s, autocast), optimizer=optimizer.step)
+        data = lambda: get_windows(train, np.random.default_rng(0), sequences, s)
+        return bench(sequences * s.block_size, "tokens", data=data, forward_and_backward=lambda batch=data(): gradients(
+            network, batch, s, autocast), optimizer=optimizer.step)
 
     # ---- processes, files, signals
     if WORLD > 1:                                   # not before: each process has found by itself what is wrong so far
