@@ -830,9 +830,10 @@ def main():
         f"{tokenizer.n_vocab}; {type(model).__name__} with {sum(p.numel() for p in model.parameters()):,} parameters"
         f"{', gains' if s.gains else ''}; {s.device}, {s.dtype}{', compiled' if s.compile else ''}; -> {out_dir}")
     if s.bench:
-        data = lambda: get_windows(train, np.random.default_rng(0), sequences, s)
-        return bench(sequences * s.block_size, "tokens", data=data, forward_and_backward=lambda batch=data(): gradients(
-            network, batch, s, autocast), optimizer=optimizer.step)
+        windows = get_windows(train, np.random.default_rng(0), sequences, s)
+        return bench(windows[:, 1:].numel(), "tokens",
+                     data=lambda: get_windows(train, np.random.default_rng(0), sequences, s),
+                     forward_and_backward=lambda: gradients(network, windows, s, autocast), optimizer=optimizer.step)
 
     # ---- processes, files, signals
     if WORLD > 1:                                   # not before: each process has found by itself what is wrong so far
@@ -864,12 +865,11 @@ def main():
             if evaluate_now and not leave:
                 record = {"step": step, "val_loss": val_loss, "lr": optimizer.param_groups[0]["lr"] if step else 0.0,
                           "seconds": round(time.time() - began, 3)}
-                if losses:
+                if losses and RANK == 0:
                     record |= {"train_loss": torch.stack(losses).mean().item(),
                                "tokens": step * sequences * s.block_size}
-                    if RANK == 0:
-                        bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
-                                  f"{record['seconds']:6.1f} s", file=sys.stdout)
+                    bar.write(f"step {step:6d}   train_loss {record['train_loss']:.4f}   val_loss {val_loss:.4f}   "
+                              f"{record['seconds']:6.1f} s", file=sys.stdout)
                 if RANK == 0:
                     append(out_dir / "log.jsonl", record | ({"final": True} if last else {}))
                 losses = []

@@ -1507,10 +1507,11 @@ class Optimizer(torch.optim.Optimizer):
                 return f": did you mean {near!r}?"
         return ""
 
-    def _variants(self, group):
+    @classmethod
+    def _variants(cls, group):
         """Keys by which a group asks for another method."""
-        fine = self.takes().keys() | ({"decoupled_weight_decay"} if self.direction.decoupled else set())
-        return {key for key in NOT_OFFERED - fine if group.get(key)}
+        return {key for key in NOT_OFFERED if group.get(key) and key not in cls.takes()
+                and not (key == "decoupled_weight_decay" and cls.direction.decoupled)}
 
     def _check_values(self, index):
         group = self.param_groups[index]
@@ -2163,8 +2164,7 @@ class RotationProbe:
                 twin = "adamw"
             if twin == "muon":
                 group = group | {"adjust": group["adjust_lr_fn"] or "original"}
-            variant = any(group.get(key) for key in ("dampening", "amsgrad", "centered", "maximize"))
-            variant |= twin == "sgd" and group["nesterov"]
+            variant = twin and OPTIMIZERS[twin]._variants(group) - {"differentiable"}       # that moves the same way
             direction = None if variant else DIRECTIONS.get(twin)
         if direction is None or geometry is MODULAR:        # normalised updates have no equilibrium of this kind
             return math.nan, math.nan

@@ -1114,22 +1114,27 @@ def by_others(saved):
 MATMULS = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
 
 
+def precisions():
+    return [backend.fp32_precision for backend in MATMULS]
+
+
 @contextlib.contextmanager
 def coarse_products(*owners):
     """Fast and coarse matrix products, wherever the hardware has them. A step must have fine ones, all the same."""
     def update(work, original=optim.update):
-        work, found = list(work), [backend.fp32_precision for backend in MATMULS]
+        work, found = list(work), precisions()
         products = any(geometry is optim.MODULAR or not direction.by_entry for direction, geometry, *_ in work)
         assert found == ["ieee" if products else "tf32"] * 2, found
         original(work)
 
-    for now in ("tf32", "none"):
-        for owner in owners:
-            owner.fp32_precision = now
-        if now == "tf32":
-            with unittest.mock.patch.object(optim, "update", update):
-                yield
-        assert [backend.fp32_precision for backend in MATMULS] == [now] * 2, "the step leaves another one behind"
+    for owner in owners:
+        owner.fp32_precision = "tf32"
+    with unittest.mock.patch.object(optim, "update", update):
+        yield
+    after = precisions()
+    for owner in owners:
+        owner.fp32_precision = "none"
+    assert (after, precisions()) == (["tf32"] * 2, ["none"] * 2), "the step leaves another one behind"
 
 
 def under(around):
