@@ -581,15 +581,14 @@ class Rotational(Geometry):
         return p.dim() > 1 and p.numel() > 0 and group["weight_decay"] != 0
 
     def prepare(self, p, group):
-        """Centre every neuron and keep its norm,  w <- ||w|| (w - mean w) / ||w - mean w||.  A neuron that is centred
-        up to rounding, which adds up in a long training, stays as it is, to the bit."""
+        """Centre every neuron and keep its norm,  w <- ||w|| (w - mean w) / ||w - mean w||.  A neuron whose sum is 0 up
+        to rounding, which adds up in a long training, stays as it is, to the bit."""
         if not group["zero_mean"]:
             return
         w, dims = working_copy(p), neuron_dims(p, group)
-        mean, norm = w.mean(dims, keepdim=True), neuron_norm(w, dims)
-        residue = w - mean
-        most = torch.finfo(p.dtype).eps * (256 if is_wide(p) else 4)        # bfloat16 is centred anew in every step
-        off_centre = mean.abs() * math.sqrt(w.numel() / mean.numel()) > most * norm
+        residue, norm = w - w.mean(dims, keepdim=True), neuron_norm(w, dims)
+        most = torch.finfo(p.dtype).eps * (1024 if is_wide(p) else 4)       # bfloat16 is centred anew in every step
+        off_centre = w.sum(dims, keepdim=True).abs() > most * norm
         p.copy_(torch.where(off_centre, residue * (norm / neuron_norm(residue, dims)), w))
 
     def objection(self, direction, p, group):
@@ -1065,7 +1064,7 @@ class muon(Direction):
              group's
     Options  dtype: of the iterations; None: bfloat16 on CUDA, the type of m elsewhere
     Notice   OneCycleLR and CyclicLR would cycle b1 of the others, not mu: give them cycle_momentum=False
-    Source   [Muon]; equal to torch.optim.Muon, which takes matrices alone and works in bfloat16
+    Source   [Muon]; equal to torch.optim.Muon, which takes matrices alone, works in bfloat16, and has an eps of 1e-7
     """
     formula = "d = U V^T of mean(g) = U S V^T"
     defaults = {"lr": 1e-3, "weight_decay": 0.1, "momentum": 0.95, "nesterov": True, "adjust": "original",
