@@ -23,7 +23,7 @@ Learn the rows and the columns, and you know them all:
     rf_rmsprop  gradient over its mean square     | RootFreeRMSProp      |                  |
     rf_adamw    average over mean square          | RootFreeAdamW        |                  |
     muon        orthogonalised average            | Muon                 | RotationalMuon   | ModularMuon
-    shampoo     inverse roots of d x d matrices   | Shampoo              |                  |
+    shampoo     inverse roots of L_i, a mode each | Shampoo              |                  |
     if_shampoo  the same without roots, inverses  | InverseFreeShampoo   |                  |
 
 The empty cells exist, too: "rotational_rmsprop", "modular_lion" and so on are names of OPTIMIZERS.
@@ -47,18 +47,18 @@ On the command line:
 
 Contents: 1 this map. 2 One step by hand. 3 sgd and the plain geometry. 4 adam, adamw, rmsprop, lion. 5 Why weight decay
 is rotation. 6 The rotational geometry. 7 Without the root. 8 The modular norm. 9 Matrices. 10 The optimizer, and speed.
-11 The named classes, build, table. 12 The probe, the lesson, the bench. Answers to the exercises stand at the end.
-Direction and geometry do not quite separate: the end of section 9 lists the exceptions.
+11 The named classes, build, table. 12 The probe, the lesson, the bench. Answers to the exercises stand at the end. For
+a lecture of 90 minutes take 2, 3, 5, 6, 8. Direction and geometry do not quite separate: see the end of section 9.
 
     w      weight                g      gradient of the MEAN loss over the batch     d    direction
     lr     learning rate eta     wd     weight decay lambda                          t    step, 1, 2, 3, ...
-    b1,b2  betas                 mu     momentum                                     a    alpha, RMSProp's beta
+    b1,b2  betas                 mu     momentum          a    alpha, RMSProp's beta (section 6: length of a step)
     m, v   running averages of g and of g^2 (heavy ball: m is a running sum)         C    weights in a neuron
     sigma  RMS size of one entry of g                                                n    kept norm of a neuron
     B      batch size: examples (or tokens) that the loss is a mean over             k    number of modes (dims)
     s      average of g^2 in the root-free rules     L, K   a matrix for each mode (shampoo, if_shampoo)
     S      sum of c_j^2 (c_j: section 5)             U S V^T   singular value decomposition (section 9)
-    U      average of ||d||^2 (rotational)           u      vector of a power iteration (modular)
+    U      average of ||d||^2 (rotational)           u      an update (section 5), or vector of a power iteration (8)
     h      dict of a group's hyperparameters, and of numbers that depend on the step (from `scalars`)
 
 A neuron is a row of a matrix, or a filter of a convolution: an index of dim 0 picks it, the other dims belong to it.
@@ -104,7 +104,7 @@ import torch
 # ======================================================================================================================
 # 2. One step by hand
 #
-#     W = [3 4]    G = [1 0]    lr = 0.1    wd = 0.5    sgd's first step, momentum=0, zero_mean=False
+#     W = [3 4]    G = [1 0]    lr = 0.1    wd = 0.5    sgd's first step, momentum=0, nothing centred (zero_mean=False)
 #         [1 0]        [0 2]
 #
 # plain        The decay joins the gradient: D = G + 0.5 W = [2.5 2.0]
@@ -365,8 +365,8 @@ class lion(Direction):
     """Evolved sign momentum ([Lion], algorithm 2):  d = sign(b1 m + (1-b1) g);  then  m <- b2 m + (1-b2) g.
 
     Shapes   g, m, d: the parameter's               State   exp_avg = m = 0 at first
-    Units    d has none: every entry is -1, 0 or 1. So ||d|| = sqrt(number of weights), far larger than Adam's. Use a
-             learning rate 3 to 10 times smaller than Adam's, and a decay larger by as much
+    Units    d has none: every entry is -1, 0 or 1. So ||d|| = sqrt(number of weights), far larger than Adam's. [Lion]
+             advises a learning rate 3 to 10 times smaller than Adam's, and a decay larger by as much
     Notice   m is read before it is updated, and with the other beta. The lines in reverse are another method.
              In torch sign(nan) is 0. An entry whose gradient once was NaN has d = 0 for good, and only m tells why
     """
@@ -376,7 +376,7 @@ class lion(Direction):
 
     def update(self, g, state, h, decay=0):
         m, (b1, b2) = state["exp_avg"], h["betas"]
-        d = torch.lerp(m, g, 1 - b1).sign()                         # sign(b1 m + (1-b1) g)
+        d = torch.lerp(m, g, 1 - b1).sign()
         m.lerp_(g, 1 - b2)
         return d
 
@@ -414,6 +414,9 @@ class lion(Direction):
 #            |.
 #            o                                The angle does not depend on layer or gradient. A neuron grows or
 #                                             shrinks until its updates turn it by this angle.
+#
+# The distance of ||w||^2 from this balance shrinks by the factor 1 - 2e in a step. So the way there takes some
+# 1 / (2 lr wd) steps: often a large part of a training.
 #
 # With memory (mu = 0.9) successive updates share gradients, so they are not at right angles to each other. The
 # gradients themselves are independent. A gradient enters the update j steps later with a weight c_j (heavy ball: mu^j;
@@ -582,7 +585,7 @@ class Rotational(Geometry):
 
     def prepare(self, p, group):
         """Centre every neuron and keep its norm,  w <- ||w|| (w - mean w) / ||w - mean w||.  A neuron whose sum is 0 up
-        to rounding, which adds up in a long training, stays as it is, to the bit."""
+        to rounding (which adds up over a long run) stays as it is, to the bit."""
         if not group["zero_mean"]:
             return
         w, dims = working_copy(p), neuron_dims(p, group)
@@ -660,7 +663,7 @@ class rf_rmsprop(HeavyBall):
 
     def update(self, g, state, h, decay=0):
         s, B = state["square_avg"], h["batch_size"]
-        s.mul_(h["alpha"]).addcmul_(g, g, value=1 - h["alpha"])     # s <- a s + (1-a) g^2
+        s.mul_(h["alpha"]).addcmul_(g, g, value=1 - h["alpha"])
         return self.ball(g / (B * s + h["eps"]) + decay, state, h)
 
 
@@ -719,7 +722,7 @@ class rf_adamw(Average):
 #     M1 + M2                  = bond("+", 1) @ (M1, M2)
 #     a * M                    = bond("a", |a|) @ M
 #     M ** L                   L m              s^L              L copies of M, each with its own weights, in a row
-#     M.tare(m)                m                s                all masses in it rescaled to give m in sum
+#     M.tare(m)                m                s                all masses in it rescaled to add up to m
 #
 # Theorem: for weights of their usual size and inputs of RMS 1, an update of modular norm 1 changes the output by an RMS
 # of at most 1, to first order, at any width and depth. So a step of modular norm lr has a known size, and one lr fits
@@ -732,7 +735,8 @@ class rf_adamw(Average):
 #     weight(Q) @ bond("damp", 0.5) @ weight(P)       Q: share 1/2            P: share 1/2 / 0.5 = 1
 #
 # With lr = 0.1 the update of Q has norm 0.05, that of P has norm 0.1. The change that P makes passes the bond, and is
-# 0.05 behind it. Both together change the output by at most 0.1. (Shares do not add up to 1, since the norm is no sum.)
+# 0.05 behind it. Both together change the output by at most 0.1. (Shares add up to 1 where all sensitivities are 1.
+# Here the bond damps what P changes, so P may change more.)
 # ======================================================================================================================
 
 
@@ -930,11 +934,11 @@ class Tree:
         return Tree(f"{self.braced}.tare({mass:g})", mass, self.sensitivity, self.within(1, mass / self.mass))
 
     def weights(self):
-        """[(weight, mass, share)] in the order of the forward pass; weight.layer is the layer."""
+        """The `Weight`s in the order of the forward pass."""
         for w in self.parts:
             if len(w.layers) > 1:
                 raise ValueError(f"{w.words()} stands for {len(w.layers)} layers: it needs as many copies, by **")
-        return [(w, w.mass, w.share) for w in self.parts]
+        return self.parts
 
     def __repr__(self):
         return self.name
@@ -943,7 +947,7 @@ class Tree:
         if any(len(w.layers) > 1 for w in self.parts):              # shares are known when the copies are, by **
             return self.name
         rows = [("weight", "norm", "scale", "mass", "share")]
-        rows += [(w.words(), w.norm, *(f"{x:.4g}" for x in (w.scale, m, share))) for w, m, share in self.weights()]
+        rows += [(w.words(), w.norm, *(f"{x:.4g}" for x in (w.scale, w.mass, w.share))) for w in self.weights()]
         return f"{columns(rows)}\nmass {self.mass:.4g}, sensitivity {self.sensitivity:.4g}: {self.name}"
 
 
@@ -1015,7 +1019,7 @@ def initialise(tree):
     Errors   ValueError for a weight that is computed from other parameters (weight_norm, parametrizations)
     Source   [MN]; the authors store the same divided by `scale` and multiply by it in the forward pass
     """
-    for leaf, _, _ in as_tree(tree).weights():
+    for leaf in as_tree(tree).weights():
         w = leaf.layer.weight
         if not isinstance(w, torch.nn.Parameter):
             raise ValueError(f"initialise: the weight of {leaf.words()} is computed from other parameters: initialise "
@@ -1031,8 +1035,10 @@ def initialise(tree):
             position.copy_(leaf.scale * torch.nn.init.orthogonal_(torch.empty_like(working_copy(position))))
 
 
-# Exercise 8. Put a second bond and a third layer of mass 1 behind the two-layer example. Predict the three shares, then
-# print(weight(r) @ damp @ weight(q) @ damp @ weight(p)) with damp = bond("damp", 0.5) and three nn.Linear(2, 2).
+# Exercise 8. (a) Put a second bond and a third layer of mass 1 behind the two-layer example. Predict the three shares,
+# then print(weight(r) @ damp @ weight(q) @ damp @ weight(p)) with damp = bond("damp", 0.5) and three nn.Linear(2, 2).
+# (b) Does the theorem hold? Take README's MLP of width 32 and 256, depth 2 and 16. After a step of modular_adam at lr =
+# 0.01 on random x (N(0, 1), 64 of 784) and labels, print(((model(x) - before).square().mean(1).sqrt() / lr).max()).
 
 
 # ======================================================================================================================
@@ -1077,7 +1083,7 @@ class muon(Direction):
 
     def update(self, g, state, h, decay=0):
         m, mu = state["exp_avg"], h["momentum"]
-        m.lerp_(g, 1 - mu)                                          # m <- mu m + (1-mu) g
+        m.lerp_(g, 1 - mu)
         x = (g.lerp(m, mu) if h["nesterov"] else m).flatten(1)
         out, rest = x.shape
         factor = max(1, out / rest) ** 0.5 if h["adjust"] == "original" else 0.2 * max(out, rest) ** 0.5
@@ -1091,7 +1097,7 @@ class muon(Direction):
 
     def kappa(self, h):
         """sqrt(S): the kappa of x, whose c_j add up to 1. Orthogonalisation bends d away from x. So the true angle is
-        larger, by 1 over the cosine of `on_noise`: 4 to 6 % for matrices of 1 : 4, 16 to 23 % for square ones."""
+        larger, by 1 over the cosine of `on_noise`: 4 to 9 % for matrices of 1 : 4, 16 to 23 % for square ones."""
         return math.sqrt(self.power(h))
 
     def contribution(self, h, sigma, C):
@@ -1265,7 +1271,7 @@ class if_shampoo(HeavyBall):
 
     With one mode, P = B E[g g^T] + damping is the damped curvature, and we want K with K K^T = P^-1. It minimises
 
-        F(K) = 1/2 trace(K^T P K) - log |det K|      (the KL divergence of N(0, K K^T) from N(0, P^-1), but a constant)
+        F(K) = 1/2 trace(K^T P K) - log |det K|      (up to a constant the KL divergence of N(0, K K^T) from N(0, P^-1))
 
     A step K <- K exp(N) keeps K invertible. At N = 0 the gradient of F with respect to N is K^T P K - I. H is half of
     it, and takes matrix products alone. Where H = 0, K K^T is the inverse of P, and nothing was inverted. With more
@@ -1795,7 +1801,7 @@ def compiled_update(kinds):
 # 11. The named optimizers, the registry, `build`, `table`
 #
 # The formulas stand at the directions and geometries, and help() shows them with each class. A class says what is
-# particular about the pair. "Settles" means the equilibrium of a random walk (section 5), and the angle is in radians a
+# particular to the pair. "Settles" means the equilibrium of a random walk (section 5), and the angle is in radians a
 # step.
 # ======================================================================================================================
 
@@ -1835,8 +1841,8 @@ class Muon(Optimizer):
     """For all parameters of a model: matrices by muon, the others by adamw (use_muon, in a group). With
     dtype=torch.bfloat16 equal to torch.optim.Muon for what is a matrix.
     Settles ("original") near ||w||^2 = lr / (2 wd S) and an angle of sqrt(2 lr wd S), S from `muon.power`, whatever the
-    gradient's size. For matrices of 1 : 4 to 1 : 1, of 64 rows and columns or more, the norm is smaller than that by 10
-    to 29 %, and the angle larger by 4 to 23 % (`muon.on_noise`)."""
+    gradient's size. For matrices of 1 : 4 to 1 : 1, of 64 rows and columns or more, the norm is smaller than that by 6
+    to 30 %, and the angle larger by 4 to 23 % (`muon.on_noise`)."""
     direction = DIRECTIONS["muon"]
 
 
@@ -2038,7 +2044,7 @@ def modular_rules(model, tree, trainable):
                          f"method modular_tree(){inside}: write one with optim.weight, optim.bond and the operators of "
                          "Tree, or give build(..., tree=...)")
     names, rules, frozen = {p: n for n, p in trainable.items()}, {}, set(model.parameters()) - set(trainable.values())
-    for leaf, _, share in as_tree(model.modular_tree() if tree is None else tree).weights():
+    for leaf in as_tree(model.modular_tree() if tree is None else tree).weights():
         p = leaf.layer.weight
         if not isinstance(p, torch.nn.Parameter):
             raise ValueError(f"build: the weight of {leaf.words()} is computed from other parameters (weight_norm, "
@@ -2050,7 +2056,7 @@ def modular_rules(model, tree, trainable):
         if names[p] in rules:
             raise ValueError(f"build: {names[p]} is in the modular tree twice: it can have only one share (where it is "
                              "tied, write the second use as a bond)")
-        rules[names[p]] = {"norm": leaf.norm, "scale": leaf.scale, "share": share}
+        rules[names[p]] = {"norm": leaf.norm, "scale": leaf.scale, "share": leaf.share}
     for n, p in trainable.items():
         if p.dim() >= 2 and n not in rules:
             kind = type(model.get_submodule(n.rpartition(".")[0])).__name__
@@ -2101,7 +2107,8 @@ def neuron_angles(before, after, dims):
 
 
 def settling_steps(direction, h, sigma):
-    """1 / (2 lr_total wd): the steps in which the distance of ||w||^2 from its equilibrium falls by the factor e."""
+    """1 / (2 lr_total wd): the steps in which the distance of ||w||^2 from its equilibrium falls by the factor e. (For
+    adam and rmsprop wd stands for wd / sigma.)"""
     return 1 / (2 * h["lr"] * direction.gain(h) * h["weight_decay"] * direction.pull(h, sigma))
 
 
@@ -2188,8 +2195,8 @@ class RotationProbe:
         line = "{name:32s} {norm:10.4g} {predicted_norm:10.4g} {angle:10.4g} {predicted_angle:10.4g}"
         lines += [line.format(**row) for row in self.rows]
         if self._settling:
-            lines.append("Plain weights come near their predictions after some 1 / (2 lr wd) steps, here "
-                         f"{max(self._settling):,.0f}.")
+            lines.append(f"Plain weights come near their predictions after some {max(self._settling):,.0f} steps "
+                         "(settling_steps).")
         return "\n".join(lines)
 
 
@@ -2290,7 +2297,7 @@ def lesson(plot=None):
     print("(state: bytes per weight of a 1000 x 1000 matrix, with momentum where there is\n"
           "any. ball [x]: m <- mu m + x, d = m)")
     print("\nWithout their memory three of them are steepest descent, each in a norm of its\n"
-          "own: sgd (but for the length) in the Euclidean norm, lion in the largest entry\n"
+          "own: sgd (up to its length) in the Euclidean norm, lion in the largest entry\n"
           "(every weight moves alike), muon in the spectral norm (every singular value\n"
           "becomes about 1).")
 
@@ -2343,7 +2350,7 @@ def own_walk(name, pairs):
     settling = max(settling_steps(DIRECTIONS[name], hyper, sigma) for sigma in SIGMAS)
     steps = int(min(max(10 * settling, 1000), 20_000))
     torch.manual_seed(0)
-    print(f"{options_of(hyper)}\nsettles in some 1 / (2 lr wd) = {settling:.0f} steps, walks {steps}"
+    print(f"{options_of(hyper)}\nsettles in some {settling:.0f} steps, walks {steps}"
           f"{': too few to settle' * (steps < 6 * settling)}\n\n{HEADING}")
     walk(name, hyper, SIGMAS, steps)
 
@@ -2482,7 +2489,9 @@ def main():
 #    lr alone. Its change alters the gradients, and so every weight, from the second step on.
 # 7. g is N(0, 1/B), so s tends to 1/B and B s to 1 for both. With batch_size=1, s itself is taken for the curvature:
 #    it is 100 times too small, and d 100 times too large.
-# 8. Each later layer has a bond in front. The shares are 1/3 (r), 1/3 / 0.5 = 0.667 (q), 1/3 / 0.25 = 1.333 (p).
+# 8. (a) Each later layer has a bond in front. The shares are 1/3 (r), 1/3 / 0.5 = 0.667 (q), 1/3 / 0.25 = 1.333 (p).
+#    (b) Some 0.17, 0.07 (width 32, depth 2, 16), 0.34, 0.19 (width 256): below 1, and no tight bound. It is for an input
+#    and an update that conspire in every layer.
 # 9. F = 1/2 K^2 (g^2 + damping) - log K has its minimum at K^2 = 1 / (g^2 + damping), and d = K^2 g = g / (g^2 +
 #    damping). That is rf_rmsprop with s = g^2, B = 1 and eps = damping.
 # ======================================================================================================================

@@ -736,7 +736,7 @@ def linears(count, n_in=6, n_out=None):
 
 
 def shares(tree):
-    return [share for _, _, share in tree.weights()]
+    return [w.share for w in tree.weights()]
 
 
 def test_modular_shares_of_random_trees():
@@ -771,7 +771,7 @@ def test_modular_shares_of_random_trees():
             parts += join(kind, parts.pop(), parts.pop())
         [(tree, leaves, sensitivity)], total = parts, sum(mass for mass, _ in parts[0][1])
         close([tree.mass, tree.sensitivity], [total, sensitivity], 1e-12, repr(tree))
-        close([mass for _, mass, _ in tree.weights()], [mass for mass, _ in leaves], 1e-12, repr(tree))
+        close([w.mass for w in tree.weights()], [mass for mass, _ in leaves], 1e-12, repr(tree))
         close(shares(tree), [mass / total / after for mass, after in leaves], 1e-12, repr(tree))
 
 
@@ -780,7 +780,7 @@ def test_trees_in_words_and_in_order():
     made it, whatever its bonds are called, and str shows its weights."""
     layers, a, b = linears(6), optim.bond("a"), optim.bond("b")
     tree = (2 * (0.5 * optim.weight(*layers)) ** 3) ** 2
-    assert [leaf.layer for leaf, _, _ in tree.weights()] == layers
+    assert [w.layer for w in tree.weights()] == layers
     assert str(tree).count("Linear 6x6  spectral") == 6 and "sensitivity 0.0625" in str(tree), tree
     for tree, text in (((b @ a) ** 2, "(b @ a) ** 2"), (2 * (a + b) ** 3, "2 * ((a + b) ** 3)"),
                        (a + b @ a, "(a + b @ a)"), (optim.bond("C++") @ a, "C++ @ a"),
@@ -3269,7 +3269,7 @@ def test_scripts_modular_trees():
     the masses. In no bed is what is not a neuron's weight taken for one."""
     def check(model, expected, what):
         names = {id(p): name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() > 1}
-        leaves = [(names[id(leaf.layer.weight)], share) for leaf, _, share in model.modular_tree().weights()]
+        leaves = [(names[id(w.layer.weight)], w.share) for w in model.modular_tree().weights()]
         assert sorted(name for name, _ in leaves) == sorted(names.values()), what
         close([dict(leaves)[name] for name in expected], list(expected.values()), 1e-9, what)
     for (name, mass), L in itertools.product((("resmlp", 1), ("rescnn", 20)), (1, 2, 5)):
