@@ -1323,7 +1323,7 @@ class if_shampoo(HeavyBall):
         # An overflow guard: max(1, sqrt(max|K|)) is taken out of K before it meets x, and put back at the end.
         big = [k.abs().amax().sqrt().clamp(min=1) for k in K]
         small = [k / b for k, b in zip(K, big)]
-        x = on_every_mode(on_every_mode(x, small), [k.t() for k in small]) * math.prod(b**2 for b in big)
+        x = on_every_mode(on_every_mode(x, small), [k.t() for k in small]) * math.prod([b**2 for b in big])
         return self.ball(x.reshape(g.shape) + decay, state, h).to(g.dtype)
 
     def descent(self, A, K, damping):

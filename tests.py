@@ -1371,6 +1371,17 @@ def test_data_parallel_replicas():
             all_close(reached, model.parameters(), 1e-10, f"{name}: two processes beside one")
 
 
+def test_compiled_steps_are_one_graph():
+    """torch.compile finds nothing in a step of any optimizer that it has to leave to Python."""
+    whole = functools.partial(torch.compile, backend="eager", fullgraph=True)       # raises where a graph would break
+    with unittest.mock.patch.object(torch, "compile", lambda function, **_: whole(function)):
+        for name in (*DIRECTIONS, "rotational_adam", "modular_sgd", "modular_adam"):       # every factor once
+            torch._dynamo.reset()
+            optim.compiled_update.cache_clear()
+            run(make(name, parameters(MIXED[:1]), compile=True), noise(MIXED[:1], 1))
+    optim.compiled_update.cache_clear()
+
+
 def test_compiled_equals_eager():
     """compile=True gives the numbers of eager mode under a changing lr, for tensors in blocks, of 0 dims, embeddings,
     and compiles nothing after the first step."""
