@@ -1314,7 +1314,7 @@ def warmup(lab):
                cost[opt] >= 0.02 and cost[name] <= cost[opt] / 2) for name, (opt, _, _) in hyper.items() if name != opt]
     return Finding(crossing({(f"{name}, lr {lr:g}", f"{warm} steps of warmup"): spread(losses(s))
                              for (name, lr, warm), s in found.items()}, "val_loss"), checks, {
-        Panel(f"{name}: no warmup costs {spread(costs[name])}", f"lr of {name}", LOSS): {
+        Panel(f"{name}: cost {spread(costs[name])}", f"lr of {name}", LOSS): {
             label: error_bars([f"{lr:g}" for lr in lrs], [found[name, lr, warm] for lr in lrs])
             for warm, label in ((50, "50 steps of warmup"), (0, "no warmup"))} for name, (_, lrs, _) in hyper.items()},
         "Leaving out the warmup costs " + ", ".join(f"{name} {x:.3f}" for name, x in cost.items()) + " nats.")
