@@ -589,9 +589,10 @@ class Rotational(Geometry):
         if not group["zero_mean"]:
             return
         w, dims = working_copy(p), neuron_dims(p, group)
-        residue, norm = w - w.mean(dims, keepdim=True), neuron_norm(w, dims)
+        mean, norm = w.mean(dims, keepdim=True), neuron_norm(w, dims)
+        residue, entries = w - mean, math.prod(p.shape[d] for d in dims)
         most = torch.finfo(p.dtype).eps * (1024 if is_wide(p) else 4)       # bfloat16 is centred anew in every step
-        off_centre = w.sum(dims, keepdim=True).abs() > most * norm
+        off_centre = mean.abs() * entries > most * norm
         p.copy_(torch.where(off_centre, residue * (norm / neuron_norm(residue, dims)), w))
 
     def objection(self, direction, p, group):
