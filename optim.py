@@ -23,14 +23,14 @@ Learn the rows and the columns, and you know them all:
     rf_rmsprop  gradient over its mean square     | RootFreeRMSProp      |                  |
     rf_adamw    average over mean square          | RootFreeAdamW        |                  |
     muon        orthogonalised average            | Muon                 | RotationalMuon   | ModularMuon
-    shampoo     inverse roots of L_i, a mode each | Shampoo              |                  |
+    shampoo     L_i^(-1/(2k)) on every mode i    | Shampoo              |                  |
     if_shampoo  the same without roots, inverses  | InverseFreeShampoo   |                  |
 
 The empty cells exist, too: "rotational_rmsprop", "modular_lion" and so on are names of OPTIMIZERS.
 
     plain        w <- w - lr * d, and decay pulls w towards 0. Nothing is kept fixed
     rotational   every neuron keeps its length, and turns by a set average angle. lr * wd sets the angle
-    modular      the update of the whole network keeps the size lr, in a norm made from its architecture
+    modular      the update of the whole network has the size lr, in a norm made from its architecture
 
 Every class is a true subclass of torch.optim.Optimizer:
 
@@ -48,7 +48,7 @@ On the command line:
 Contents: 1 this map. 2 One step by hand. 3 sgd and the plain geometry. 4 adam, adamw, rmsprop, lion. 5 Why weight decay
 is rotation. 6 The rotational geometry. 7 Without the root. 8 The modular norm. 9 Matrices. 10 The optimizer, and speed.
 11 The named classes, build, table. 12 The probe, the lesson, the bench. Answers to the exercises stand at the end. For
-a lecture of 90 minutes take 2, 3, 5, 6, 8. Direction and geometry do not quite separate: see the end of section 9.
+a lecture of 90 minutes take 2, 3, 5, 6, 8. The end of section 9 says where direction and geometry do not separate.
 
     w      weight                g      gradient of the MEAN loss over the batch     d    direction
     lr     learning rate eta     wd     weight decay lambda                          t    step, 1, 2, 3, ...
@@ -149,9 +149,9 @@ class Direction:
 
     To add a row, write one class with `@row` above it, anywhere before section 10. `lion` below is a good model, and
     its lines from `formula` to `return d` are enough. Leave out `by_entry` unless an entry of d depends on the same
-    entry of g alone. A hyperparameter that RANGES (section 10) lacks goes into `ranges`. The defaults are safe. A row
-    without a kappa refuses to rotate, a row without a contribution predicts no norm, and no tensor is cut into blocks
-    of rows. (Elsewhere, compose(DIRECTIONS["mine"], PLAIN) makes a class, which neither `build` nor pickle finds.)
+    entry of g alone. A hyperparameter that RANGES (section 10) lacks goes into `ranges`. Every other attribute has a
+    safe default. Without a kappa the row refuses to rotate. Without a contribution nobody predicts its norm.
+    (Elsewhere, compose(DIRECTIONS["mine"], PLAIN) makes a class, which neither `build` nor pickle finds.)
     """
     formula = ""            # d in one line, for the printed table
     defaults = {}           # hyperparameters, lr first, weight_decay among them: torch.optim's, where it has the row
@@ -160,7 +160,7 @@ class Direction:
     decoupled = False       # True: decay shrinks the weight itself. False: decay goes through `update`
     by_entry = False        # True: an entry of d depends on the same entry of g alone, so large tensors may be cut
     turning_decay = False   # True: `update` wants the decay under the rotational geometry, too (adam)
-    applies = lambda self, p, group: True               # does the row take parameter p? (muon: matrices alone)
+    applies = lambda self, p, group: True               # does the row take parameter p? (muon: not a vector)
     instead = None                                      # the row of the other parameters,
     for_others = lambda self, h: h                      # and their hyperparameters
     scalars = lambda self, h, t: {}                     # numbers that depend on the step, for h
@@ -170,7 +170,7 @@ class Direction:
     gain = lambda self, h: 1.0
     contribution = lambda self, h, sigma, C: math.nan
     pull = lambda self, h, sigma: 1.0
-    on_noise = lambda self, shape: (1.0, 1.0)           # x a matrix of noise: RMS singular value of d; cosine of d, x
+    on_noise = lambda self, shape: (1.0, 1.0)           # correction factors that muon needs (section 9)
 
     @property
     def name(self):
@@ -186,7 +186,7 @@ class Direction:
 
 
 class HeavyBall(Direction):
-    """Polyak's momentum [HB]:  m <- mu m + x.  Without momentum x is returned, and a buffer that is there rests.
+    """Polyak's momentum [HB]:  m <- mu m + x.  Without momentum x is returned, and a buffer keeps its value.
 
     Shapes   x, m: the parameter's        State   momentum_buffer = 0, so the first m is x (as in torch)
     Units    m is a sum, not an average. A constant x builds up to x / (1 - mu): a factor called the gain (section 5)
@@ -418,10 +418,10 @@ class lion(Direction):
 # The distance of ||w||^2 from this balance shrinks by the factor 1 - 2e in a step. So the way there takes some
 # 1 / (2 lr wd) steps: often a large part of a training.
 #
-# With memory (mu = 0.9) successive updates share gradients, so they are not at right angles to each other. The
-# gradients themselves are independent. A gradient enters the update j steps later with a weight c_j (heavy ball: mu^j;
-# average: (1-b) b^j), so the whole movement that it causes over all later steps is independent of the others, too.
-# Four numbers describe a direction:
+# With memory (mu = 0.9) successive updates share gradients, so they are not at right angles to each other. We sort the
+# movement by gradient instead of by step. A gradient enters the update j steps later with a weight c_j (heavy ball:
+# mu^j; average: (1-b) b^j), and all that it ever moves is one piece. The pieces of different gradients are independent,
+# so Pythagoras holds for them. Four numbers describe a direction (muon has a correction of its own, in section 9):
 #
 #   gain          sum of c_j: over all time, one gradient moves the weight by  lr * gain * (what g is turned into)
 #   contribution  RMS size of an entry of what g is turned into: sigma for sgd, 1 where d is divided by an RMS
@@ -433,9 +433,9 @@ class lion(Direction):
 #   mu = 0.9      c = 1, 0.9, 0.81, ...        gain 10      one update has size sqrt(5.26) = 2.29     kappa = 0.229
 #
 # In the balance above ||u|| becomes the whole movement of one gradient, lr gain contribution sqrt(C), and e becomes
-# lr gain wd. (A heavy ball amplifies the decay that goes through it, too. Elsewhere gain is 1.) One step is kappa times
-# the whole movement. So with memory a neuron turns less in a step, by the factor kappa, at the same lr gain wd. (The
-# "gains" of a network, multipliers behind a norm, are another thing.)
+# lr gain wd, as a heavy ball sums up the decay that goes through it, too. (An average has gain 1.) One step is kappa
+# times the whole movement. So with memory a neuron turns less in a step, by the factor kappa, at the same lr gain wd.
+# (The "gains" of a network, multipliers behind a norm, are another thing.)
 # ======================================================================================================================
 
 
@@ -444,7 +444,7 @@ def equilibrium(direction, h, C, sigma, shape=None):
 
     Formula  norm^2 * 2 lr_total wd  =  (lr_total * contribution)^2 * C           decay = growth, in every step
              angle = kappa * lr_total * contribution * sqrt(C) / norm  =  kappa sqrt(2 lr_total wd)
-             with lr_total = lr * gain. For adam and rmsprop wd stands for wd / sigma, since the RMS divides it, too.
+             with lr_total = lr * gain. For adam and rmsprop wd here is wd / sigma, as they divide the decay by the RMS.
              (size, cosine) = muon.on_noise multiply the norm, and the cosine divides the angle
     Args     C: weights in the neuron. sigma: RMS size of a gradient entry (not felt by adamw, lion, muon, shampoo)
              shape: of the weight, which muon feels. None: its kappa without the cosine of `muon.on_noise`
@@ -518,7 +518,8 @@ def rounding(dtype):
 
 class Rotational(Geometry):
     """Turn every neuron on the sphere that it started on ([RE], algorithm 1). The average angle per step is the one
-    that the plain optimizer would reach in equilibrium, without the 1 / (2 lr gain wd) steps of getting there.
+    that the plain optimizer would reach in equilibrium, without the 1 / (2 lr gain wd) steps of getting there. (That
+    of plain adam and rmsprop at sigma = 1. Plain muon turns more, see its kappa.)
 
     Formula  d <- d - mean(d);  d <- d - w (d.w)/(w.w)        no common offset, and tangent to the sphere
              U <- beta U + (1-beta) ||d||^2                   how large d is on average
@@ -528,14 +529,14 @@ class Rotational(Geometry):
     State    radius = n: kept for ever; update_norm_sq = U = 0 at first
     Units    angle: radians per step. lr and wd act through their product alone (but in adam, whose v sees wd w). The
              scale of d does not matter, until eps is felt
-    Turns    neurons w[i] of parameters with 2 dims or more whose group has weight_decay > 0 at a weight's first step
-             (a decay that a schedule raises from 0 comes too late). The others (biases, gains) follow the plain
-             geometry, with their group's decay and lr
+    Turns    A parameter turns if it has 2 dims or more and its group has weight_decay > 0. Its first step decides for
+             the whole run. All others (biases, gains) follow the plain geometry, with their group's decay and lr
     Options  per_neuron=False keeps the norm of the whole tensor instead. zero_mean: neurons and updates are centred.
              rotational, in a group: True or False overrules the choice by shape and decay
     Notice   The constructor centres the weights, keeping their norm, which changes what a trained network computes.
              The first step turns by exactly arctan(angle) (if eps = 0), since U is then the size of this very d. Later
-             steps turn more when d is larger than usual, and less when it is smaller. beta = 0: always as the first
+             steps turn more when d is larger than usual, and less when it is smaller. So the angle is off while the
+             direction's averages fill (adamw on noise: 2/3 of it in step 10, all of it after 50). beta = 0: never
     Errors   ValueError for a neuron that cannot turn (too few weights, all zero, all equal)
     """
     name = "rotational"
@@ -556,24 +557,27 @@ class Rotational(Geometry):
         return {"angle": angle, "unbias_update_norm": 1 - h["update_norm_decay_factor"] ** t}
 
     def move(self, w, d, state, h):
-        dims, n, U = neuron_dims(w, h), state["radius"], state["update_norm_sq"]
-        C, removed_sq = w.numel() // n.numel(), 0
+        n, U, w_sq = state["radius"], state["update_norm_sq"], (w * w).sum(neuron_dims(w, h), keepdim=True)
+        d, d_sq = self.tangent(w, w_sq, d, h)
+        U.lerp_(d_sq, 1 - h["update_norm_decay_factor"])
+        rms = (U / h["unbias_update_norm"]).sqrt()
+        a = torch.where(d_sq > 0, h["angle"] * n / (rms + h["rotational_eps"]), 0)
+        length = (w_sq + a * a * d_sq).sqrt()                       # ||w - a d||, by Pythagoras
+        w.addcmul_(d, a, value=-1).mul_(torch.where(a > 0, n / length, 1))      # a neuron that rests keeps its bits
+
+    def tangent(self, w, w_sq, d, h):
+        """-> d without its mean and without its part along w, which would only change ||w||; and ||d||^2 of it. That is
+        0 where no more than rounding is left of d, which is no direction."""
+        dims, C, removed_sq = neuron_dims(w, h), w.numel() // w_sq.numel(), 0
         if h["zero_mean"]:                                          # first: afterwards it would undo the tangent
             mean = d.mean(dims, keepdim=True)
             d, removed_sq = d - mean, mean**2 * C
-        w_sq = (w * w).sum(dims, keepdim=True)
         radial = (d * w).sum(dims, keepdim=True) / w_sq
-        d = torch.addcmul(d, w, radial, value=-1)                   # tangent: the part along w would only change ||w||
-        if h["zero_mean"] and C < 16:                               # A guard: little may be left of a short neuron's d,
-            d = d - d.mean(dims, keepdim=True)                      # and the rounding of the first mean be most of it
+        d = torch.addcmul(d, w, radial, value=-1)
+        if h["zero_mean"] and C < 16:                               # of a short neuron's d little may be left, and the
+            d = d - d.mean(dims, keepdim=True)                      # rounding of the first mean be most of that
         d_sq = (d * d).sum(dims, keepdim=True)
-        # A guard against rounding: where nearly all of d was offset and radial part, the rest is no direction.
-        turns = d_sq > rounding(w.dtype) ** 2 * (removed_sq + radial**2 * w_sq + d_sq)
-        U.lerp_(torch.where(turns, d_sq, 0), 1 - h["update_norm_decay_factor"])
-        rms = (U / h["unbias_update_norm"]).sqrt()
-        a = torch.where(turns, h["angle"] * n / (rms + h["rotational_eps"]), 0)
-        length = (w_sq + a * a * d_sq).sqrt()                       # ||w - a d||, by Pythagoras
-        w.addcmul_(d, a, value=-1).mul_(torch.where(a > 0, n / length, 1))      # a neuron that rests keeps its bits
+        return d, torch.where(d_sq > rounding(w.dtype) ** 2 * (removed_sq + radial**2 * w_sq + d_sq), d_sq, 0)
 
     by_row = lambda self, h: h["per_neuron"]
 
@@ -632,10 +636,11 @@ class Rotational(Geometry):
 # ======================================================================================================================
 # 7. Without the root ([RF])
 #
-# RMSProp and Adam divide by sqrt(v). Take the root away, and v is no longer a normaliser but a curvature. It is then
-# called s. The average of g^2, with g a mean over B examples, is about 1/B times the diagonal of the (empirical) Fisher
-# matrix. The diagonal itself does not depend on B. So B s estimates it, g / (B s) is a diagonal Newton step, and one lr
-# fits every batch size. s starts at 1/B, so B s starts at 1, and forgets that start slowly.
+# RMSProp and Adam divide by sqrt(v). Take the root away, and v is no longer a normaliser. Up to a factor B it is a
+# curvature, and this file then calls it s. The average of g^2, with g a mean over B examples, is about 1/B times the
+# diagonal of the (empirical) Fisher matrix. The diagonal itself does not depend on B. So B s estimates it, g / (B s) is
+# a diagonal Newton step, and one lr fits every batch size. s starts at 1/B, so B s starts at 1, and forgets that start
+# slowly.
 # ======================================================================================================================
 
 
@@ -1145,8 +1150,8 @@ def orthogonalise(x):
 #     d = L0^(-1/4) G L1^(-1/4),     L0: average of G G^T,   L1: average of G^T G
 #
 # A mode longer than max_dim (a vocabulary) gets a diagonal instead, a vector of d_i numbers. A mode of size 1 is
-# squeezed away by if_shampoo. In shampoo its matrix is one number, ||G||^2, and takes its part of the root. Both are as
-# in [RF]'s code.
+# squeezed away by if_shampoo. In shampoo it counts as one of the k modes, and its matrix is one number, ||G||^2. Both
+# are as in [RF]'s code.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -1287,7 +1292,7 @@ class if_shampoo(HeavyBall):
     and at every step  d = G times K_i K_i^T on every mode,  then heavy ball on d + decay.
 
     State    K0, K1, .. = I and M0, M1, .. = 0 at first; momentum_buffer; all of it in `dtype`
-    Options  update_every: the largest gap between preconditioner steps, which are dense at first (`refreshes`).
+    Options  update_every: the gap between preconditioner steps in the long run. Early gaps are shorter (`refreshes`).
              lr_cov_scale: a factor of lr_cov, given in a group. `build` gives 0.25 to parameters with 1 dim (the
              authors to all whose name holds norm, proj or bias).  dtype: of the whole recursion; None: the
              parameter's, float32 at least. float16 overflows where bfloat16 does not.  damping=0: K grows for ever
@@ -1435,9 +1440,9 @@ class Optimizer(torch.optim.Optimizer):
     (but a first step may centre neurons).
 
     Groups may be edited in mid-run, by hand or by a scheduler. Every step checks their values as the constructor did.
-    But a parameter's first step settles what its state looks like, so per_neuron, rotational, norm, graft, dtype,
-    max_dim and use_muon must stay as they are from there on. So must zero_mean, as weights are centred only once. Keys
-    that are no hyperparameter are kept, and mean nothing here.
+    A parameter's first step settles what its state looks like, and weights are centred only once. So per_neuron,
+    rotational, zero_mean, norm, graft, dtype, max_dim and use_muon must not change afterwards. Keys that are no
+    hyperparameter are kept, and mean nothing here.
 
     On the CPU the same gradients give the same weights, to the bit. On CUDA gradients themselves can differ from run to
     run, since some backward passes add with atomics: see torch.use_deterministic_algorithms.
@@ -1789,8 +1794,8 @@ def update_compiled(work):
 
 @functools.cache
 def compiled_update(kinds):
-    """torch.compile of `update` for parameters of these kinds: direction, geometry, shape. Each gets a code object of
-    its own: torch.compile keeps its versions of a function, and counts them against a limit, per code object."""
+    """torch.compile of `update` for parameters of these kinds: direction, geometry, shape. torch.compile allows some
+    eight versions of one code object, so each kind gets a copy of it."""
     own = types.FunctionType(update.__code__.replace(co_name=f"update_{kinds[0][0].name}"), globals())
     # On a CPU torch's compiler (2.11 to 2.13) fails (KeyError 'buf1') on the loops of an embedding under `modular`
     # if it may fuse loops that stand side by side. GPUs do not know the option.
@@ -1841,14 +1846,14 @@ class RMSProp(Optimizer):
 class Muon(Optimizer):
     """For all parameters of a model: matrices by muon, the others by adamw (use_muon, in a group). With
     dtype=torch.bfloat16 equal to torch.optim.Muon for what is a matrix.
-    Settles ("original") near ||w||^2 = lr / (2 wd S) and an angle of sqrt(2 lr wd S), S from `muon.power`, whatever the
-    gradient's size. For matrices of 1 : 4 to 1 : 1, of 64 rows and columns or more, the norm is smaller than that by 6
+    Settles ("original") near ||w|| = sqrt(lr / (2 wd S)) and an angle of sqrt(2 lr wd S), S from `muon.power`, whatever
+    the gradient's size. For matrices of 1 : 4 to 1 : 1, of 64 rows and columns or more, ||w|| is smaller than that by 6
     to 30 %, and the angle larger by 4 to 23 % (`muon.on_noise`)."""
     direction = DIRECTIONS["muon"]
 
 
 class RotationalSGD(Optimizer):
-    """Neurons turn by sqrt(2 lr wd / (1+mu)) radians a step, from the first step on."""
+    """Neurons turn by sqrt(2 lr wd / (1+mu)) radians a step."""
     direction, geometry = DIRECTIONS["sgd"], ROTATIONAL
     overrides = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
 
@@ -2326,7 +2331,7 @@ def lesson(plot=None):
         drawn[name] = walk(name, hyper, sigmas, 7000 if name == "lion" else 5000)       # lion settles slowly here
     print("\nLook at adam + L2. Its angle depends on the size of the gradient (as rmsprop's\n"
           "does), so layers with small gradients turn fast, and others slowly. AdamW, Lion\n"
-          "and SGD turn all layers alike in the end, rotational variants from the start.\n"
+          "and SGD turn all layers alike in the end, rotational variants at once.\n"
           "(lion: the paper fits a line to the sign; 'exact' uses the arcsine law instead.)")
     if plot:
         draw(drawn, plot)
@@ -2491,8 +2496,8 @@ def main():
 # 7. g is N(0, 1/B), so s tends to 1/B and B s to 1 for both. With batch_size=1, s itself is taken for the curvature:
 #    it is 100 times too small, and d 100 times too large.
 # 8. (a) Each later layer has a bond in front. The shares are 1/3 (r), 1/3 / 0.5 = 0.667 (q), 1/3 / 0.25 = 1.333 (p).
-#    (b) Some 0.17, 0.07 (width 32, depth 2, 16), 0.34, 0.19 (width 256): below 1, and no tight bound. It is for an input
-#    and an update that conspire in every layer.
+#    (b) Some 0.17, 0.07 (width 32, depth 2, 16), 0.34, 0.19 (width 256): below 1, and not tight. The bound is for an
+#    input and an update that conspire in every layer.
 # 9. F = 1/2 K^2 (g^2 + damping) - log K has its minimum at K^2 = 1 / (g^2 + damping), and d = K^2 g = g / (g^2 +
 #    damping). That is rf_rmsprop with s = g^2, B = 1 and eps = damping.
 # ======================================================================================================================

@@ -72,9 +72,6 @@ KILLS = 20 if "--long" in sys.argv else 4           # per script and optimizer
 TALLY = collections.Counter()                       # what the tests count, for the last line
 
 
-class Skip(unittest.SkipTest):
-    """Raise it where a test cannot run here; pytest understands it too."""
-
 # ---- Helpers ---------------------------------------------------------------------------------------------------------
 
 # Strong settings: every mechanism (momentum, decay, both averages) shows within a few steps.
@@ -525,12 +522,12 @@ def test_worked_example():
 
 def test_plain_equals_torch():
     """SGD, Adam, AdamW, RMSProp equal torch.optim to 1e-11, for all shapes, by default and with options, under
-    schedulers, those that start at 0, end below 0 or move momentum or beta1 among them, and with hyperparameters edited
-    by hand in mid-run."""
+    schedulers, those that start at 0, end below 0 or move momentum or beta1 among them, with hyperparameters edited by
+    hand in mid-run, and from torch's checkpoints. (RotationalSGD only has to run under all of these.)"""
     cases = [("sgd", {}), ("sgd", {"momentum": 0.8, "weight_decay": 0.3}), ("adam", {}), ("adamw", {}),
              *((name, {"betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.1}) for name in ("adam", "adamw")),
              ("rmsprop", {}), ("rmsprop", {"alpha": 0.9, "eps": 1e-3, "momentum": 0.9, "weight_decay": 0.1}),
-             ("rotational_sgd", {"momentum": 0.8})]         # it has no twin: it runs, at least
+             ("rotational_sgd", {"momentum": 0.8})]
 
     def edited(optimizer):                                  # a scheduler of our own
         edits = itertools.cycle([{"lr": 0.1}, {"weight_decay": 0.7}, {"weight_decay": 0.01}, {"alpha": 0.3, "eps": 0.1},
@@ -556,16 +553,12 @@ def test_plain_equals_torch():
                 run(optimizer, [gradients])
                 scheduler.step()
         all_close(ours, theirs, 1e-11, f"{name} {hyper}, scheduler {i}")
-    for name, twin in TORCH_TWINS.items():                  # its checkpoint goes on here
-        theirs, h = parameters(shapes), {"momentum": 0.9} if "momentum" in optim.OPTIMIZERS[name].takes() else {}
-        first = twin(theirs, lr=0.01, weight_decay=0.1, **h)
-        run(first, noise(shapes, 3))
-        ours = [nn.Parameter(p.detach().clone()) for p in theirs]
-        second = optim.OPTIMIZERS[name](ours, lr=0.5)
-        second.load_state_dict(first.state_dict())
-        for optimizer in (first, second):
-            run(optimizer, noise(shapes, 3, seed=9))
-        all_close(ours, theirs, 1e-11, f"{name}, from torch's checkpoint")
+        if name in TORCH_TWINS:                             # its checkpoint goes on here
+            resumed = optim.OPTIMIZERS[name](ours, lr=0.5)
+            resumed.load_state_dict(optimizer.state_dict())
+            for one in (resumed, optimizer):
+                run(one, noise(shapes, 3, seed=9))
+            all_close(ours, theirs, 1e-11, f"{name} {hyper}, scheduler {i}, from torch's checkpoint")
 
 
 def test_defaults_are_the_papers():
@@ -588,57 +581,15 @@ def test_defaults_are_the_papers():
 # ---- Rotation: random walks settle where the closed forms say, and what turning neurons keep -------------------------
 
 
-def walk(name, h, sigma, start):
-    """48 neurons of 256 weights walk for 7 time constants, the last 4 of them measured -> (norm, angle per step)"""
-    torch.manual_seed(0)
-    w = nn.Parameter(torch.randn(48, 256) * (start / math.sqrt(256)))
-    # How fast ||w||^2 forgets: 2 lr wd per step, over 1-mu for momentum, and over sigma where that divides the decay.
-    rate = 2 * h["lr"] * h["weight_decay"] / (sigma if name == "adam" else 1)
-    rate /= 1 if name == "muon" else 1 - h.get("momentum", 0)
-    [trace] = optim.random_walk(optim.OPTIMIZERS[name]([w], **h), [w], round(7 / rate), [sigma])
-    return np.mean([(norm, angle) for step, norm, angle in trace if step * rate > 3], axis=0)
-
-
-def settled_by_hand(name, h, C, sigma, rows=48):
-    """(norm, angle per step) of a neuron of C weights, from growth = decay, written out for each optimizer."""
-    total = h["lr"] / (1 - h.get("momentum", 0))            # one gradient's whole effect, with momentum
-    angle, size = angle_by_hand(name, h), math.sqrt(total * C / (2 * h["weight_decay"]))
-    if name == "muon":                                      # what the quintics make of noise
-        noise = np.random.default_rng(0).normal(size=(rows, C))
-        d = quintics(noise)
-        cosine = (d * noise).sum() / np.linalg.norm(d) / np.linalg.norm(noise)
-        return math.sqrt((d**2).sum() / rows) * cosine * h["lr"] / angle, angle / cosine
-    if name in ("adam", "rmsprop"):                         # L2: the decay is divided by the gradient's RMS as well
-        return size * math.sqrt(sigma), angle / math.sqrt(sigma)
-    if name == "shampoo":                                   # its size depends on the shape: no closed form is offered
-        return math.nan, angle
-    if "batch_size" in h:                                   # root-free: entries of sigma over the damped curvature
-        size *= sigma / (h["batch_size"] * sigma**2 + h["damping" if name == "if_shampoo" else "eps"])
-    if name == "lion":
-        size *= math.sqrt(2 * h["lr"] * h["weight_decay"]) / angle
-    return size * (sigma if name == "sgd" else 1), angle
-
-
-def lion_norm_by_arcsine(h, C, most=2000):
-    """Lion's norm from the correlation of signs at all lags k, (2/pi) asin(rho_k), weakened by the decay in between.
-
-    rho_k is the autocorrelation of the average inside, from its filter: c_0 = 1-b1, c_k = b1 (1-b2) b2^(k-1).
-    """
-    (b1, b2), k = h["betas"], np.arange(-most, most + 1)
-    c = np.concatenate([[1 - b1], b1 * (1 - b2) * b2 ** np.arange(most)])
-    rho = np.correlate(c, c, "full") / np.dot(c, c)
-    power = 2 / math.pi * np.arcsin(np.clip(rho, -1, 1)) * (1 - h["lr"] * h["weight_decay"]) ** np.abs(k)
-    return math.sqrt(h["lr"] * C / (2 * h["weight_decay"]) * power.sum())
-
-
 def test_random_walks_settle_where_theory_says():
-    """Random walks settle at the closed-form norm and angle: within 1.5 %, Muon and the root-free 2 %, Lion 4 % and 1 %
-    with the arcsine law. So AdamW's angle depends on lr * wd alone; four times larger gradients halve Adam+L2's."""
+    """Random walks settle at the norm and angle of `equilibrium`: within 1.5 %, Muon and the root-free 2 %, Lion 4 %
+    and 1 % with the arcsine law. Four times larger gradients halve the angle of Adam+L2."""
     # Two things limit the root-free, 1 % each: g takes part in the s that divides it, with weight 1-a; and what is left
     # of the long early steps, before s (or K) has forgotten its start, which was 1 where B sigma^2 + damping is 2.5.
     adam, ball = {"lr": 0.01, "betas": (0.8, 0.999), "weight_decay": 0.2}, {"momentum": 0.8, "batch_size": 4}
     cases = [("sgd", 0.7, 0.015, {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.008}),
              ("adam", 0.5, 0.015, adam), ("adam", 2, 0.015, adam), ("adamw", 0.7, 0.015, adam),
+             ("rmsprop", 0.5, 0.015, {"lr": 0.005, "alpha": 0.99, "momentum": 0.8, "weight_decay": 0.04}),
              ("lion", 0.7, 0.04, {"lr": 0.005, "betas": (0.9, 0.95), "weight_decay": 0.2}),
              ("muon", 0.7, 0.02, {"lr": 0.02, "momentum": 0.8, "weight_decay": 0.05}),
              ("rf_rmsprop", 0.7, 0.02, ball | {"lr": 0.05, "alpha": 0.99, "eps": 0.5, "weight_decay": 0.01}),
@@ -646,18 +597,19 @@ def test_random_walks_settle_where_theory_says():
                                       "batch_size": 4}),
              ("if_shampoo", 0.7, 0.02, ball | {"lr": 0.05, "damping": 0.5, "lr_cov": 0.2, "riemannian_momentum": 0.5,
                                                "weight_decay": 0.02, "update_every": 10})]
-    for name, sigma, tolerance, h in cases:
-        norm, angle = settled_by_hand(name, h, 256, sigma)
-        measured_norm, measured_angle = walk(name, h, sigma, start=0.7 * norm)
-        close(measured_norm, norm, tolerance, f"norm of {name}")
-        close(measured_angle, angle, tolerance, f"angle of {name}")
+    for name, sigma, tolerance, h in cases:                 # 48 neurons of 256 weights
+        own = optim.OPTIMIZERS[name].takes() | h
+        norm, angle = optim.equilibrium(optim.DIRECTIONS[name], own, 256, sigma, (48, 256))
+        torch.manual_seed(0)
+        w = nn.Parameter(torch.randn(48, 256) * (0.7 * norm / math.sqrt(256)))
+        # How fast ||w||^2 forgets: 2 lr wd a step, over 1-mu for momentum, over sigma where that divides the decay.
+        rate = 2 * h["lr"] * h["weight_decay"] / (sigma if name in ("adam", "rmsprop") else 1)
+        rate /= 1 if name == "muon" else 1 - h.get("momentum", 0)
+        [trace] = optim.random_walk(optim.OPTIMIZERS[name]([w], **h), [w], round(7 / rate), [sigma])
+        settled = np.mean([row[1:] for row in trace if row[0] * rate > 3], axis=0)      # norm, angle
+        close(settled / (norm, angle), np.ones(2), tolerance, f"norm and angle of {name}")
         if name == "lion":
-            exact = lion_norm_by_arcsine(h, 256)
-            close(measured_norm, exact, 0.01, "norm of lion, arcsine law")
-            close(optim.lion_walk_norm(h, 256), exact, 1e-9, "lion_walk_norm")
-        if name == "muon":
-            found = optim.equilibrium(optim.DIRECTIONS[name], optim.Muon.takes() | h, 256, 1.0, (48, 256))
-            close(np.divide(found, (norm, angle)), np.ones(2), 0.02, "equilibrium of muon")
+            close(settled[0], optim.lion_walk_norm(h, 256), 0.01, "norm of lion, arcsine law")
 
 
 def test_rotational_neurons_keep_norm_and_mean_and_turn_by_the_angle():
@@ -882,7 +834,7 @@ def test_shampoo_at_the_limits_of_its_type():
 
 
 def test_if_shampoo_finds_the_inverse():
-    """On gradients whose mean square is S, one mode settles at K K^T = (B S + damping)^-1, and inverts nothing."""
+    """On gradients whose mean square is S, one mode settles at K K^T = (B S + damping)^-1."""
     d, B, damping, X = 4, 5, 0.3, normal(1, 4, 4)
     S = X @ X.T / d + 0.1 * torch.eye(d, dtype=torch.float64)
     w, average = nn.Parameter(torch.zeros(d, dtype=torch.float64)), 0
@@ -986,7 +938,7 @@ UNFELT = [
 
 
 def test_what_is_not_felt():
-    """For each row of UNFELT: other gradients, settings and coordinates lead to the same weights, or do not."""
+    """Who is blind to what: a row of UNFELT leads its first optimizers to the same weights, and not its second."""
     gradients = noise([(4, 6)], 20)
     for claim, names, felt_by, (there, back), factor, own, factors, tolerance in UNFELT:
         for name in (*names, *felt_by):
@@ -1251,13 +1203,14 @@ def test_precisions():
     for name, dtype in itertools.product(optim.OPTIMIZERS, FLOATS[1:]):
         gradients, params = noise(MIXED, 6, dtype), parameters(MIXED, dtype)
         exact = [nn.Parameter(p.detach().double()) for p in params]
-        starts = values(exact)
-        run(make(name, params), gradients)
-        run(make(name, exact), [[g.double() for g in step] for step in gradients])
-        # rounding costs at most half an eps of the weight each step
-        all_close(params, exact, 6 * torch.finfo(dtype).eps, f"{name} {dtype}")
-        moved = max((q - start).abs().max().item() for q, start in zip(exact, starts))
-        assert moved > 0.02, f"{name}: hardly moved ({moved}), so this shows nothing"
+        starts, tolerance = values(exact), 6 * torch.finfo(dtype).eps
+        # rounding costs at most half an eps of the weight each step: only larger steps show in 16 bits
+        lr = settings(name)["lr"] if dtype == torch.float32 else max(0.06, settings(name)["lr"])
+        run(make(name, params, lr=lr), gradients)
+        run(make(name, exact, lr=lr), [[g.double() for g in step] for step in gradients])
+        all_close(params, exact, tolerance, f"{name} {dtype}")
+        moved = max(((q - start).abs().max() / q.abs().max().clamp(min=1)).item() for q, start in zip(exact, starts))
+        assert moved > 2 * tolerance, f"{name} {dtype}: hardly moved ({moved}), so this shows nothing"
 
 
 def test_nan_is_not_hidden():
@@ -1384,9 +1337,9 @@ def test_compiled_steps_are_one_graph():
 
 def test_compiled_equals_eager():
     """compile=True gives the numbers of eager mode under a changing lr, for tensors in blocks, of 0 dims, embeddings,
-    and compiles nothing after the first step."""
+    and compiles nothing after the first step (tried with rotational and modular SGD)."""
     if not any(map(shutil.which, [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++", "clang++"])):
-        raise Skip("torch.compile needs a C++ compiler: none of $CXX, c++, g++, clang++ was found")
+        raise unittest.SkipTest("torch.compile needs a C++ compiler: none of $CXX, c++, g++, clang++ was found")
     from torch._dynamo.utils import counters
     shapes, lrs = [(8, 6), ()], [0.01 * t for t in range(4)]
     for name, small, options in (("rotational_sgd", 24, {}),                    # 24: twice 4 rows
@@ -1689,20 +1642,24 @@ def test_probe_measures():
 
 
 def test_probe_predicts():
-    """The probe predicts the closed-form equilibrium, and says how many steps it takes; kept norm and set angle where
-    rotational; nan without decay or theory (Nesterov, AMSGrad, .., modular). torch's spellings have their twins'."""
-    gradient, C, torchs, nothing = normal(3, 5, 24), 24, torch.optim, (math.nan, math.nan)
+    """The probe predicts what `equilibrium` says of the layer, also of torch's optimizers, and how many steps it takes;
+    kept norm and set angle where rotational; nan without decay or theory (Nesterov, AMSGrad, .., modular)."""
+    gradient, torchs, nothing = normal(3, 5, 24), torch.optim, (math.nan, math.nan)
     gradient *= 0.3 / gradient.square().mean().sqrt()
     h, adamw = {"lr": 0.02, "weight_decay": 0.2}, settings("adamw")
+
+    def theory(name, own):
+        return optim.equilibrium(optim.DIRECTIONS[name], optim.OPTIMIZERS[name].takes() | own, 24, 0.3, (5, 24))
+
     by_torch = h | {"momentum": 0.8}
-    cases = [(torchs.Muon, by_torch, settled_by_hand("muon", by_torch, C, 0.3, rows=5)),
-             (torchs.Adam, adamw | {"decoupled_weight_decay": True}, settled_by_hand("adamw", adamw, C, 1))]
+    cases = [(torchs.Muon, by_torch, theory("muon", by_torch)),
+             (torchs.Adam, adamw | {"decoupled_weight_decay": True}, theory("adamw", adamw))]
     for name in DIRECTIONS:
         own = settings(name)
-        cases += [(optim.OPTIMIZERS[name], own, settled_by_hand(name, own, C, 0.3, rows=5)),
+        cases += [(optim.OPTIMIZERS[name], own, theory(name, own)),
                   (optim.OPTIMIZERS[f"rotational_{name}"], own, (None, math.atan(angle_by_hand(name, own))))]
         if name in TORCH_TWINS:
-            cases += [(TORCH_TWINS[name], own, settled_by_hand(name, own, C, 0.3))]
+            cases += [(TORCH_TWINS[name], own, theory(name, own))]
     cases += [(kind, h | options, nothing) for kind, options in (
         (torchs.SGD, {"momentum": 0.9, "nesterov": True}), (torchs.SGD, {"momentum": 0.9, "dampening": 0.5}),
         (torchs.SGD, {"maximize": True}), (torchs.AdamW, {"amsgrad": True}), (torchs.RMSprop, {"centered": True}),
@@ -1712,9 +1669,8 @@ def test_probe_predicts():
         optimizer = kind([("w", p)], **options)
         kept, probe = p.norm(dim=1).mean().item(), probed(optimizer, [gradient])
         found = [probe.rows[0][key] for key in ("predicted_norm", "predicted_angle")]
-        # Muon's prediction tries one small matrix of noise; nan equals nan
         np.testing.assert_allclose(found, [kept if norm is None else norm, angle], err_msg=f"{kind} {options}",
-                                   rtol=0.2 if kind.__name__ == "Muon" else 1e-12)
+                                   rtol=1e-12)              # nan equals nan
         if kind is optim.AdamW:
             assert "125" in str(probe).splitlines()[-1], f"1 / (2 lr wd) = 125 steps are not in {probe}"
 
@@ -1756,7 +1712,8 @@ def test_walks_of_ones_own():
     """--walk prints, for three sizes of the gradient, what is predicted and measured, within 3 %; what it cannot walk
     is refused in one line, as are flags, names and files that are none."""
     out = succeed(optim, "--walk", "adamw", "lr=0.01", "weight_decay=0.5", "betas=(0.8,0.99)")
-    norm, angle = settled_by_hand("adamw", {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.99)}, optim.C, 1)
+    angle = angle_by_hand("adamw", {"lr": 0.01, "weight_decay": 0.5, "betas": (0.8, 0.99)})
+    norm = math.sqrt(0.01 * optim.C / (2 * 0.5))
     rows = [line.split() for line in out.splitlines() if "%" in line]
     assert [row[:2] for row in rows] == [["adamw", "0.5"], ["adamw", "1"], ["adamw", "2"]], out
     for _, _, *numbers in rows:
@@ -1944,7 +1901,7 @@ def run_fork(script, folder, *arguments, status=(0,), meanwhile=None, **fate):
     """run_script in a process forked from one that has imported torch already, with one of these exit statuses. It
     writes to stdout.txt and stderr.txt in the folder. meanwhile(process): what is done after its start."""
     if not FORKS:
-        raise Skip("needs fork and signals, which this system does not have")
+        raise unittest.SkipTest("needs fork and signals, which this system does not have")
     process = FORKS.Process(target=in_fork, args=(command_line(script, arguments), folder), kwargs=fate, daemon=True)
     process.start()
     if meanwhile:
@@ -2207,10 +2164,10 @@ def test_scripts_replace_and_go_on():
 
 
 def test_scripts_compile_and_bfloat16():
-    """A checkpoint of a compiled run is resumed without compiling and the other way round, with the same numbers, and
-    another seed gives others. In bfloat16 losses are near, and others."""
+    """A checkpoint of a wrapped model (--compile, whose compiler is switched off here) is resumed without the wrapper
+    and the other way round, and another seed gives other numbers. In bfloat16 losses are near, and others."""
     runs = itertools.count()
-    with temporary_folder() as folder, torch.compiler.set_stance("force_eager"):    # wrapped, but not really compiled
+    with temporary_folder() as folder, torch.compiler.set_stance("force_eager"):
         for script in SCRIPTS:
             def log_of(first, then, seed=1, opt="adamw", dtype="float32"):
                 run = folder / f"run{next(runs)}"
@@ -2497,7 +2454,7 @@ def test_cifar_equals_a_loop_by_hand():
 
 def test_translate_equals_a_loop_by_hand():
     """Losses, lr, angles, weights and tokens are those of a plain loop on the same batches."""
-    for schedule, clip, smoothing, seed, most in (("linear", 0.3, 0.2, 5, 99), ("constant", 0, 0.0, 6, 7)):
+    for schedule, clip, smoothing, seed in (("linear", 0.3, 0.2, 5), ("constant", 0, 0.0, 6)):
         with temporary_folder() as folder:
             pairs, run = write_corpus(folder / "corpus", train=60), folder / "run"
             succeed(translate_train, *TINY_TRANSLATE, *flags_of(
@@ -2641,20 +2598,13 @@ SETTLED = {
         ("--opt rf_rmsprop --batch_size 6 --grad_accum 5 --block_size 7 --steps 90",        # a shorter warmup
          dict(warmup=45), dict(batch_size=6 * 5 * 7)),
         ("--preset shakespeare --dropout 0 --opt modular_adam",
-         dict(dropout=0, n_layer=6, data="shakespeare", arch="modular", steps=5000), {}),
-        ("--preset modular_gpt",
-         dict(n_embd=128, n_layer=3, block_size=128, batch_size=128, steps=10_000, dtype="float32"), {})),
+         dict(dropout=0, n_layer=6, data="shakespeare", arch="modular", steps=5000), {})),
     "C": (
         ("--opt rf_rmsprop --batch_size 6", {}, dict(batch_size=6)),
         ("--model resnet20 --crop 0 --flip 0 --steps 9",        # a preset's width is its model's
          dict(crop=0, flip=0, width=16, epochs=None, steps=9), {}),
         ("--preset paper_resnet20_adamw --opt sgd", {}, cifar_train.TUNED["sgd"]),
-        ("--preset paper_resnet20_rotational_sgd",
-         dict(batch_size=2048, epochs=200, warmup=120, schedule="cosine"), dict(lr=4.8, weight_decay=1e-4)),
-        ("--preset paper_resmlp_modular_adam",
-         dict(batch_size=128, steps=10_000, warmup=0, schedule="linear", dtype="float32"), dict(lr=0.25)),
-        ("--preset paper_resnet50_mse_sgd",
-         dict(data="cifar100", epochs=120, warmup=0, schedule="step"), dict(lr=0.02629, weight_decay=0.01503))),
+        ("--preset paper_resnet20_rotational_sgd", dict(batch_size=2048, gains=0), dict(lr=4.8))),
     "T": (
         ("--preset iwslt --lr 7 --n_head 8", dict(n_head=8), dict(lr=7, weight_decay=1e-4, beta1=0.9, beta2=0.98)),
         ("--preset iwslt --opt lion", {}, translate_train.TUNED["lion"])),
@@ -2662,9 +2612,9 @@ SETTLED = {
 
 
 def test_scripts_settings():
-    """Flags override a preset, and that the defaults and TUNED; 0 is a value like others. Every preset can be started,
-    with its own optimizer, and has the values of its paper. Gains come with rotation. A root-free batch_size counts
-    what the loss is a mean of. The default folder is named by what was said by hand."""
+    """Flags override a preset, and that the defaults and TUNED; 0 is a value like others. The optimizer of every preset
+    can be made. Gains come with rotation. A root-free batch_size counts what the loss is a mean of. The default folder
+    is named by what was said by hand."""
     for script in SCRIPTS:
         for flags, expected, hyper in itertools.chain(
                 *(rows for initials, rows in SETTLED.items() if script.__name__[0].upper() in initials)):
@@ -2672,10 +2622,8 @@ def test_scripts_settings():
             found = {key: vars(s)[key] for key in expected}, {key: s.hyper[key] for key in hyper}
             assert found == (expected, hyper), (script.__name__, flags, found)
         assert settled(script, "--opt adamw --beta2 0.4").hyper == script.TUNED["adamw"] | {"beta2": 0.4}
-        for name, preset in script.PRESETS.items():
-            s = settled(script, "--preset", name)
-            assert s.opt == preset.get("opt", "adamw"), name
-            script.make_optimizer(s, Single(3, 4))
+        for name in script.PRESETS:
+            script.make_optimizer(settled(script, "--preset", name), Single(3, 4))
         plain, other = (settled(script, flags).out_dir for flags in ("", "--lr 1 --opt_kwargs eps=2 --data_dir x"))
         assert other.startswith(plain) and "lr=1" in other and "eps=2" in other and "data_dir" not in other
         different = "", "--lr 1", "--lr 2", "--steps 7", "--opt lion"
@@ -2848,7 +2796,7 @@ def test_cifar_shapes():
 def test_cifar_show():
     """--show draws the first images of each class in a row, every pixel as it is, doubled."""
     if not importlib.util.find_spec("matplotlib"):
-        raise Skip("needs matplotlib")
+        raise unittest.SkipTest("needs matplotlib")
     import matplotlib.image
     with temporary_folder() as folder:
         succeed(cifar_train, *tiny(cifar_train, folder), "--out_dir", folder / "run", "--show", folder / "sheet.png")
@@ -3162,16 +3110,10 @@ def test_nanogpt_models():
         h = half_blocks(b, b.attention, H)(h, mask, is_causal=True)
     of_gpt = F.layer_norm(h, (C,), gpt.norm.weight, gpt.norm.bias) @ (gpt.head.gain * gpt.tokens.weight.T)
 
-    h, gains = lstm.tokens.weight[x], iter(lstm.gains)
-    for layer in range(L):
-        cell, state, steps = nn.LSTMCell(C, C, dtype=torch.float64), None, []       # the state starts at zero
-        cell.load_state_dict({key: getattr(lstm.lstm, f"{key}_l{layer}") * (next(gains)[:, None] if p.dim() == 2 else 1)
-                              for key, p in cell.named_parameters()})
-        for t in range(T):
-            state = cell(h[:, t], state)
-            steps.append(state[0])
-        h = torch.stack(steps, 1)
-    of_lstm = h @ (lstm.head.gain * lstm.tokens.weight.T)
+    twin, gains = nn.LSTM(C, C, L, batch_first=True, dtype=torch.float64), iter(lstm.gains)
+    twin.load_state_dict({key: p * (next(gains)[:, None] if p.dim() == 2 else 1)
+                          for key, p in lstm.lstm.named_parameters()})
+    of_lstm = twin(lstm.tokens.weight[x])[0] @ (lstm.head.gain * lstm.tokens.weight.T)
 
     modular = nanogpt_train.ModularGPT(V, L, H, C, T, 0.4).double().eval()
     h = 0.5 * modular.tokens.weight[x] + 0.5 * modular.positions.weight
@@ -3720,7 +3662,7 @@ def test_sweep_order_of_results():
         shutil.copytree(folder / "out" / run.name, folder / "out/copy")
         for flags, order in (((), "12"), (("--metric", "val_loss"), "21")):
             status, out, _ = call_main(sweep, "--report", "--out_dir", folder / "out", *flags)
-            assert status == 1, "one is unfinished"
+            assert status == 1, "one has failed, one is unfinished"
             assert "5 runs of translate_train.py: 2 done, 1 diverged, 1 failed, 1 unfinished" in out, out
             assert "".join(line.split()[2] for line in out.splitlines()[3:5]) == order, out
 
@@ -3730,8 +3672,8 @@ def test_sweep_endings():
     finished one needs none, one that ended without a result begins anew, and a failed one keeps it for --retry."""
     run = sweep.Run.of("toy_train.py", {"lr": 1})
     for status, done, keep, state, left in (
-            *((status, False, False, "unfinished", True) for status in (130, 143, -2, -9, -15)),
-            (3, False, False, "diverged", False), (3, False, True, "diverged", True), (1, False, False, "failed", True),
+            (-9, False, False, "unfinished", True), (3, False, False, "diverged", False),
+            (3, False, True, "diverged", True), (1, False, False, "failed", True),
             (0, False, False, "failed", False), (0, True, False, "done", False), (0, True, True, "done", True),
             (-9, True, False, "done", False), (1, True, False, "done", False)):
         with temporary_folder() as folder:
@@ -3861,10 +3803,6 @@ def test_sweep_two_stage():
     fresh = [toy_loss(lr, weight_decay, seed, 2) for seed in (1, 2, 3)]
     assert f"fresh seeds: {np.mean(fresh):.4f} +- {np.std(fresh, ddof=1):.4f}" in said, said
     assert weight_decay < 0.05 and f"look beyond it: weight_decay {weight_decay:g}\n" in said, said
-    for text, edge, inside in (("log(1e-4,1)", "0.00012", "0.0002"), ("uniform(-1,1)", "0.95", "0.8"),
-                               ("one_minus_log(1e-3,0.1)", "0.9989", "0.998"), ("choice(1,2)", None, "1")):
-        space = sweep.parse_space([f"x={text}"])["x"]
-        assert not space.near_edge(inside) and (edge is None or space.near_edge(edge)), text
 
 
 # Flags, or several of them; what the line must hold.
@@ -4171,7 +4109,7 @@ def look_at(figure):
 def drawn(call):
     """The figure that `call` draws."""
     if not importlib.util.find_spec("matplotlib"):
-        raise Skip("needs matplotlib")
+        raise unittest.SkipTest("needs matplotlib")
     figures, curves = [], sweep.curves
     with temporary_folder() as folder, contextlib.redirect_stdout(io.StringIO()):
         with unittest.mock.patch.object(sweep, "curves", lambda *a: figures.append(curves(*a))):
