@@ -1747,7 +1747,7 @@ def full_precision(work):
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         for backend in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul) if products else ():
-            # none: as torch.backends has it. Whether a value was set or inherited cannot be told, if they are equal
+            # "none" inherits the value of torch.backends. A value of its own that equals it passes for inherited.
             found, backend.fp32_precision = backend.fp32_precision, "none"
             inherited, backend.fp32_precision = backend.fp32_precision, "ieee"
             stack.callback(setattr, backend, "fp32_precision", "none" if found == inherited else found)

@@ -146,6 +146,8 @@ def parse():
         fail(f"--experiment {args.experiment} searches nothing: leave out --runs")
     if args.print_commands and args.plot:
         fail("--print_commands has nothing to draw: leave out --plot")
+    if args.print_commands and args.experiment == "second_order":
+        fail("second_order has no runs, it computes by itself: leave out --print_commands")
     if kind in ("random", "two_stage") and not args.space:
         fail("random draws need --space, say --space \"lr=log(1e-4,1e-1)\"")
     if not (kind or args.fixed or args.seeds or args.report):
@@ -1642,6 +1644,8 @@ def main():
         if not unfinished:
             print(f"sweep.py: all runs have come to an end: {tally(results)}. --report shows them" +
                   ", --retry prints those that failed" * failed, file=sys.stderr)
+        elif args.two_stage or args.experiment:
+            print("sweep.py: more runs may follow from these: when they are finished, print again", file=sys.stderr)
         sys.exit(failed and not unfinished)
     if not args.experiment or unfinished:
         print(report(results) + f"\n{said}" * bool(said))

@@ -3766,7 +3766,7 @@ def test_sweep_stops_on_signal():
 
 def test_sweep_printed_commands():
     """--print_commands | xargs sh -c, then --report, gives the table that the sweep itself gives; what diverged there
-    is unfinished until the sweep finds out."""
+    is unfinished until the sweep finds out. Of a search in two stages the first is printed, and it says so."""
     grid = """--grid lr=0.01,0.1,10 "betas=(0.9, 0.95),it's" --fixed device=cpu --out_dir"""
     with folder_with_toy() as folder:
         table, _ = toy_sweep(folder, f"{grid} whole")
@@ -3780,6 +3780,8 @@ def test_sweep_printed_commands():
         again, _ = toy_sweep(folder, f"{grid} parts")
         assert again.splitlines()[-12:] == table.splitlines()[-12:] and "4 done, 2 diverged" in again, again
         assert toy_sweep(folder, f"{grid} parts --print_commands")[0] == ""
+        commands, err = toy_sweep(folder, "--two_stage --runs 3 --space 'lr=log(1e-4,1)' --print_commands")
+        assert len(commands.splitlines()) == 3 and "print again" in err, err
 
 
 def test_sweep_two_stage():
@@ -3824,6 +3826,7 @@ SWEEP_BAD = (
     ("--grid lr=1 --seed 1; --grid lr=1 --seed 0", "--random"), ("--curves x --jobs 2", "--jobs"),
     ("--experiment warmup --grid lr=1", "--grid"), ("--experiment warmup --fixed lr=1", "--fixed"),
     ("--experiment warmup --print_commands --plot x.png", "leave out --plot"), ("--curves no/such", "no log.jsonl"),
+    ("--experiment second_order --print_commands", "has no runs"),
     ("--grid lr=1 --scale gpu; --grid lr=1 --scale cpu", "--experiment"),
     ("--grid lr=1 --script nanogtp_train.py", "no such file"),
     (f"--grid lr=1 --script {sys.executable}", "in Python"), ("--grid lr=1 --plot x.exe", ".png"),
