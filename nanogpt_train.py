@@ -396,7 +396,8 @@ class GPT2Tokens:
         try:
             self.bpe = tiktoken.get_encoding("gpt2")
         except Exception as error:                  # requests, os and tiktoken each have their own exceptions
-            fail(f"cannot load GPT-2's tokens: {str(error).splitlines()[0][:200]}. tiktoken downloads them once; "
+            said = f"{type(error).__name__}, {error}".partition("\n")[0][:100]
+            fail(f"cannot load GPT-2's tokens: {said}. tiktoken downloads them once; "
                  "without a network, set TIKTOKEN_CACHE_DIR to a folder that holds them, or use --tokenizer char")
 
     def encode(self, text):

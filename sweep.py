@@ -2,7 +2,7 @@
 Run a training script many times and see which settings are best, put a claim of a paper to the test, or draw the curves
 of any runs.
 
-    python sweep.py --grid lr=1e-4:1e-1:log8 weight_decay=0,0.01,0.1 --fixed "opt=adamw steps=500" --seeds 3
+    python sweep.py --grid lr=1e-4:1e-1:log4 weight_decay=0,0.1 --fixed "opt=adamw steps=500" --seeds 3
     python sweep.py --grid "lr,weight_decay=(1e-3,1),(1e-2,0.1)" ...            pairs, in place of all combinations
     python sweep.py --random 40 --space "lr=log(1e-4,1e-1) momentum=uniform(0.5,0.99) damping=log(1e-6,1e-3)" ...
     python sweep.py --two_stage --runs 100 --space ...      a wide random search, one around its best fifth, then the
