@@ -178,7 +178,7 @@ def paper(setup, opt, **hyper):
 
 
 PRESETS = {
-    # The default without CUDA: two or three minutes.
+    # The default without CUDA: two or three minutes on two cores.
     "cpu": dict(model="resnet18", width=8, epochs=3, compile=False),
     # The defaults of these models, two or three minutes on two cores. Shapes lie anywhere already: without shifts a
     # short training gets further. With all but gnn adamw learns nothing at the lr of ResNets. Its values are a guess,

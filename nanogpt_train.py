@@ -163,7 +163,7 @@ def parse(argv=None):
 
 # `tuned` stands in for the table TUNED. Nobody has tried the values of TUNED at other sizes.
 PRESETS = {
-    # The default without CUDA: the size of nanoGPT's CPU example, two or three minutes.
+    # The default without CUDA: the size of nanoGPT's CPU example, two or three minutes on two cores.
     "cpu": dict(compile=False),
     # The same with --arch lstm: three quarters of the weights. A test bed of the kind of Lin et al. 2024.
     "lstm": dict(compile=False, arch="lstm", n_layer=2, n_embd=192),

@@ -147,7 +147,7 @@ def parse():
     if args.print_commands and args.plot:
         fail("--print_commands has nothing to draw: leave out --plot")
     if args.print_commands and args.experiment == "second_order":
-        fail("second_order has no runs, it computes by itself: leave out --print_commands")
+        fail("second_order has no runs to print: it computes by itself. Leave out --print_commands")
     if kind in ("random", "two_stage") and not args.space:
         fail("random draws need --space, say --space \"lr=log(1e-4,1e-1)\"")
     if not (kind or args.fixed or args.seeds or args.report):

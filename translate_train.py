@@ -178,7 +178,7 @@ def parse(argv=None):
 
 # `tuned` stands in for the table TUNED. Nobody has tried the values of TUNED at other sizes.
 PRESETS = {
-    # The default: two or three minutes.
+    # The default: two or three minutes on two cores.
     "cpu": dict(compile=False),
     # Captions of images, for a CPU: nine epochs of a small model.
     "multi30k": dict(data="multi30k", vocab=4000, n_layer=3, n_head=4, n_embd=128, n_ffn=256, dropout=0.1,
