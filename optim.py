@@ -23,7 +23,7 @@ Learn the rows and the columns, and you know them all:
     rf_rmsprop  gradient over its mean square     | RootFreeRMSProp      |                  |
     rf_adamw    average over mean square          | RootFreeAdamW        |                  |
     muon        orthogonalised average            | Muon                 | RotationalMuon   | ModularMuon
-    shampoo     L_i^(-1/(2k)) on every mode i    | Shampoo              |                  |
+    shampoo     L_i^(-1/(2k)) on every mode i     | Shampoo              |                  |
     if_shampoo  the same without roots, inverses  | InverseFreeShampoo   |                  |
 
 The empty cells exist, too: "rotational_rmsprop", "modular_lion" and so on are names of OPTIMIZERS.
@@ -506,6 +506,11 @@ def neuron_dims(w, h):
     return tuple(range(1 if h["per_neuron"] else 0, w.dim()))
 
 
+def neuron_size(w, dims):
+    """C, the number of weights in a neuron."""
+    return math.prod([w.shape[dim] for dim in dims])
+
+
 def neuron_norm(w, dims):
     """Euclidean norms of the neurons of w, with the summed dims kept as size 1: they broadcast against w."""
     return torch.linalg.vector_norm(w, dim=dims, keepdim=True)
@@ -570,7 +575,7 @@ class Rotational(Geometry):
         """-> d without its mean (if zero_mean) and without its part along w, which would only change ||w||; and the
         ||d||^2 that is left, or 0 where that is no more than rounding, and so no direction."""
         dims, removed_sq = neuron_dims(w, h), 0
-        C = math.prod([w.shape[i] for i in dims])
+        C = neuron_size(w, dims)
         if h["zero_mean"]:                                          # first: afterwards it would undo the tangent
             mean = d.mean(dims, keepdim=True)
             d, removed_sq = d - mean, mean**2 * C
@@ -596,9 +601,9 @@ class Rotational(Geometry):
             return
         w, dims = working_copy(p), neuron_dims(p, group)
         mean, norm = w.mean(dims, keepdim=True), neuron_norm(w, dims)
-        residue, entries = w - mean, math.prod(p.shape[d] for d in dims)
+        residue = w - mean
         most = torch.finfo(p.dtype).eps * (1024 if is_wide(p) else 4)       # bfloat16 is centred anew in every step
-        off_centre = mean.abs() * entries > most * norm
+        off_centre = mean.abs() * neuron_size(w, dims) > most * norm
         p.copy_(torch.where(off_centre, residue * (norm / neuron_norm(residue, dims)), w))
 
     def objection(self, direction, p, group):
@@ -614,7 +619,7 @@ class Rotational(Geometry):
     def why_stuck(self, p, group):
         """Why the neurons of p have no direction to turn from, and what to do about it; None if they have."""
         w, dims = working_copy(p.detach()), neuron_dims(p, group)
-        entries = math.prod(p.shape[d] for d in dims)
+        entries = neuron_size(w, dims)
         needed = 3 if group["zero_mean"] else 2
         if entries < needed:
             return f"its neurons have {entries} weight{'s' * (entries != 1)}, and turning takes {needed}. Reshape it"
@@ -2157,7 +2162,7 @@ class RotationProbe:
                     continue
                 dims = neuron_dims(p, {"per_neuron": True} | group)
                 before, after = working_copy(self._copies[p]), working_copy(p)
-                norm, angle = self._predict(p, group, math.prod(p.shape[d] for d in dims))
+                norm, angle = self._predict(p, group, neuron_size(p, dims))
                 self.rows.append({
                     "name": name_of(group, i, index), "norm": neuron_norm(after, dims).mean().item(),
                     "angle": neuron_angles(before, after, dims).nanmean().item(),       # a zero neuron has no angle

@@ -146,8 +146,6 @@ def parse():
         fail(f"--experiment {args.experiment} searches nothing: leave out --runs")
     if args.print_commands and args.plot:
         fail("--print_commands has nothing to draw: leave out --plot")
-    if args.print_commands and args.experiment == "second_order":
-        fail("second_order has no runs to print: it computes by itself. Leave out --print_commands")
     if kind in ("random", "two_stage") and not args.space:
         fail("random draws need --space, say --space \"lr=log(1e-4,1e-1)\"")
     if not (kind or args.fixed or args.seeds or args.report):
@@ -1554,6 +1552,8 @@ def second_order(lab):
              s of B = 100 is taken as it is, without the factor B.
     Held if  the mean errors from step 2000 to 3000 are at most 0.15 (B s) and 0.35 (K K^T), for both B; and the
              control's is at least 0.9."""
+    if lab.args.print_commands:
+        fail("second_order has no runs to print: it computes by itself. Leave out --print_commands")
     import torch
     import optim
     rng, d, damping, errors = torch.Generator().manual_seed(11 + 10 * (lab.args.seeds or 0)), 8, 1e-3, {}
